@@ -1,0 +1,207 @@
+"""Checkpoints: out_dir/checkpoints/<iter, 8 digits>/, each a folder that needs nothing else to go on or to sample.
+
+    model.safetensors       weights and buffers (a tied head once)
+    optimizer.safetensors   AdamW's moments by parameter name, and the random state
+    trainer.json            iter, best validation loss, tokens, seconds
+    config.json             every option as used, and the vocabulary's size
+    tokenizer.json
+    manifest.json           sha256 of the files above; written last
+
+A checkpoint is written aside, synced to disk and then renamed, so a folder with eight digits is always whole when it
+appears; whether it still is, the manifest tells. JSON and safetensors only: nothing read back can run code.
+"""
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from config import BadInput, one_line
+from data.files import read_json
+from data.tokenizer import load_tokenizer
+from model import GPT, GPTConfig
+
+FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "tokenizer.json")
+REMEDY = "use another checkpoint of the run"
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+def model_tensors(model):
+    """name -> tensor: parameters, each once however many names it has, and the buffers that are saved."""
+    saved = model.state_dict().keys()
+    return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers()) if name in saved}
+
+
+def optimizer_tensors(model, optimizer):
+    """AdamW's state as name -> tensor, for example exp_avg.embed.weight; empty before the first step."""
+    return {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+
+
+def random_tensors(device):
+    """The state of the generators that dropout draws from, as name -> tensor of bytes."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    return {**state, "rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def sync(path):
+    """Returns when a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path, value):
+    """Replaces a JSON file in one go: a reader sees the old one or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    sync(aside)
+    aside.replace(path)
+
+
+def save(out_dir, tensors, optimizer, trainer, config, tokenizer, is_best, keep_last):
+    """Writes the checkpoint of trainer["iter"]: `tensors` and `optimizer` by name, trainer and config as JSON, tokenizer as
+    the text it is. Points newest.json (and best.json, if is_best) at it, then deletes what is neither among the newest
+    keep_last nor the best.
+
+    BadInput if it cannot be written; the earlier checkpoints are then as they were."""
+    root = Path(out_dir) / "checkpoints"
+    folder = root / f"{trainer['iter']:08d}"
+    aside, replaced = root / f".{folder.name}.new", root / f".{folder.name}.old"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for left_over in root.glob(".*"):  # of a process that was killed while it wrote
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        aside.mkdir()
+        for name, group in (("model", tensors), ("optimizer", optimizer)):
+            save_file({n: t.cpu().contiguous() for n, t in group.items()}, aside / f"{name}.safetensors")
+        (aside / "trainer.json").write_text(json.dumps(trainer, indent=1) + "\n")
+        (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (aside / "tokenizer.json").write_text(tokenizer)
+        write_json(aside / "manifest.json", {name: sha256(aside / name) for name in FILES})
+        for path in (*aside.iterdir(), aside):
+            sync(path)
+        if folder.exists():  # it was damaged, and the run went back to an earlier one
+            folder.rename(replaced)
+        aside.rename(folder)
+        sync(root)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if is_best:
+            write_json(root / "best.json", {"folder": folder.name})
+        write_json(root / "newest.json", {"folder": folder.name})
+        best = read_json(root / "best.json", REMEDY).get("folder") if (root / "best.json").exists() else None
+        for old in checkpoints(out_dir)[:-keep_last]:
+            if old.name != best:
+                shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise BadInput(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are as they were") from error
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(out_dir):
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(p for p in (Path(out_dir) / "checkpoints").glob("[0-9]" * 8) if p.is_dir())
+
+
+def damage(folder):
+    """What is wrong with a checkpoint folder, in words, or None if every file is the one that was saved."""
+    try:
+        manifest = read_json(folder / "manifest.json", REMEDY)
+        for name in FILES:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256(folder / name) != manifest.get(name):
+                return f"{name} is not the file that was saved"
+    except (BadInput, OSError) as error:
+        return str(error)
+
+
+class Checkpoint:
+    """A checkpoint in memory: .folder, .model and .optimizer (name -> tensor), .trainer and .config (dicts), .tokenizer."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        try:
+            self.model = load_file(folder / "model.safetensors")
+            self.optimizer = load_file(folder / "optimizer.safetensors")
+        except SafetensorError as error:
+            raise BadInput(f"checkpoint {folder} is damaged: {error}") from error
+        self.trainer, self.config = read_json(folder / "trainer.json", REMEDY), read_json(folder / "config.json", REMEDY)
+        self.tokenizer = load_tokenizer(folder / "tokenizer.json")
+
+
+def load(out_dir, which="newest", fall_back=False):
+    """A checkpoint of a run: "newest", "best" or the name of its folder. BadInput, naming those that are whole, if it is
+    not there or damaged; with fall_back the newest whole one is taken instead, and a line says so."""
+    folders = checkpoints(out_dir)
+    if not folders:
+        raise BadInput(f"no checkpoint in {out_dir}; train one with: python train.py configs/<name>.py --out_dir={out_dir}")
+    if which == "best":
+        which = read_json(Path(out_dir) / "checkpoints" / "best.json", REMEDY).get("folder")
+    folder = folders[-1] if which == "newest" else Path(out_dir) / "checkpoints" / str(which)
+    wrong = damage(folder) if folder in folders else "there is no such folder"
+    if wrong is None:
+        return Checkpoint(folder)
+    whole = [f for f in folders if damage(f) is None]
+    message = f"checkpoint {folder} is damaged: {wrong}"
+    if fall_back and whole:
+        print(f"{message}; going back to {whole[-1]}", flush=True)
+        return Checkpoint(whole[-1])
+    raise BadInput(f"{message}; whole: {', '.join(f.name for f in whole) or 'none'}")
+
+
+def model_config(values, source):
+    """The GPTConfig within `values` (dict); BadInput naming `source` if it does not hold together."""
+    names = {f.name for f in fields(GPTConfig)}
+    try:
+        return GPTConfig(**{name: value for name, value in values.items() if name in names})
+    except ValueError as error:
+        raise BadInput(f"{source}: {one_line(error)}") from error
+
+
+def load_model(model, tensors, source):
+    """Copies name -> tensor into the model. BadInput listing names only in the file (+), only in the model (-) and
+    other shapes."""
+    own = model_tensors(model)
+    odd = [f"+{n}" for n in tensors if n not in own] + [f"-{n}" for n in own if n not in tensors]
+    odd += [f"{n} {tuple(tensors[n].shape)} in the file, {tuple(t.shape)} in the model"
+            for n, t in own.items() if n in tensors and tensors[n].shape != t.shape]
+    if odd:
+        raise BadInput(f"{source} does not fit the model (+ only in the file, - only in the model): {', '.join(odd)}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def load_optimizer(model, optimizer, tensors, source):
+    """Gives AdamW its moments and the generators their state back. BadInput if they are of another model."""
+    own = {name: p for name, p in model.named_parameters()}
+    try:
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "rng":
+                torch.set_rng_state(tensor) if name == "cpu" else torch.cuda.set_rng_state(tensor)
+            else:
+                optimizer.state[own[name]][kind] = tensor if kind == "step" else tensor.to(own[name].device)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise BadInput(f"{source}: its optimizer.safetensors is not of this model: {error!r}") from error
+
+
+def build_model(checkpoint):
+    """The model of a checkpoint, with its weights, in evaluation mode, on the CPU."""
+    model = GPT(model_config(checkpoint.config, checkpoint.folder / "config.json"))
+    load_model(model, checkpoint.model, checkpoint.folder)
+    return model.eval()

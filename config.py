@@ -1,0 +1,230 @@
+"""Every option of nanomix: its default, its range and its help; and how the options are read.
+
+    python train.py configs/shakespeare.py --mixer=lln --max_iters 500 --no-compile
+
+A config file is plain Python that sets options by name (`mixer = "lln"`) and may import another's:
+`from configs.shakespeare import *`. The command line overrides the file, the file overrides the defaults here.
+pydantic checks types and ranges of both; argparse reads the command line.
+"""
+import argparse
+import contextlib
+import difflib
+import runpy
+import sys
+import types
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, Optional
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+ACTIVATIONS = ("gelu", "silu", "causal_max", "causal_min", "causal_mean",
+               "causal_max_context", "causal_min_context", "causal_mean_context")
+
+# strict: "4" is no number and True is no 1; whole numbers are fine for floats all the same
+checked = dataclass(kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+
+
+def option(default, help, **limits):
+    return Field(default, description=help, **limits)
+
+
+class BadInput(ValueError):
+    """Something the user gave is wrong; the message is one line: the thing, what is wrong with it, what to do."""
+
+
+@contextlib.contextmanager
+def exit_on_bad_input(program):
+    """Inside, BadInput ends the program: one line on standard error, exit status 2. Any other error is our bug."""
+    try:
+        yield
+    except BadInput as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@checked
+class ModelOptions:
+    arch: Literal["gpt2", "llama"] = option("gpt2", "gpt2: LayerNorm, learned positions, GELU, tied head; llama: RMSNorm, RoPE, SwiGLU, untied head")
+    mixer: str = option("softmax", "a name of the registry, or a pattern over layers: softmax,lln,lln")
+    block_size: int = option(64, "context length in tokens", ge=1)
+    n_layer: int = option(4, "number of blocks", ge=1)
+    n_head: int = option(4, "number of heads; divides n_embd", ge=1)
+    n_embd: int = option(128, "width of the hidden states, in channels", ge=1)
+    n_kv_head: Optional[int] = option(None, "number of key/value heads; divides n_head [default: n_head]", ge=1)
+    dropout: float = option(0.0, "share of values dropped after the embedding and after each sub-layer", ge=0, lt=1)
+    bias: Optional[bool] = option(None, "biases in linear layers and in LayerNorm [default: gpt2 yes, llama no]")
+    pos: Optional[Literal["learned", "rope", "none"]] = option(None, "position encoding [default: gpt2 learned, llama rope]")
+    rope_base: float = option(10000.0, "base of RoPE's wavelengths", gt=0)
+    norm_eps: Optional[float] = option(None, "epsilon of the norms [default: gpt2 1e-5, llama 1e-6]", gt=0)
+    ffn_hidden: Optional[int] = option(None, "hidden units of the FFN [default: gpt2 4 C; llama 8/3 C rounded up to a multiple of 64]", ge=1)
+    ffn_bias: Optional[bool] = option(None, "biases in the FFN [default: as bias]")
+    mlp_activation: Optional[Literal[ACTIVATIONS]] = option(None, "activation of the FFN, or a causal reduction in its place [default: gpt2 gelu, llama silu]")
+    tie_head: Optional[bool] = option(None, "the head shares the embedding's weights [default: gpt2 yes, llama no]")
+    head_temperature: Optional[float] = option(None, "hidden states are divided by it before the head [default: 0.1 if all layers are pelican, else 1]", gt=0)
+    zero_init_head: bool = option(False, "the head starts at zero (untied heads only)")
+    embed_rank: Optional[int] = option(None, "the embedding is Embedding(V, r) and Linear(r, C) (untied heads only)", ge=1)
+
+
+@checked
+class Options(ModelOptions):
+    # run
+    out_dir: Optional[str] = option(None, "the run's folder [default: out/<config name>, and the mixer if set on the command line]", min_length=1)
+    resume: bool = option(False, "go on from the newest checkpoint in out_dir")
+    overwrite: bool = option(False, "clear a run that out_dir already holds")
+    eval_only: bool = option(False, "only evaluate the newest checkpoint in out_dir")
+    init_from: Optional[str] = option(None, "start from the weights of this run folder", min_length=1)
+    mixer_file: Optional[str] = option(None, "a Python file of yours that registers its mixer in mixers.MIXERS", min_length=1)
+    seed: int = option(1337, "of the weights, the batches and dropout", ge=0, lt=2**63)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the heavy operations; auto: bfloat16 where it is fast")
+    compile: bool = option(False, "torch.compile the training step; needs a C++ compiler on a CPU, pays off on long runs")
+    # data and evaluation
+    dataset: str = option("shakespeare_char", "a folder of data/; prepared when missing")
+    eval_interval: int = option(250, "optimiser steps between evaluations, each with a checkpoint", ge=1)
+    eval_tokens: int = option(2**20, "most validation tokens an evaluation reads, the same ones every time", ge=1)
+    keep_last: int = option(2, "newest checkpoints to keep, besides the best", ge=1)
+    log_interval: int = option(10, "optimiser steps between log lines", ge=1)
+    wandb_log: bool = option(False, "mirror the metrics to wandb")
+    wandb_project: str = option("nanomix", "wandb project", min_length=1)
+    wandb_run_name: Optional[str] = option(None, "wandb run name [default: the name of out_dir]", min_length=1)
+    # optimiser
+    batch_size: int = option(12, "sequences per micro-step, over all processes", ge=1)
+    gradient_accumulation_steps: int = option(1, "micro-steps per optimiser step", ge=1)
+    max_iters: int = option(2000, "optimiser steps", ge=0)
+    learning_rate: float = option(1e-3, "peak learning rate", ge=0)
+    lr_schedule: Literal["cosine", "linear"] = option("cosine", "shape of the decay")
+    decay_lr: bool = option(True, "decay the learning rate; otherwise it is constant after warm-up")
+    warmup_iters: int = option(100, "steps of linear warm-up", ge=0)
+    lr_decay_iters: Optional[int] = option(None, "the step at which min_lr is reached [default: max_iters]", ge=1)
+    min_lr: Optional[float] = option(None, "learning rate at the end of the decay [default: learning_rate / 10]", ge=0)
+    weight_decay: float = option(0.1, "of AdamW, on matrices only", ge=0)
+    beta1: float = option(0.9, "of AdamW", ge=0, lt=1)
+    beta2: float = option(0.99, "of AdamW", ge=0, lt=1)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", ge=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def is_bool(annotation):
+    return annotation is bool or bool in typing.get_args(annotation)
+
+
+def nearest(name, names):
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; nearest: {match[0]}" if match else "; --help lists them all"
+
+
+def complaint(error):
+    """(option name or "", what is wrong with it) of a ValueError: pydantic's first complaint, or its text."""
+    if not isinstance(error, ValidationError):
+        return "", str(error)
+    detail = error.errors()[0]
+    name = str(detail["loc"][0]) if detail["loc"] and isinstance(detail["loc"][0], str) else ""
+    message = detail["msg"].removeprefix("Value error, ")
+    return name, message if name == "" else message[0].lower() + message[1:]
+
+
+def one_line(error):
+    """A ValueError of GPTConfig or Options in words, with the option's name."""
+    return ": ".join(filter(None, complaint(error)))
+
+
+def read_config_file(path, cls):
+    """The options that a config file sets, name -> value. BadInput if it does not run or sets an unknown name."""
+    if not Path(path).is_file():
+        raise BadInput(f"config file {path} does not exist")
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:  # the user's own code: whatever it raises, they need the place and the reason
+        raise BadInput(f"config file {path}: {type(error).__name__}: {error}") from error
+    known = [f.name for f in fields(cls)]
+    values = {}
+    for name, value in names.items():
+        # what a config may need besides options: imports, functions, names with an underscore
+        if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
+            continue
+        if name not in known:
+            raise BadInput(f"config file {path}: no option {name!r}{nearest(name, known)}")
+        values[name] = value
+    try:
+        cls(**values)
+    except ValidationError as error:
+        name, message = complaint(error)
+        raise BadInput(f"config file {path}: {name} = {values.get(name)!r}: {message}") from error
+    return values
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def make_parser(cls, description, with_config_file):
+    usage = "%(prog)s [config_file] [--option=value ...]" if with_config_file else "%(prog)s [--option=value ...]"
+    parser = Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
+    if with_config_file:
+        parser.add_argument("config_file", nargs="?", help="a Python file that sets options, for example configs/shakespeare.py")
+    for f in fields(cls):
+        info = f.default  # pydantic's Field: default, help and limits
+        hint = info.description + ("" if info.default is None else f" [default: {info.default}]")
+        hint = hint.replace("%", "%%")
+        if is_bool(f.type):
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=hint)
+        else:
+            kind = typing.get_args(f.type)[0] if type(None) in typing.get_args(f.type) else f.type
+            metavar = "|".join(typing.get_args(kind)) or kind.__name__
+            parser.add_argument(f"--{f.name}", metavar=metavar, help=hint)
+    return parser
+
+
+def plain_booleans(argv, bools):
+    """`--compile=False` and `--compile False` in argparse's own form: `--no-compile`."""
+    out, argv = [], list(argv)
+    while argv:
+        word = argv.pop(0)
+        name, _, value = word.partition("=")
+        if name[2:] in bools:
+            if "=" not in word and argv and argv[0].lower() in ("true", "false"):
+                value = argv.pop(0)
+            elif "=" in word and value.lower() not in ("true", "false"):
+                raise BadInput(f"{word}: should be True or False")
+            word = name if value.lower() != "false" else f"--no-{name[2:]}"
+        out.append(word)
+    return out
+
+
+def parse_options(cls, argv, description, with_config_file=True, base={}):
+    """Options from a command line: the defaults, over them `base` (dict), the config file, the command line.
+    Returns (options, config file or None, names set on the command line)."""
+    known = {f.name: f.type for f in fields(cls)}
+    parser = make_parser(cls, description, with_config_file)
+    arguments, rest = parser.parse_known_args(plain_booleans(argv, [n for n, t in known.items() if is_bool(t)]))
+    if rest:
+        name = rest[0].partition("=")[0]
+        names = [f"--{n}" for n in known] + [f"--no-{n}" for n, t in known.items() if is_bool(t)]
+        what = f"no option {name}{nearest(name, names)}" if name.startswith("-") else f"unexpected argument {name!r}"
+        raise BadInput(what)
+    given = vars(arguments)
+    config_file = given.pop("config_file", None)
+    for name, text in given.items():
+        if isinstance(text, str):
+            if text.lower() == "none" and type(None) in typing.get_args(known[name]):
+                given[name] = None
+                continue
+            try:
+                given[name] = TypeAdapter(known[name]).validate_strings(text)
+            except ValidationError as error:
+                raise BadInput(f"--{name}={text}: {complaint(error)[1]}") from error
+    values = read_config_file(config_file, cls) if config_file else {}
+    try:
+        return cls(**{**base, **values, **given}), config_file, set(given)
+    except ValidationError as error:
+        name, message = complaint(error)
+        raise BadInput(f"--{name}={given.get(name, base.get(name))}: {message}") from error

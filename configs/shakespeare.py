@@ -1,0 +1,20 @@
+"""nanoGPT's CPU setting on tiny Shakespeare, by characters: a minute or two on a laptop. The recipe of all shakespeare_*.py.
+
+python train.py configs/shakespeare.py
+"""
+dataset = "shakespeare_char"
+n_layer = 4
+n_head = 4
+n_embd = 128       # 32 channels a head
+block_size = 64
+batch_size = 12    # 12 x 64 = 768 tokens a step
+max_iters = 2000   # 1.5M tokens, one and a half times the training split
+learning_rate = 1e-3   # to 1e-4 by cosine
+warmup_iters = 100
+beta2 = 0.99       # few tokens a step: a long memory for the second moment
+weight_decay = 0.1
+grad_clip = 1.0
+dropout = 0.0
+bias = False
+eval_interval = 500
+log_interval = 50

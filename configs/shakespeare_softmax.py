@@ -1,0 +1,4 @@
+"""python train.py configs/shakespeare_softmax.py"""
+from configs.shakespeare import *
+
+mixer = "softmax"

@@ -1,0 +1,110 @@
+"""Reading and writing a data set's folder so that half of one is never taken for a whole one."""
+import contextlib
+import json
+import os
+import re
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+from config import BadInput
+
+DATA = Path(__file__).resolve().parent
+
+
+def shown(path):
+    """A path as messages name it: from the repository on, if below it."""
+    return path.relative_to(DATA.parent) if path.is_relative_to(DATA.parent) else path
+
+
+def check_name(name):
+    """A data set is named like a plain folder, and not like a module of data/. Raises BadInput."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise BadInput(f"{name!r} cannot name a data set; use up to 100 letters, digits, '_', '-' and '.', "
+                       "the first a letter or digit")
+    if (DATA / f"{name}.py").exists():
+        raise BadInput(f"{name!r} cannot name a data set, as data/{name}.py is code; choose another name")
+
+
+def how_to_prepare(name):
+    """The end of many messages: the command that makes data/<name> whole again."""
+    if (DATA / name / "prepare.py").exists():
+        return f"prepare it again: python data/{name}/prepare.py"
+    return f"prepare it again: python -m data.text --input FILE --name {name}"
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Inside, a full or read-only disk and the like become one line that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"cannot write {shown(path)}: {error.strerror}; check the free space and the permissions") from error
+
+
+def write_file(path, content):
+    """Write bytes under a name of this process's own, then rename, so that `path` is always whole or absent."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path, remedy):
+    """The JSON object in a file. BadInput if there is none, with what to do about it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"cannot read {shown(path)}: {error.strerror}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{shown(path)} is damaged: no valid JSON; {remedy}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{shown(path)} is damaged: no JSON object; {remedy}")
+    return content
+
+
+def write_dataset(folder, splits, tokenizer, source_sha256, made_by):
+    """Write {"train": (token ids, bytes of UTF-8), "val": ...} with its tokenizer into data/<name>, a folder.
+
+    meta.json comes last and an old one that differs goes first: a folder with a meta.json is whole. One that says the
+    same stays, so that a second process preparing the same data does not pull it from under the first.
+    """
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    meta = {"vocab_size": tokenizer.vocab_size, "dtype": dtype}
+    for split, (ids, n_bytes) in splits.items():
+        meta |= {f"{split}_tokens": len(ids), f"{split}_bytes": n_bytes}
+    meta |= {"tokenizer": tokenizer.name, "source_sha256": source_sha256, "made_by": made_by}
+    if tokenizer.name == "char":
+        meta["alphabet"] = tokenizer.alphabet
+    meta_json = json.dumps(meta, indent=2).encode()
+
+    meta_path = folder / "meta.json"
+    with writing(meta_path):
+        if meta_path.exists() and meta_path.read_bytes() != meta_json:
+            meta_path.unlink()
+    for split, (ids, _) in splits.items():
+        write_file(folder / f"{split}.bin", np.asarray(ids).astype(np.dtype(dtype).newbyteorder("<")).tobytes())
+    write_file(folder / "tokenizer.json", tokenizer.to_json().encode())
+    write_file(meta_path, meta_json)
+    counts = ", ".join(f"{len(ids):,} {split} tokens" for split, (ids, _) in splits.items())
+    print(f"wrote data/{folder.name}: {tokenizer.vocab_size:,} symbols, {counts}", flush=True)
+
+
+def write_text_dataset(folder, text, tokenizer, source_sha256, made_by):
+    """Write a text as a data set: the first 90 % of its characters for training, the rest for validation."""
+    cut = int(len(text) * 0.9)
+    parts = {"train": text[:cut], "val": text[cut:]}
+    splits = {split: (tokenizer.encode(part), len(part.encode())) for split, part in parts.items()}
+    for split, (ids, _) in splits.items():
+        if len(ids) < 2:  # one to predict from, one to predict
+            raise BadInput(f"the text is too short: its {len(text)} characters leave {len(ids)} {split} tokens; "
+                           f"each split needs block_size + 1")
+    write_dataset(folder, splits, tokenizer, source_sha256, made_by)

@@ -1,0 +1,29 @@
+"""Where and how precisely to compute, chosen by what the machine has."""
+import torch
+
+from config import BadInput
+
+
+def choose_device(name):
+    """torch.device of "cpu", "cuda", "cuda:1", "mps", or the best there is for "auto". BadInput if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"--device={name} cannot be used here: {str(error).splitlines()[0]}; try --device=cpu") from error
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in what is float32
+    return device
+
+
+def choose_dtype(name, device, n_embd):
+    """torch.dtype of the heavy operations. "auto" is bfloat16 on CUDA where supported; on a CPU only with instructions
+    for it and with enough work in each product to pay for the casts; float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native and n_embd >= 256 else torch.float32

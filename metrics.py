@@ -1,0 +1,60 @@
+"""The record of a run: metrics.jsonl always, the same numbers mirrored to wandb if asked for.
+
+One JSON object per log line and per evaluation, absent values null:
+iter (optimiser updates done), train_loss and val_loss (nats per token), val_bpb (bits per byte), lr, tokens (read in
+training), tokens_per_s, seconds (of training and evaluation, over resumes).
+"""
+import json
+import os
+from pathlib import Path
+
+KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "lr", "tokens", "tokens_per_s", "seconds")
+
+
+class Metrics:
+    def __init__(self, options, wandb_id=None):
+        """Goes on with out_dir/metrics.jsonl, and with the wandb run wandb_id if there is one."""
+        self.file = open(Path(options.out_dir) / "metrics.jsonl", "a")
+        self.wandb = start_wandb(options, wandb_id) if options.wandb_log else None
+        self.wandb_id = self.wandb.id if self.wandb else wandb_id
+
+    def log(self, **values):
+        row = dict.fromkeys(KEYS) | values
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({key: value for key, value in row.items() if value is not None}, step=row["iter"])
+
+    def sync(self):
+        """Returns when every line is on the disk."""
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def drop_lines_after(iteration, out_dir):
+    """A run that goes on from `iteration` writes what came after it again."""
+    path = Path(out_dir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= iteration]
+    aside = path.with_name(".metrics.jsonl")
+    aside.write_text("".join(kept))
+    aside.replace(path)
+
+
+def start_wandb(options, wandb_id):
+    """A wandb run; without an account or a network an offline one, and one line that says so."""
+    import wandb  # takes half a second: only for those who ask
+    start = dict(project=options.wandb_project, name=options.wandb_run_name or Path(options.out_dir).name,
+                 id=wandb_id, resume="allow", dir=options.out_dir, config=vars(options), settings=wandb.Settings(silent=True, init_timeout=20))
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    try:
+        run = wandb.init(mode=mode, **start)
+    except wandb.Error:
+        run = wandb.init(mode="offline", **start)
+    if run.offline:
+        print(f"wandb: offline, for want of an account or a network; to upload later: wandb sync {Path(run.dir).parent}", flush=True)
+    return run

@@ -1,0 +1,54 @@
+"""The registry: every token mixer that `--mixer` can name.
+
+A mixer is an nn.Module whose `forward(x, state=None) -> (y, state)` takes x (B, T, C), the normalised hidden states of
+T new tokens on top of `state` (None: the start of the sequence), and returns y (B, T, C), where y_t depends on the
+tokens up to t only. Training, prefill and decoding are this one function: feeding a sequence in any split gives the
+outputs of one call on the whole. A returned state never changes later; it is a (nested) tuple of tensors and numbers.
+
+To add one: write mixers/mine.py, import its class here and add a line to MIXERS. Tests, benchmark and audit take it from there.
+Without touching this folder: a file of your own with `from mixers import MIXERS; MIXERS["mine"] = Mine`, and --mixer_file=PATH.
+"""
+import runpy
+from functools import partial
+from pathlib import Path
+
+from config import BadInput
+
+from mixers.causal_reduction import CausalReduction
+from mixers.pelican import Pelican
+from mixers.softmax import Softmax
+
+# name -> builder(config, layer) -> nn.Module, or None: the block has no mixer and no norm before it
+MIXERS = {
+    "softmax": Softmax,
+    "pelican": Pelican,
+    "causal_max": partial(CausalReduction, op="max"),
+    "causal_min": partial(CausalReduction, op="min"),
+    "causal_mean": partial(CausalReduction, op="mean"),
+    "causal_max_context": partial(CausalReduction, op="max", context=True),
+    "causal_min_context": partial(CausalReduction, op="min", context=True),
+    "causal_mean_context": partial(CausalReduction, op="mean", context=True),
+}
+
+
+def layer_mixers(mixer, n_layer):
+    """The mixer's name for each layer. mixer: a name, or a pattern `softmax,lln,lln` (also joined by +), layer i taking
+    entry i modulo its length. ValueError with the choices for an unknown name."""
+    pattern = [name.strip() for name in mixer.replace("+", ",").split(",")]
+    for name in pattern:
+        if name not in MIXERS:
+            raise ValueError(f"mixer {name!r}; have {', '.join(sorted(MIXERS))}")
+    return [pattern[i % len(pattern)] for i in range(n_layer)]
+
+
+def load_mixer_file(path):
+    """Runs a user's file, which registers its mixer in MIXERS. BadInput if it does not run or registers none."""
+    if not Path(path).is_file():
+        raise BadInput(f"mixer_file {path} does not exist")
+    before = dict(MIXERS)
+    try:
+        runpy.run_path(path)
+    except Exception as error:  # the user's own code: whatever it raises, they need the place and the reason
+        raise BadInput(f"mixer_file {path}: {type(error).__name__}: {error}") from error
+    if MIXERS == before:
+        raise BadInput(f'mixer_file {path} registers no mixer; end it with: MIXERS["name"] = YourClass')

@@ -1,0 +1,95 @@
+"""What the mixers with queries, keys and values share: heads, rotary positions, the key/value cache, causal attention.
+
+B batch, T new tokens, S tokens so far (S >= T), H heads, G key/value heads, D head size.
+"""
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class QKV(nn.Module):
+    """x (B, T, C) -> queries (B, H, T, D), keys and values (B, G, T, D) in one product."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.sizes = config.n_head, config.n_kv_head, config.n_embd // config.n_head
+        H, G, D = self.sizes
+        self.proj = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.bias)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        H, G, D = self.sizes
+        q, k, v = self.proj(x).split([H * D, G * D, G * D], dim=2)
+        return (t.view(B, T, -1, D).transpose(1, 2) for t in (q, k, v))
+
+
+def merge_heads(y):
+    """(B, H, T, D) -> (B, T, H D)."""
+    return y.transpose(1, 2).flatten(2)
+
+
+def repeat_heads(t, n_head):
+    """Grouped keys or values (B, G, T, D) -> (B, H, T, D); query head h uses group h // (H / G)."""
+    return t if t.size(1) == n_head else t.repeat_interleave(n_head // t.size(1), dim=1)
+
+
+def rotate(x, start, base):
+    """RoPE (Su et al. 2021, arXiv 2104.09864) on x (B, H, T, D) at absolute positions start, start + 1, ...
+
+    Channel i is paired with channel i + D/2, as in LLaMA's published weights; angles in float32 (float64 stays)."""
+    T, D = x.shape[-2:]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    position = torch.arange(start, start + T, device=x.device, dtype=dtype)
+    wavelength = base ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)
+    angle = position[:, None] * wavelength  # (T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Room:
+    """Storage that the caches of one sequence share; `filled` tokens of it are written."""
+
+    def __init__(self, k, v):
+        self.k, self.v, self.filled = k, v, k.size(2)
+
+
+class Cache(NamedTuple):
+    """Keys and values (B, G, S, D) of the tokens so far: views into a Room that doubles when full.
+
+    Appending costs O(1) a token. An older cache never changes: who appends to one that is not the newest gets a Room
+    of their own, and so does everyone while gradients are recorded."""
+    k: torch.Tensor
+    v: torch.Tensor
+    room: Any
+
+    @staticmethod
+    def append(cache, k, v):
+        """The cache with k, v (B, G, T, D) behind it; `cache` may be None."""
+        if cache is None:
+            return Cache(k, v, Room(k, v))
+        S, T, room = cache.k.size(2), k.size(2), cache.room
+        if torch.is_grad_enabled():
+            k, v = torch.cat([cache.k, k], dim=2), torch.cat([cache.v, v], dim=2)
+            return Cache(k, v, Room(k, v))
+        if room.filled != S or room.k.size(2) < S + T:
+            B, G, _, D = k.shape
+            bigger = Room(k.new_empty(B, G, 2 * (S + T), D), v.new_empty(B, G, 2 * (S + T), D))
+            bigger.k[:, :, :S], bigger.v[:, :, :S] = cache.k, cache.v
+            room = bigger
+        room.k[:, :, S:S + T], room.v[:, :, S:S + T] = k, v
+        room.filled = S + T
+        return Cache(room.k[:, :, :S + T], room.v[:, :, :S + T], room)
+
+
+def causal_attention(q, k, v):
+    """Softmax attention of the last T tokens, q (B, H, T, D), over all S tokens, k and v (B, G, S, D) -> (B, H, T, D)."""
+    T, S = q.size(2), k.size(2)
+    k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # new token i is token S - T + i of the whole and sees everything up to itself; a single one sees all
+    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

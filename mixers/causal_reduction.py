@@ -1,0 +1,44 @@
+"""Causal reduction (Hilsenbek 2024, "Breaking the Attention Bottleneck", arXiv 2406.10906).
+
+No queries, keys, values or heads: per channel, with op = max, min or mean,
+
+    r_t = op(x_t, x_{t-1}),  r_0 = x_0                            y_t = W_o r_t
+    r_t = op(x_t, x_{t-1}, m_t),  m_t = 1/(t+1) sum_{s<=t} x_s    with context
+
+x, r, y are (B, T, C). State: x_{t-1} (B, 1, C), and with context the running sum (B, 1, C) and the number of tokens.
+
+Deviation: the reference code takes m over the whole sequence, which shows every token the future. Here m_t is the
+running mean up to t. The paper also uses the reduction in place of an FFN's activation: `mlp_activation`, in model.py.
+"""
+import torch
+import torch.nn as nn
+
+
+def pairwise(op, a, b):
+    return torch.maximum(a, b) if op == "max" else torch.minimum(a, b) if op == "min" else (a + b) / 2
+
+
+def causal_reduce(x, op, context, state=None):
+    """r (B, T, C) of x (B, T, C) on top of state, and the new state."""
+    B, T, C = x.shape
+    before, total, n = state or (x[:, :1], 0, 0)
+    previous = torch.cat([before, x[:, :-1]], dim=1)  # x_{t-1}; x_0 is its own predecessor
+    if not context:
+        return pairwise(op, x, previous), (x[:, -1:], total, n + T)
+    # at least float32: a bfloat16 sum stops growing after a few hundred tokens
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    sums = wide.cumsum(1) + total
+    mean = (sums / torch.arange(n + 1, n + T + 1, device=x.device).view(1, T, 1)).to(x.dtype)
+    r = (x + previous + mean) / 3 if op == "mean" else pairwise(op, pairwise(op, x, previous), mean)
+    return r, (x[:, -1:], sums[:, -1:], n + T)
+
+
+class CausalReduction(nn.Module):
+    def __init__(self, config, layer, op, context=False):
+        super().__init__()
+        self.op, self.context = op, context
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, state=None):
+        r, state = causal_reduce(x, self.op, self.context, state)
+        return self.c_proj(r), state

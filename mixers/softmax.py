@@ -1,0 +1,27 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, "Attention Is All You Need", arXiv 1706.03762).
+
+    y_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(D)) v_s
+
+q (B, H, T, D); k, v (B, G, T, D) with G = n_kv_head groups, repeated to H heads. State: the key/value cache.
+
+Deviation: no dropout on the attention weights (most mixers have none to drop); `dropout` acts on the block's outputs.
+"""
+import torch.nn as nn
+
+from mixers.attention import QKV, Cache, causal_attention, merge_heads, rotate
+
+
+class Softmax(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.rope_base = config.rope_base if config.pos == "rope" else None
+        self.c_attn = QKV(config)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, state=None):
+        q, k, v = self.c_attn(x)
+        if self.rope_base:
+            start = 0 if state is None else state.k.size(2)
+            q, k = rotate(q, start, self.rope_base), rotate(k, start, self.rope_base)
+        state = Cache.append(state, k, v)
+        return self.c_proj(merge_heads(causal_attention(q, state.k, state.v))), state

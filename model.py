@@ -1,0 +1,218 @@
+"""A GPT whose token mixer is an option: GPT-2's or LLaMA's skeleton around any entry of mixers.MIXERS.
+
+    model = GPT(GPTConfig(vocab_size=65, mixer="causal_max"))
+    logits, loss = model(idx, targets)          # training
+    logits, state = model.step(idx, state)      # the same function a few tokens at a time
+
+Shapes: B batch, T time, C channels (n_embd), H heads, D = C / H, V vocabulary, F hidden units of the FFN.
+"""
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from pydantic import Field
+
+from config import ModelOptions, checked
+from mixers import MIXERS, layer_mixers
+from mixers.causal_reduction import causal_reduce
+
+
+@checked
+class GPTConfig(ModelOptions):
+    """The model options of config.py, by keyword, and the size of the vocabulary. Options left at None take the
+    architecture's own value. ValueError, naming the field, for a bad value or a bad combination."""
+    vocab_size: int = Field(ge=1)
+
+    def __post_init__(self):
+        llama = self.arch == "llama"
+        default = lambda value, otherwise: otherwise if value is None else value
+        C, H = self.n_embd, self.n_head
+        self.bias = default(self.bias, not llama)
+        self.pos = default(self.pos, "rope" if llama else "learned")
+        self.norm_eps = default(self.norm_eps, 1e-6 if llama else 1e-5)
+        self.ffn_hidden = default(self.ffn_hidden, math.ceil(8 * C / (3 * 64)) * 64 if llama else 4 * C)
+        self.ffn_bias = default(self.ffn_bias, self.bias)
+        self.mlp_activation = default(self.mlp_activation, "silu" if llama else "gelu")
+        self.tie_head = default(self.tie_head, not llama)
+        self.n_kv_head = default(self.n_kv_head, H)
+        only_pelican = set(layer_mixers(self.mixer, self.n_layer)) == {"pelican"}
+        self.head_temperature = default(self.head_temperature, 0.1 if only_pelican else 1.0)
+        if C % H:
+            raise ValueError(f"n_embd {C} is not divisible by n_head {H}; choose a multiple")
+        if H % self.n_kv_head:
+            raise ValueError(f"n_head {H} is not divisible by n_kv_head {self.n_kv_head}; choose a divisor")
+        if self.pos == "rope" and C // H % 2:
+            raise ValueError(f"pos 'rope' needs an even head size, but n_embd {C} / n_head {H} is {C // H}")
+        if self.tie_head and self.zero_init_head:
+            raise ValueError("zero_init_head would zero the embedding too, since tie_head is on; set tie_head=False")
+        if self.tie_head and self.embed_rank:
+            raise ValueError(f"embed_rank {self.embed_rank} leaves no full embedding for tie_head to share; set tie_head=False")
+
+
+class MLP(nn.Module):
+    """The FFN: down(act(up(x))), or with llama down(act(gate(x)) * up(x)). x (B, T, C) -> (B, T, C), and the state of a
+    causal reduction that stands in for the activation (None otherwise)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gated = config.arch == "llama"
+        self.activation = config.mlp_activation
+        # gate and up in one product, in this order
+        self.c_fc = nn.Linear(config.n_embd, config.ffn_hidden * (2 if self.gated else 1), bias=config.ffn_bias)
+        self.c_proj = nn.Linear(config.ffn_hidden, config.n_embd, bias=config.ffn_bias)
+
+    def forward(self, x, state=None):
+        a, up = self.c_fc(x).chunk(2, dim=-1) if self.gated else (self.c_fc(x), None)
+        if self.activation == "gelu":
+            a = F.gelu(a, approximate="tanh")
+        elif self.activation == "silu":
+            a = F.silu(a)
+        else:
+            _, op, *context = self.activation.split("_")
+            a, state = causal_reduce(a, op, bool(context), state)
+        return self.c_proj(a * up if self.gated else a), state
+
+
+class Block(nn.Module):
+    """h + mixer(norm(h)), then h + FFN(norm(h)); without a mixer (pelican) only the second. State: the mixer's, the FFN's."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        builder = MIXERS[layer_mixers(config.mixer, config.n_layer)[layer]]
+        self.norm1 = make_norm(config) if builder else None
+        self.mixer = builder(config, layer) if builder else None
+        self.norm2 = make_norm(config)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, h, state=(None, None)):
+        mixer_state, mlp_state = state
+        if self.mixer is not None:
+            y, mixer_state = self.mixer(self.norm1(h), mixer_state)
+            h = h + self.drop(y)
+        y, mlp_state = self.mlp(self.norm2(h), mlp_state)
+        return h + self.drop(y), (mixer_state, mlp_state)
+
+
+def make_norm(config):
+    if config.arch == "llama":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class State(NamedTuple):
+    """What `step` carries from token to token. It never changes: feeding it again gives the same result again."""
+    n: int  # tokens so far
+    blocks: tuple[Any, ...]  # (mixer's state, FFN's state) of each block
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        V, C, r = config.vocab_size, config.n_embd, config.embed_rank
+        self.embed = nn.Sequential(nn.Embedding(V, r), nn.Linear(r, C, bias=False)) if r else nn.Embedding(V, C)
+        self.pos_embed = nn.Embedding(config.block_size, C) if config.pos == "learned" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(C, V, bias=False)
+        self.init_weights()
+        if config.tie_head:
+            self.head.weight = self.embed.weight
+
+    def init_weights(self):
+        """GPT-2's: everything from N(0, 0.02^2), biases zero, and the last projection of each sub-layer scaled down by
+        the square root of their number, so that the residual stream keeps its size over depth."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=residual_std if name.endswith("c_proj") else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.config.embed_rank:  # the product of the two then starts at 0.02 as a plain embedding does
+            nn.init.normal_(self.embed[1].weight, std=self.config.embed_rank ** -0.5)
+        if self.config.zero_init_head:
+            nn.init.zeros_(self.head.weight)
+
+    def hidden(self, idx, state=None):
+        """What the head reads: (B, T, C) for tokens idx (B, T) on top of `state`; and the new state."""
+        n, blocks = state or (0, [(None, None)] * self.config.n_layer)
+        T = idx.size(1)
+        if T == 0:
+            raise ValueError("no tokens: idx must be (B, T) with T >= 1")
+        h = self.embed(idx)
+        if self.pos_embed is not None:
+            if n + T > self.config.block_size:
+                raise ValueError(f"{n + T} tokens, but the model has learned positions for block_size {self.config.block_size} only")
+            h = h + self.pos_embed.weight[n:n + T]
+        h = self.drop(h)
+        new = []
+        for block, block_state in zip(self.blocks, blocks):
+            h, block_state = block(h, block_state)
+            new.append(block_state)
+        return self.norm(h) / self.config.head_temperature, State(n + T, tuple(new))
+
+    def forward(self, idx, targets=None):
+        """logits (B, T, V) of idx (B, T), and the mean cross-entropy in nats over targets (B, T) != -1, or None."""
+        logits = self.head(self.hidden(idx)[0])
+        return logits, None if targets is None else cross_entropy(logits, targets)
+
+    def loss(self, idx, targets):
+        """The loss alone, in nats per target; what training uses."""
+        return cross_entropy(self.head(self.hidden(idx)[0]), targets)
+
+    def step(self, idx, state=None):
+        """Feeds idx (B, T), T >= 1, on top of `state` (None: the start). Returns logits (B, T, V) and the new state.
+
+        A sequence fed in any split gives the logits of one call on the whole. ValueError past block_size with learned
+        positions; with RoPE or none it goes on."""
+        h, state = self.hidden(idx, state)
+        return self.head(h), state
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Samples token after token behind idx (B, T), yielding each as (B, 1). Temperature 0 takes the likeliest.
+
+        Each token costs one `step`. Learned positions end at block_size: then the last half block is read anew."""
+        limit = self.config.block_size if self.config.pos == "learned" else math.inf
+        tokens, new, state = idx, idx if idx.size(1) <= limit else idx[:, -limit:], None
+        for _ in range(max_new_tokens):
+            if state is not None and state.n + 1 > limit:
+                tokens = tokens[:, -max(limit // 2, 1):]
+                new, state = tokens, None
+            logits, state = self.step(new, state)
+            new = sample(logits[:, -1], temperature, top_k, generator)
+            if limit != math.inf:
+                tokens = torch.cat([tokens, new], dim=1)
+            yield new
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """idx (B, T) with max_new_tokens sampled tokens behind it (B, T + max_new_tokens); see `stream`."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)], dim=1)
+
+    def parameter_groups(self):
+        """Number of parameters by group; a tied head counts as embedding. The groups add up to all of them."""
+        groups = dict.fromkeys(["embedding", "mixer", "mlp", "norms", "head"], 0)
+        for name, p in self.named_parameters():
+            part = next((part for part in name.split(".") if part in ("mixer", "mlp", "head")), None)
+            groups[part or ("embedding" if "embed" in name else "norms")] += p.numel()
+        return groups
+
+
+def cross_entropy(logits, targets):
+    """Mean over targets (B, T) != -1 of -log softmax(logits (B, T, V)), in nats, in at least float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def sample(logits, temperature, top_k, generator):
+    """One token (B, 1) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)

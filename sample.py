@@ -1,0 +1,82 @@
+"""Samples text from a trained model. Run: python sample.py --out_dir=out/shakespeare_pelican --start="ROMEO:"   (seconds)
+
+Reads the run folder and nothing else. Each token costs one step on top of the model's state, whatever came before;
+only a model with learned positions reads its last half block again whenever it reaches block_size.
+"""
+import codecs
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+import checkpoint
+from config import BadInput, checked, exit_on_bad_input, option, parse_options
+from device import choose_device
+from mixers import load_mixer_file
+
+
+@checked
+class SampleOptions:
+    out_dir: str = option("", "the run's folder")
+    checkpoint: str = option("newest", "newest, best, or the name of a folder in out_dir/checkpoints")
+    start: Optional[str] = option(None, "the prompt, or FILE:path to read it from [default: a line break]")
+    num_samples: int = option(3, "how many samples to draw", ge=1)
+    max_new_tokens: int = option(500, "tokens in each", ge=1)
+    temperature: float = option(0.8, "divides the logits; 0 always takes the likeliest token", ge=0)
+    top_k: Optional[int] = option(None, "draw among the k likeliest tokens only [default: all]", ge=1)
+    seed: int = option(1337, "of the random choices", ge=0, lt=2**63)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
+    mixer_file: Optional[str] = option(None, "the Python file of the mixer, if the run was trained with one")
+
+
+def read_prompt(start, tokenizer):
+    """Token ids (1, T) of the prompt. BadInput if it is empty, unreadable or outside the alphabet."""
+    if start is None:
+        try:
+            return torch.tensor([tokenizer.encode("\n")])
+        except BadInput:  # a text without line breaks
+            return torch.tensor([[0]])
+    if start.startswith("FILE:"):
+        try:
+            start = Path(start[5:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--start={start}: {error}; name a text file in UTF-8") from error
+    if not start:
+        raise BadInput("--start is empty; give at least one character or leave it out")
+    return torch.tensor([tokenizer.encode(start)])
+
+
+@exit_on_bad_input("sample.py")
+def main():
+    options, *_ = parse_options(SampleOptions, sys.argv[1:], __doc__.splitlines()[0], with_config_file=False)
+    if not options.out_dir:
+        raise BadInput("which run? name its folder: --out_dir=out/shakespeare_pelican")
+    if options.mixer_file:
+        load_mixer_file(options.mixer_file)
+    device = choose_device(options.device)
+    run = checkpoint.load(options.out_dir, options.checkpoint)
+    model = checkpoint.build_model(run).to(device)
+    prompt = read_prompt(options.start, run.tokenizer).to(device)
+    generator = torch.Generator(device).manual_seed(options.seed)
+    started, drawn = time.perf_counter(), 0
+    for _ in range(options.num_samples):
+        # a character may span several tokens, so bytes are decoded as they come
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        write = lambda ids: print(decoder.decode(run.tokenizer.decode_bytes(ids)), end="", flush=True)
+        write(prompt[0].tolist())
+        for token in model.stream(prompt, options.max_new_tokens, options.temperature, options.top_k, generator):
+            write(token[0].tolist())
+            drawn += 1
+        print("\n---------------")
+    seconds = time.perf_counter() - started
+    print(f"{drawn} tokens in {seconds:.2f} s: {drawn / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,288 @@
+"""Trains one model on one data set. Run: python train.py configs/shakespeare_pelican.py   (about a minute on two CPU cores)
+
+    python train.py configs/shakespeare.py --mixer=lln --max_iters=500     any option of config.py; --help lists them
+    python train.py configs/shakespeare.py --resume                        goes on from the newest checkpoint
+    python train.py --eval_only --out_dir=out/shakespeare                  the validation loss of a run
+
+Writes out_dir/config.json, metrics.jsonl and checkpoints/. The batches depend on (seed, step) only, so that every mixer
+sees the same data in the same order; the validation loss is the mean over fixed windows of the validation split.
+"""
+import contextlib
+import math
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from config import BadInput, ModelOptions, Options, exit_on_bad_input, parse_options
+from data import load_dataset
+from device import choose_device, choose_dtype
+from metrics import Metrics, drop_lines_after
+from mixers import load_mixer_file
+from model import GPT
+
+EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more is no faster and needs memory
+
+
+@exit_on_bad_input("train.py")
+def main():
+    options, saved = read_options(sys.argv[1:])
+    data = load_dataset(options.dataset, options.block_size)
+    config = checkpoint.model_config(asdict(options) | {"vocab_size": data.vocab_size}, "options")
+    if saved:
+        refuse_other_shape(config, saved)
+    # what was left to be chosen, as chosen: this is what config.json records
+    options = replace(options, **{f.name: getattr(config, f.name) for f in fields(ModelOptions)})
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device, options.n_embd)
+    torch.manual_seed(options.seed)
+    model = GPT(config).to(device)
+    describe(options, model, data, device, dtype)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    if options.eval_only:
+        checkpoint.load_model(model, saved.model, saved.folder)
+        loss, bpb = evaluate(model, data, options, device, autocast)
+        print(f"{saved.folder}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
+        return
+    if options.init_from:
+        start = checkpoint.load(options.init_from)
+        checkpoint.load_model(model, start.model, start.folder)
+    prepare_folder(options)
+    train(options, config, model, data, device, autocast, saved)
+
+
+# Before training -----------------------------------------------------------------------------------------------------
+
+def read_options(argv):
+    """The options of this command, and the checkpoint to go on from or to evaluate (or None).
+
+    With --resume and --eval_only the run's own options take the place of the defaults."""
+    parse = lambda base={}: parse_options(Options, argv, __doc__.splitlines()[0], base=base)
+    options, config_file, given = parse()
+    out_dir = options.out_dir
+    if out_dir is None:
+        out_dir = f"out/{Path(config_file).stem if config_file else options.dataset}"
+        if "mixer" in given or not config_file:
+            out_dir += "_" + options.mixer.replace(",", "+")
+    saved = None
+    if options.eval_only or options.resume:
+        if not holds_run(out_dir):
+            raise BadInput(f"{out_dir} holds no run; start one without --resume and --eval_only")
+        if options.eval_only or checkpoint.checkpoints(out_dir):
+            saved = checkpoint.load(out_dir, fall_back=not options.eval_only)
+            # an unset lr_decay_iters follows max_iters; a mixer file is code, so only the user may name one
+            follows = saved.config.get("lr_decay_iters") == saved.config.get("max_iters")
+            skip = {"vocab_size", "mixer_file", "init_from", "overwrite"} | ({"lr_decay_iters"} if follows else set())
+            options, *_ = parse({name: value for name, value in saved.config.items() if name not in skip})
+        else:
+            print(f"{out_dir} holds no checkpoint yet: starting from the beginning", flush=True)
+    default = lambda value, otherwise: otherwise if value is None else value
+    options = replace(options, out_dir=out_dir, min_lr=default(options.min_lr, options.learning_rate / 10),
+                      lr_decay_iters=default(options.lr_decay_iters, max(options.max_iters, 1)))
+    if options.min_lr > options.learning_rate:
+        raise BadInput(f"min_lr {options.min_lr} is above learning_rate {options.learning_rate}; lower it or leave it unset")
+    if options.mixer_file:
+        load_mixer_file(options.mixer_file)
+    if not (options.resume or options.eval_only or options.overwrite) and holds_run(out_dir):
+        raise BadInput(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or clear it with --overwrite")
+    return options, saved
+
+
+def holds_run(out_dir):
+    return any((Path(out_dir) / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
+
+
+def refuse_other_shape(config, saved):
+    """BadInput if the checkpoint's model is not the one that the options describe; its data may well be another's."""
+    old = checkpoint.model_config(saved.config, saved.folder / "config.json")
+    changed = [f"{f.name} {getattr(old, f.name)} -> {getattr(config, f.name)}" for f in fields(config)
+               if getattr(old, f.name) != getattr(config, f.name) and f.name != "dropout"]
+    if changed:
+        raise BadInput(f"{saved.folder} is of another model: {', '.join(changed)}; leave these as they were or start a new run")
+
+
+def prepare_folder(options):
+    """Clears and makes out_dir and writes config.json."""
+    out_dir = Path(options.out_dir)
+    try:
+        if options.overwrite and not options.resume:
+            for name in ("config.json", "metrics.jsonl", "checkpoints", "wandb"):  # ours; anything else there is the user's
+                path = out_dir / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(out_dir / "config.json", asdict(options))
+    except OSError as error:
+        raise BadInput(f"cannot write to out_dir {out_dir}: {error}; free space or choose another --out_dir") from error
+
+
+def describe(options, model, data, device, dtype):
+    groups = model.parameter_groups()
+    total = sum(groups.values())
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"{options.out_dir}: {options.mixer}, {options.arch}, on {device}{threads}, {str(dtype).removeprefix('torch.')}")
+    print(f"data       {data.name}: {len(data.train):,} tokens to train on, {len(data.val):,} to validate, vocabulary {data.vocab_size:,}")
+    for group, count in groups.items():
+        print(f"{group:10} {count:>12,} parameters {100 * count / total:5.1f} %")
+    print(f"{'all':10} {total:>12,} parameters", flush=True)
+
+
+def compiled(loss_fn, data, options, device, autocast):
+    """torch.compile(loss_fn), or loss_fn itself and one line that says why it cannot be."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        print("compile: off, no C++ compiler found", flush=True)
+        return loss_fn
+    fast, random = torch.compile(loss_fn), torch.get_rng_state()
+    x, y = (t.to(device) for t in data.batch(options.seed, 0, options.batch_size, options.block_size))
+    try:
+        with autocast:
+            fast(x, y).backward()  # compiles both passes here, where a failure can still be mended
+    except Exception as error:  # the compiler's own; training must go on without it
+        print(f"compile: off, it failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+        fast = loss_fn
+    torch.set_rng_state(random)
+    return fast
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+def learning_rate(step, options):
+    """Of update `step`, counted from 0: linear warm-up, then decay to min_lr at lr_decay_iters."""
+    peak, low, decay_iters = options.learning_rate, options.min_lr, options.lr_decay_iters
+    if step < options.warmup_iters:
+        return peak * (step + 1) / (options.warmup_iters + 1)
+    if not options.decay_lr:
+        return peak
+    if step >= decay_iters:
+        return low
+    done = (step - options.warmup_iters) / (decay_iters - options.warmup_iters)
+    left = 1 - done if options.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return low + left * (peak - low)
+
+
+@torch.no_grad()
+def evaluate(model, data, options, device, autocast):
+    """The mean loss over the fixed validation windows: (nats per token, bits per byte)."""
+    model.eval()
+    total, count = 0.0, 0
+    rows = max(1, EVAL_TOKENS_AT_ONCE // options.block_size)
+    for x, y in data.val_batches(options.block_size, rows, options.eval_tokens):
+        with autocast:
+            total += model.loss(x.to(device), y.to(device)).item() * y.numel()
+        count += y.numel()
+    model.train()
+    loss = total / count
+    return loss, loss / math.log(2) / data.bytes_per_token
+
+
+def make_optimizer(model, options, device):
+    """AdamW with weight decay on matrices only: decaying norms and biases towards zero makes no sense."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2),
+                             fused=device.type in ("cpu", "cuda"))
+
+
+def train(options, config, model, data, device, autocast, saved):
+    """From the start, or from the checkpoint `saved`, to max_iters."""
+    optimizer = make_optimizer(model, options, device)
+    step, best, tokens, seconds, wandb_id = 0, None, 0, 0.0, None
+    if saved:
+        checkpoint.load_model(model, saved.model, saved.folder)
+        checkpoint.load_optimizer(model, optimizer, saved.optimizer, saved.folder)
+        step, best, tokens, seconds, wandb_id = (saved.trainer[k] for k in ("iter", "best_val_loss", "tokens", "seconds", "wandb_id"))
+        drop_lines_after(step, options.out_dir)
+        print(f"going on from {saved.folder}")
+    loss_fn = compiled(model.loss, data, options, device, autocast) if options.compile else model.loss
+    metrics = Metrics(options, wandb_id)
+    bar = tqdm(total=options.max_iters, initial=step, unit="step", disable=not sys.stderr.isatty())
+    accumulation = options.gradient_accumulation_steps
+    rows = options.batch_size * accumulation
+    stop = catch_signals()
+    started = time.perf_counter() - seconds  # the clock goes on where the saved run stopped
+    last_log, last_tokens = time.perf_counter(), tokens
+
+    def save(is_best=False):
+        metrics.sync()
+        trainer = dict(iter=step, best_val_loss=best, tokens=tokens, seconds=time.perf_counter() - started, wandb_id=metrics.wandb_id)
+        optimizer_state = checkpoint.optimizer_tensors(model, optimizer) | checkpoint.random_tensors(device)
+        checkpoint.save(options.out_dir, checkpoint.model_tensors(model), optimizer_state, trainer,
+                        asdict(options) | {"vocab_size": config.vocab_size}, data.tokenizer.to_json(), is_best, options.keep_last)
+
+    while step < options.max_iters or not saved and step == 0:
+        if step < options.max_iters:
+            lr = learning_rate(step, options)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            x, y = (t.to(device) for t in data.batch(options.seed, step, rows, options.block_size))
+            train_loss = 0.0
+            for micro_x, micro_y in zip(x.split(options.batch_size), y.split(options.batch_size)):
+                with autocast:
+                    loss = loss_fn(micro_x, micro_y) / accumulation
+                loss.backward()
+                train_loss += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf).item()
+            if not math.isfinite(train_loss + norm):
+                raise not_finite(f"loss {train_loss}, gradient norm {norm}", step, options)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            tokens += x.numel()
+            bar.update()
+            if step % options.log_interval == 0 or step == options.max_iters:
+                now = time.perf_counter()
+                speed = (tokens - last_tokens) / (now - last_log)
+                last_log, last_tokens = now, tokens
+                metrics.log(iter=step, train_loss=train_loss, lr=lr, tokens=tokens, tokens_per_s=speed, seconds=now - started)
+                bar.set_postfix_str(f"loss {train_loss:.4f}, {speed:,.0f} tokens/s")
+                if bar.disable:
+                    print(f"step {step:6}/{options.max_iters} | loss {train_loss:.4f} nats | lr {lr:.2e} | {speed:,.0f} tokens/s | {now - started:.1f} s")
+        if step % options.eval_interval == 0 or step == options.max_iters:
+            eval_started = time.perf_counter()
+            val_loss, val_bpb = evaluate(model, data, options, device, autocast)
+            if not math.isfinite(val_loss):
+                raise not_finite(f"validation loss {val_loss}", step, options)
+            is_best = best is None or val_loss < best
+            best = val_loss if is_best else best
+            metrics.log(iter=step, val_loss=val_loss, val_bpb=val_bpb, tokens=tokens, seconds=time.perf_counter() - started)
+            bar.write(f"step {step:6}/{options.max_iters} | val loss {val_loss:.4f} nats per token | {val_bpb:.4f} bits per byte"
+                      + (" | the best so far" if is_best else ""), file=sys.stdout)
+            save(is_best)
+            last_log += time.perf_counter() - eval_started  # tokens_per_s is of training alone
+        elif stop:
+            save()
+        if stop:
+            print(f"stopped by {stop[0]} at step {step}; go on with --resume")
+            break
+    bar.close()
+    metrics.close()
+
+
+def not_finite(what, step, options):
+    return BadInput(f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); training stops and {options.out_dir} "
+                    "keeps its last checkpoint; try a lower learning_rate")
+
+
+def catch_signals():
+    """A list that holds the signal's name once SIGTERM or Ctrl-C has come. A second one ends the process at once."""
+    caught = []
+
+    def handle(number, frame):
+        caught.append(signal.Signals(number).name)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return caught
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log that is read while it grows
+    main()
