@@ -186,6 +186,18 @@ def load_model(model, tensors, source):
         tensor.copy_(tensors[name])
 
 
+def init_model(model, tensors, source):
+    """Starts from another model's weights, name -> tensor. They may lack what a mixer adds to that model without changing
+    what it computes (SSA's temperatures, on a softmax model). BadInput as for load_model."""
+    own, tensors = model_tensors(model), dict(tensors)
+    for i, block in enumerate(model.blocks):
+        if hasattr(block.mixer, "be_neutral"):
+            added = {f"blocks.{i}.mixer.{name}" for name in block.mixer.be_neutral()}
+            if not added & tensors.keys():
+                tensors |= {name: own[name] for name in added}
+    load_model(model, tensors, source)
+
+
 def load_optimizer(model, optimizer, tensors, source):
     """Gives AdamW its moments and the generators their state back. BadInput if they are of another model."""
     own = {name: p for name, p in model.named_parameters()}

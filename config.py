@@ -69,6 +69,21 @@ class ModelOptions:
     head_temperature: Optional[float] = option(None, "hidden states are divided by it before the head [default: 0.1 if all layers are pelican, else 1]", gt=0)
     zero_init_head: bool = option(False, "the head starts at zero (untied heads only)")
     embed_rank: Optional[int] = option(None, "the embedding is Embedding(V, r) and Linear(r, C) (untied heads only)", ge=1)
+    # options named after a mechanism are refused where no layer uses it
+    lln_matching: Literal["table", "published"] = option("table", "LLN's moment matching: a table for the head size, or the paper's constants for D = 64")
+    lln_diag_mode: Literal["mean", "sum", "convex"] = option("mean", "LLN and Diag: half each, r and p learnable, r and 1 - r learnable")
+    ssa_query_token: bool = option(True, "SSA's token term for queries")
+    ssa_query_position: bool = option(True, "SSA's position term for queries")
+    ssa_key_token: bool = option(False, "SSA's token term for keys")
+    ssa_key_position: bool = option(False, "SSA's position term for keys")
+    ssa_value_token: bool = option(True, "SSA's token term for values")
+    ssa_value_position: bool = option(False, "SSA's position term for values")
+    ssa_share: bool = option(True, "SSA's token terms reuse the projection that they scale; otherwise an MLP each")
+    ssa_per_head: bool = option(False, "SSA's temperatures differ between heads")
+    performer_features: Optional[int] = option(None, "Performer's features m [default: D log D rounded to a multiple of 8]", ge=1)
+    performer_redraw: int = option(0, "optimiser steps between draws of Performer's features; 0: never", ge=0)
+    linformer_segment: int = option(64, "tokens L in a segment of Linformer", ge=1)
+    linformer_slots: int = option(4, "slots r of a completed segment of Linformer", ge=1)
 
 
 @checked

@@ -2,13 +2,13 @@
 
 One JSON object per log line and per evaluation, absent values null:
 iter (optimiser updates done), train_loss and val_loss (nats per token), val_bpb (bits per byte), lr, tokens (read in
-training), tokens_per_s, seconds (of training and evaluation, over resumes).
+training), flops (of training, by each mixer's own formula), tokens_per_s, seconds (of training and evaluation, over resumes).
 """
 import json
 import os
 from pathlib import Path
 
-KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "lr", "tokens", "tokens_per_s", "seconds")
+KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "lr", "tokens", "flops", "tokens_per_s", "seconds")
 
 
 class Metrics:

@@ -7,6 +7,7 @@
 Shapes: B batch, T time, C channels (n_embd), H heads, D = C / H, V vocabulary, F hidden units of the FFN.
 """
 import math
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from config import ModelOptions, checked
-from mixers import MIXERS, layer_mixers
-from mixers.causal_reduction import causal_reduce
+from mixers import MIXERS, layer_mixers, mechanism_of
+from mixers.causal_reduction import causal_reduce, reduction_state_bytes
 
 
 @checked
@@ -37,8 +38,8 @@ class GPTConfig(ModelOptions):
         self.mlp_activation = default(self.mlp_activation, "silu" if llama else "gelu")
         self.tie_head = default(self.tie_head, not llama)
         self.n_kv_head = default(self.n_kv_head, H)
-        only_pelican = set(layer_mixers(self.mixer, self.n_layer)) == {"pelican"}
-        self.head_temperature = default(self.head_temperature, 0.1 if only_pelican else 1.0)
+        used = set(layer_mixers(self.mixer, self.n_layer))
+        self.head_temperature = default(self.head_temperature, 0.1 if used == {"pelican"} else 1.0)
         if C % H:
             raise ValueError(f"n_embd {C} is not divisible by n_head {H}; choose a multiple")
         if H % self.n_kv_head:
@@ -49,6 +50,10 @@ class GPTConfig(ModelOptions):
             raise ValueError("zero_init_head would zero the embedding too, since tie_head is on; set tie_head=False")
         if self.tie_head and self.embed_rank:
             raise ValueError(f"embed_rank {self.embed_rank} leaves no full embedding for tie_head to share; set tie_head=False")
+        for f in fields(ModelOptions):
+            mechanism = mechanism_of(f.name)
+            if mechanism and getattr(self, f.name) != f.default.default and not any(m.startswith(mechanism) for m in used):
+                raise ValueError(f"{f.name} has no effect: no layer of mixer {self.mixer!r} is {mechanism}; leave it out")
 
 
 class MLP(nn.Module):
@@ -73,6 +78,10 @@ class MLP(nn.Module):
             _, op, *context = self.activation.split("_")
             a, state = causal_reduce(a, op, bool(context), state)
         return self.c_proj(a * up if self.gated else a), state
+
+    def state_bytes(self, dtype):
+        reduces = self.activation.startswith("causal")
+        return reduction_state_bytes(self.c_proj.in_features, self.activation.endswith("context"), dtype) if reduces else 0
 
 
 class Block(nn.Module):
@@ -192,6 +201,29 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """idx (B, T) with max_new_tokens sampled tokens behind it (B, T + max_new_tokens); see `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)], dim=1)
+
+    def apply_statistics(self):
+        """Tells the mixers that an optimiser step is done; training calls it once per step."""
+        for block in self.blocks:
+            if hasattr(block.mixer, "apply_statistics"):
+                block.mixer.apply_statistics()
+
+    def flops_per_token(self, T):
+        """Forward FLOPs per token over a sequence of T tokens, by each mixer's own formula (see mixers/__init__.py); None
+        if a mixer has none. A training step takes three times as many."""
+        products = [m.weight.numel() for block in self.blocks for m in (block.mlp.c_fc, block.mlp.c_proj)]
+        products += [self.head.weight.numel(), self.embed[1].weight.numel() if self.config.embed_rank else 0]
+        mixers = [block.mixer for block in self.blocks if block.mixer is not None]
+        if not all(hasattr(mixer, "flops_per_token") for mixer in mixers):
+            return None
+        return 2 * sum(products) + sum(mixer.flops_per_token(T) for mixer in mixers)
+
+    def state_bytes(self, T, dtype):
+        """Bytes of one sequence's state after T tokens; None if a mixer does not say."""
+        mixers = [block.mixer for block in self.blocks if block.mixer is not None]
+        if not all(hasattr(mixer, "state_bytes") for mixer in mixers):
+            return None
+        return sum(mixer.state_bytes(T, dtype) for mixer in mixers) + sum(block.mlp.state_bytes(dtype) for block in self.blocks)
 
     def parameter_groups(self):
         """Number of parameters by group; a tied head counts as embedding. The groups add up to all of them."""

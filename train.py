@@ -52,7 +52,7 @@ def main():
         return
     if options.init_from:
         start = checkpoint.load(options.init_from)
-        checkpoint.load_model(model, start.model, start.folder)
+        checkpoint.init_model(model, start.model, start.folder)
     prepare_folder(options)
     train(options, config, model, data, device, autocast, saved)
 
@@ -129,7 +129,11 @@ def describe(options, model, data, device, dtype):
     print(f"data       {data.name}: {len(data.train):,} tokens to train on, {len(data.val):,} to validate, vocabulary {data.vocab_size:,}")
     for group, count in groups.items():
         print(f"{group:10} {count:>12,} parameters {100 * count / total:5.1f} %")
-    print(f"{'all':10} {total:>12,} parameters", flush=True)
+    print(f"{'all':10} {total:>12,} parameters")
+    flops, state = model.flops_per_token(options.block_size), model.state_bytes(options.block_size, dtype)
+    count = lambda value, unit: "n/a" if value is None else f"{value:,.0f} {unit}"
+    print(f"cost       {count(flops, 'forward FLOPs')} per token of {options.block_size}, a multiply-add being 2; "
+          f"{count(state, 'bytes')} of state after {options.block_size} tokens")
 
 
 def compiled(loss_fn, data, options, device, autocast):
@@ -204,6 +208,8 @@ def train(options, config, model, data, device, autocast, saved):
     bar = tqdm(total=options.max_iters, initial=step, unit="step", disable=not sys.stderr.isatty())
     accumulation = options.gradient_accumulation_steps
     rows = options.batch_size * accumulation
+    forward_flops = model.flops_per_token(options.block_size)
+    training_flops = lambda tokens: None if forward_flops is None else 3 * forward_flops * tokens  # backward is twice forward
     stop = catch_signals()
     started = time.perf_counter() - seconds  # the clock goes on where the saved run stopped
     last_log, last_tokens = time.perf_counter(), tokens
@@ -232,6 +238,7 @@ def train(options, config, model, data, device, autocast, saved):
                 raise not_finite(f"loss {train_loss}, gradient norm {norm}", step, options)
             optimizer.step()
             optimizer.zero_grad()
+            model.apply_statistics()
             step += 1
             tokens += x.numel()
             bar.update()
@@ -239,7 +246,8 @@ def train(options, config, model, data, device, autocast, saved):
                 now = time.perf_counter()
                 speed = (tokens - last_tokens) / (now - last_log)
                 last_log, last_tokens = now, tokens
-                metrics.log(iter=step, train_loss=train_loss, lr=lr, tokens=tokens, tokens_per_s=speed, seconds=now - started)
+                metrics.log(iter=step, train_loss=train_loss, lr=lr, tokens=tokens, flops=training_flops(tokens), tokens_per_s=speed,
+                            seconds=now - started)
                 bar.set_postfix_str(f"loss {train_loss:.4f}, {speed:,.0f} tokens/s")
                 if bar.disable:
                     print(f"step {step:6}/{options.max_iters} | loss {train_loss:.4f} nats | lr {lr:.2e} | {speed:,.0f} tokens/s | {now - started:.1f} s")
@@ -250,7 +258,8 @@ def train(options, config, model, data, device, autocast, saved):
                 raise not_finite(f"validation loss {val_loss}", step, options)
             is_best = best is None or val_loss < best
             best = val_loss if is_best else best
-            metrics.log(iter=step, val_loss=val_loss, val_bpb=val_bpb, tokens=tokens, seconds=time.perf_counter() - started)
+            metrics.log(iter=step, val_loss=val_loss, val_bpb=val_bpb, tokens=tokens, flops=training_flops(tokens),
+                        seconds=time.perf_counter() - started)
             bar.write(f"step {step:6}/{options.max_iters} | val loss {val_loss:.4f} nats per token | {val_bpb:.4f} bits per byte"
                       + (" | the best so far" if is_best else ""), file=sys.stdout)
             save(is_best)

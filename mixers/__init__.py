@@ -5,6 +5,13 @@ T new tokens on top of `state` (None: the start of the sequence), and returns y 
 tokens up to t only. Training, prefill and decoding are this one function: feeding a sequence in any split gives the
 outputs of one call on the whole. A returned state never changes later; it is a (nested) tuple of tensors and numbers.
 
+It may also say what it costs, and ask to be told of each optimiser step:
+
+    flops_per_token(T)      forward FLOPs per token, on average over a sequence of T tokens; matrix products only, a
+                            multiply-add is 2, and of a product with a causal mask only the visible half counts
+    state_bytes(T, dtype)   bytes of one sequence's state after T tokens, when activations are of that torch.dtype
+    apply_statistics()      called once per optimiser step: the forward pass may collect statistics, never apply them
+
 To add one: write mixers/mine.py, import its class here and add a line to MIXERS. Tests, benchmark and audit take it from there.
 Without touching this folder: a file of your own with `from mixers import MIXERS; MIXERS["mine"] = Mine`, and --mixer_file=PATH.
 """
@@ -15,8 +22,14 @@ from pathlib import Path
 from config import BadInput
 
 from mixers.causal_reduction import CausalReduction
+from mixers.linear import Linear
+from mixers.linformer import Linformer
+from mixers.lln import LLN
+from mixers.lln_diag import LLNDiag
 from mixers.pelican import Pelican
+from mixers.performer import Performer
 from mixers.softmax import Softmax
+from mixers.ssa import SSA
 
 # name -> builder(config, layer) -> nn.Module, or None: the block has no mixer and no norm before it
 MIXERS = {
@@ -28,7 +41,18 @@ MIXERS = {
     "causal_max_context": partial(CausalReduction, op="max", context=True),
     "causal_min_context": partial(CausalReduction, op="min", context=True),
     "causal_mean_context": partial(CausalReduction, op="mean", context=True),
+    "lln": LLN,
+    "lln_diag": LLNDiag,
+    "ssa": SSA,
+    "linear": Linear,
+    "performer": Performer,
+    "linformer": Linformer,
 }
+
+
+def mechanism_of(option):
+    """The mechanism that an option is named after, "lln" for "lln_matching", or None."""
+    return max((name for name in MIXERS if option.startswith(name + "_")), key=len, default=None)
 
 
 def layer_mixers(mixer, n_layer):

@@ -25,6 +25,11 @@ class QKV(nn.Module):
         return (t.view(B, T, -1, D).transpose(1, 2) for t in (q, k, v))
 
 
+def qkv_flops(mixer):
+    """Forward FLOPs per token of a mixer's projections, c_attn and c_proj; a multiply-add is 2."""
+    return 2 * (mixer.c_attn.proj.weight.numel() + mixer.c_proj.weight.numel())
+
+
 def merge_heads(y):
     """(B, H, T, D) -> (B, T, H D)."""
     return y.transpose(1, 2).flatten(2)
@@ -93,3 +98,22 @@ def causal_attention(q, k, v):
     # new token i is token S - T + i of the whole and sees everything up to itself; a single one sees all
     mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def cache_bytes(config_sizes, tokens, dtype):
+    """Keys and values of one sequence; config_sizes (H, G, D)."""
+    _, G, D = config_sizes
+    return 2 * G * D * tokens * dtype.itemsize
+
+
+def causal_attention_flops(config_sizes, T):
+    """Forward FLOPs per token of q k^T and of the weights times v, over T tokens; only what is visible counts."""
+    H, _, D = config_sizes
+    return 2 * 2 * H * D * (T + 1) / 2
+
+
+def into_blocks(t, size, n_before):
+    """(B, H, T, D) -> (B, H, N, size, D): n_before empty places, then the T tokens, then empty places up to N * size."""
+    T = t.size(2)
+    N = -(-(n_before + T) // size)
+    return F.pad(t, (0, 0, n_before, N * size - n_before - T)).unflatten(2, (N, size))

@@ -33,6 +33,11 @@ def causal_reduce(x, op, context, state=None):
     return r, (x[:, -1:], sums[:, -1:], n + T)
 
 
+def reduction_state_bytes(C, context, dtype):
+    """x_{t-1}, and with context the running sum, which is kept in at least float32."""
+    return C * (dtype.itemsize + (torch.promote_types(dtype, torch.float32).itemsize if context else 0))
+
+
 class CausalReduction(nn.Module):
     def __init__(self, config, layer, op, context=False):
         super().__init__()
@@ -42,3 +47,9 @@ class CausalReduction(nn.Module):
     def forward(self, x, state=None):
         r, state = causal_reduce(x, self.op, self.context, state)
         return self.c_proj(r), state
+
+    def flops_per_token(self, T):
+        return 2 * self.c_proj.weight.numel()
+
+    def state_bytes(self, T, dtype):
+        return reduction_state_bytes(self.c_proj.in_features, self.context, dtype)

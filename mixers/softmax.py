@@ -8,7 +8,7 @@ Deviation: no dropout on the attention weights (most mixers have none to drop); 
 """
 import torch.nn as nn
 
-from mixers.attention import QKV, Cache, causal_attention, merge_heads, rotate
+from mixers.attention import QKV, Cache, cache_bytes, causal_attention, causal_attention_flops, merge_heads, qkv_flops, rotate
 
 
 class Softmax(nn.Module):
@@ -25,3 +25,9 @@ class Softmax(nn.Module):
             q, k = rotate(q, start, self.rope_base), rotate(k, start, self.rope_base)
         state = Cache.append(state, k, v)
         return self.c_proj(merge_heads(causal_attention(q, state.k, state.v))), state
+
+    def flops_per_token(self, T):
+        return qkv_flops(self) + causal_attention_flops(self.c_attn.sizes, T)
+
+    def state_bytes(self, T, dtype):
+        return cache_bytes(self.c_attn.sizes, T, dtype)

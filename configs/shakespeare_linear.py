@@ -1,0 +1,4 @@
+"""python train.py configs/shakespeare_linear.py"""
+from configs.shakespeare import *
+
+mixer = "linear"

@@ -1,0 +1,4 @@
+"""python train.py configs/shakespeare_linformer.py"""
+from configs.shakespeare import *
+
+mixer = "linformer"

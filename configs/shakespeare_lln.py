@@ -1,0 +1,4 @@
+"""python train.py configs/shakespeare_lln.py"""
+from configs.shakespeare import *
+
+mixer = "lln"

@@ -1,0 +1,4 @@
+"""python train.py configs/shakespeare_performer.py"""
+from configs.shakespeare import *
+
+mixer = "performer"

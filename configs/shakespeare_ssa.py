@@ -1,0 +1,4 @@
+"""python train.py configs/shakespeare_ssa.py"""
+from configs.shakespeare import *
+
+mixer = "ssa"

@@ -1,0 +1,41 @@
+"""Linear attention (Katharopoulos et al. 2020, "Transformers are RNNs", arXiv 2006.16236): the plain baseline.
+
+    phi(u) = elu(u) + 1,   y_t = phi(q_t)^T S_t / (phi(q_t)^T z_t),  S_t = sum_{s<=t} phi(k_s) v_s^T,  z_t = sum_{s<=t} phi(k_s)
+
+q, k, v, y (B, H, T, D). State: S, z and the key maximum, see mixers/chunkwise.py.
+
+Deviation: features are formed as logarithms, log phi(u) = log(1 + u) above 0 and u below. So phi does not round to 0 at
+u < -17, where float32 would make rows 0/0.
+"""
+import torch
+import torch.nn as nn
+
+from mixers.attention import QKV, merge_heads, qkv_flops, repeat_heads
+from mixers.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
+
+
+def log_elu_plus_one(u):
+    """log(elu(u) + 1), element-wise, in at least float32."""
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
+    return u.clamp(min=0).log1p() + u.clamp(max=0)
+
+
+class Linear(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_attn = QKV(config)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, state=None):
+        q, k, v = self.c_attn(x)
+        k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+        y, state = linear_attention(log_elu_plus_one(q), log_elu_plus_one(k), v, state)
+        return self.c_proj(merge_heads(y)), state
+
+    def flops_per_token(self, T):
+        H, _, D = self.c_attn.sizes
+        return qkv_flops(self) + linear_attention_flops(T, H, D, D)
+
+    def state_bytes(self, T, dtype):
+        H, _, D = self.c_attn.sizes
+        return linear_state_bytes(H, D, D, dtype)

@@ -1,0 +1,61 @@
+"""LLN plus block-diagonal softmax attention (same paper as mixers/lln.py, arXiv 2311.13541).
+
+    y = 0.5 (LLN + Diag)         --lln_diag_mode=mean
+    y = r LLN + p Diag           --lln_diag_mode=sum       r, p learnable, per head and channel (H, D), at 0.5
+    y = r LLN + (1 - r) Diag     --lln_diag_mode=convex
+
+Diag is causal softmax attention within blocks of D tokens (block size = head size), aligned to the start of the sequence.
+LLN, Diag, y (B, H, T, D). State: the number of tokens, LLN's state, and keys and values (B, G, <= D, D) of the current block.
+With RoPE only Diag rotates: the exponential of a rotated vector encodes no relative position.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from mixers.attention import cache_bytes, causal_attention, causal_attention_flops, into_blocks, merge_heads, repeat_heads, rotate
+from mixers.lln import LLN
+
+
+def block_attention(q, k, v, n_before):
+    """Causal softmax attention within blocks of D tokens, for q (B, H, T, D) whose first token has n_before tokens of its
+    block before it; k, v (B, G, n_before + T, D) begin with those."""
+    T, D = q.shape[2:]
+    if n_before + T <= D:  # one block: nothing to cut
+        return causal_attention(q, k, v)
+    k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+    blocks = [t.transpose(1, 2).flatten(0, 1) for t in (into_blocks(q, D, n_before), into_blocks(k, D, 0), into_blocks(v, D, 0))]
+    y = F.scaled_dot_product_attention(*blocks, is_causal=True)  # (B N, H, D, D)
+    return y.unflatten(0, (q.size(0), -1)).transpose(1, 2).flatten(2, 3)[:, :, n_before:n_before + T]
+
+
+class LLNDiag(LLN):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.rope_base = config.rope_base if config.pos == "rope" else None
+        H, _, D = self.c_attn.sizes
+        self.r = nn.Parameter(torch.full((H, 1, D), 0.5)) if config.lln_diag_mode != "mean" else None
+        self.p = nn.Parameter(torch.full((H, 1, D), 0.5)) if config.lln_diag_mode == "sum" else None
+
+    def forward(self, x, state=None):
+        q, k, v = self.c_attn(x)
+        n, lln_state, block_k, block_v = state or (0, None, k[:, :, :0], v[:, :, :0])
+        D, T = q.size(3), q.size(2)
+        y, lln_state = self.lln(q, k, v, lln_state)
+        if self.rope_base:
+            q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
+        k, v = torch.cat([block_k, k], dim=2), torch.cat([block_v, v], dim=2)
+        diag = block_attention(q, k, v, n % D)
+        r = 0.5 if self.r is None else self.r
+        p = 1 - r if self.p is None else self.p
+        y = (r * y + p * diag).to(x.dtype)
+        left = (n + T) % D  # tokens of the block that is not complete
+        state = n + T, lln_state, k[:, :, k.size(2) - left:], v[:, :, v.size(2) - left:]
+        return self.c_proj(merge_heads(y)), state
+
+    def flops_per_token(self, T):
+        H, _, D = self.c_attn.sizes
+        return super().flops_per_token(T) + causal_attention_flops(self.c_attn.sizes, min(T, D))
+
+    def state_bytes(self, T, dtype):
+        D = self.c_attn.sizes[2]
+        return super().state_bytes(T, dtype) + cache_bytes(self.c_attn.sizes, T % D, dtype)

@@ -1,0 +1,76 @@
+"""Performer, FAVOR+ (Choromanski et al. 2020, "Rethinking Attention with Performers", arXiv 2009.14794).
+
+    phi(u) = exp(omega^T u - |u|^2 / 2) / sqrt(m),  u = q / D^(1/4) or k / D^(1/4)
+    y_t = sum_{s<=t} phi(q_t).phi(k_s) v_s / sum_{s<=t} phi(q_t).phi(k_s),   E[phi(q).phi(k)] = exp(q.k / sqrt(D))
+
+q, k, v, y (B, H, T, D); omega (m, D), its rows Gaussian in length and orthogonal within blocks of D, one for all heads of
+a layer, drawn from the seed and saved. State: S (B, H, m, D), z and the key maximum, see mixers/chunkwise.py.
+
+Default m: D log D, rounded to a multiple of 8. --performer_redraw=N draws omega anew every N optimiser steps.
+"""
+import math
+
+import torch
+import torch.nn as nn
+
+from mixers.attention import QKV, merge_heads, qkv_flops, repeat_heads, rotate
+from mixers.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
+
+
+def orthogonal_gaussian(m, D, generator):
+    """omega (m, D): blocks of D orthogonal directions, each row with the length of a Gaussian vector of its own."""
+    blocks = [torch.linalg.qr(torch.randn(D, D, generator=generator))[0].T for _ in range(math.ceil(m / D))]
+    return torch.cat(blocks)[:m] * torch.randn(m, D, generator=generator).norm(dim=1, keepdim=True)
+
+
+def log_features(x, omega):
+    """log phi (B, H, T, m) of queries or keys x (B, H, T, D), in at least float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        u = x.to(torch.promote_types(x.dtype, omega.dtype)) / x.size(-1) ** 0.25
+        omega = omega.to(u.dtype)
+        return u @ omega.T - u.square().sum(-1, keepdim=True) / 2 - math.log(len(omega)) / 2
+
+
+class Performer(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.rope_base = config.rope_base if config.pos == "rope" else None
+        self.redraw_every = config.performer_redraw
+        self.c_attn = QKV(config)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        D = self.c_attn.sizes[2]
+        m = config.performer_features or max(8, round(D * math.log(D) / 8) * 8)
+        # draws are numbered from a seed of their own, so that a redraw is the same on every rank and after a resume
+        self.register_buffer("seed", torch.randint(2**31, (1,)))
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("omega", torch.empty(m, D))
+        self.draw()
+
+    def draw(self):
+        generator = torch.Generator().manual_seed(int(self.seed + self.steps))
+        self.omega.copy_(orthogonal_gaussian(*self.omega.shape, generator))
+
+    def forward(self, x, state=None):
+        q, k, v = self.c_attn(x)
+        n, state = state or (0, None)
+        if self.rope_base:
+            q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
+        a, b = log_features(q, self.omega), log_features(k, self.omega)
+        y, state = linear_attention(a, repeat_heads(b, q.size(1)), repeat_heads(v, q.size(1)), state)
+        return self.c_proj(merge_heads(y)), (n + x.size(1), state)
+
+    def apply_statistics(self):
+        """Once per optimiser step: counts it, and draws omega anew when it is time."""
+        if self.redraw_every:
+            self.steps += 1
+            if int(self.steps) % self.redraw_every == 0:
+                self.draw()
+
+    def flops_per_token(self, T):
+        H, G, D = self.c_attn.sizes
+        m = len(self.omega)
+        return qkv_flops(self) + 2 * (H + G) * D * m + linear_attention_flops(T, H, m, D)
+
+    def state_bytes(self, T, dtype):
+        H, _, D = self.c_attn.sizes
+        return linear_state_bytes(H, len(self.omega), D, dtype)

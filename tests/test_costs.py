@@ -1,0 +1,71 @@
+"""What each mixer says it costs, against the real state and PyTorch's own counter."""
+import pytest
+import torch
+from test_mixers import SKELETONS, every_mixer, make, tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixers import MIXERS
+
+every_skeleton = pytest.mark.parametrize("skeleton", SKELETONS)
+
+
+@every_mixer
+@every_skeleton
+@pytest.mark.parametrize("T", [1, 8, 63, 64, 100, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_bytes_are_the_states(mixer, skeleton, T, dtype):
+    model = make(mixer, skeleton).to(dtype)
+    # statistics and features of a mixer stay in float32 whatever the weights are
+    _, state = model.step(torch.randint(31, (1, T)))
+    assert sum(t.nbytes for t in tensors(state)) == model.state_bytes(T, dtype)
+
+
+def counted(model, T):
+    """FLOPs per token of a forward pass by PyTorch's counter, which sees nothing of fused attention: hence the plain one."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.randint(31, (1, T)))
+    return counter.get_total_flops() / T
+
+
+def masked_half(mixer, T, D=8, H=4, L=64):
+    """FLOPs per token and layer that the counter has and our formulas leave out: products that a causal mask throws away."""
+    pairs = lambda n: (n - (n + 1) / 2)  # of n columns, those not visible, on average over rows
+    if mixer in ("softmax", "ssa"):
+        return 2 * 2 * H * D * pairs(T)
+    if mixer in ("lln", "linear", "lln_diag"):
+        return 2 * 2 * H * D * pairs(64) + (2 * 2 * H * D * pairs(D) if mixer == "lln_diag" else 0)
+    if mixer == "performer":
+        return 2 * H * (16 + D) * pairs(64)
+    if mixer == "linformer":  # and all slots where only those of completed segments are visible
+        slots = T // L * 4
+        seen = sum(4 * (t // L) for t in range(T)) / T
+        return 2 * 2 * H * D * (pairs(L) + slots - seen)
+    return 0
+
+
+@every_mixer
+@every_skeleton
+def test_flops_are_those_counted(mixer, skeleton):
+    model, T = make(mixer, skeleton, block_size=256), 256
+    total = counted(model, T)
+    assert total > 0
+    own = MIXERS[mixer] and model.blocks[0].mixer
+    if own and not hasattr(own, "flops_per_token"):
+        pytest.skip("this mixer does not say")
+    # our convention leaves out what a mask throws away; the counter has it. 1 % for sums written as products
+    expected = model.flops_per_token(T) + 2 * masked_half(mixer, T)
+    assert total == pytest.approx(expected, rel=0.01)
+
+
+def test_a_mixer_that_does_not_say_makes_the_model_not_say():
+    class Quiet(torch.nn.Module):
+        def forward(self, x, state=None):
+            return x, state
+
+    MIXERS["quiet"] = lambda config, layer: Quiet()
+    try:
+        model = make("quiet")
+        assert model.flops_per_token(8) is None and model.state_bytes(8, torch.float32) is None
+    finally:
+        del MIXERS["quiet"]

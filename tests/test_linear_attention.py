@@ -1,0 +1,320 @@
+"""The chunkwise engine against its oracle, and what linear, lln, lln_diag and performer build on it."""
+import math
+
+import pytest
+import torch
+from test_mixers import make, tokens
+
+from mixers.chunkwise import CHUNK, linear_attention
+from mixers.lln import DECAY, PUBLISHED_A, PUBLISHED_B, matched_scale, matching_table
+from mixers.performer import log_features, orthogonal_gaussian
+from mixers.linear import log_elu_plus_one
+
+LENGTHS = [1, 2, 63, 64, 65, 128, 130, 200]
+
+
+def oracle(a, b, v):
+    """The definition, in float64: a T x T matrix of log weights, one softmax over its visible half. Shapes as linear_attention's."""
+    a, b, v = a.double(), b.double(), v.double()
+    log_w = torch.logsumexp(a[:, :, :, None] + b[:, :, None], dim=-1)  # (B, H, T, T)
+    later = torch.ones(log_w.shape[-2:], dtype=torch.bool).triu(1)
+    return log_w.masked_fill(later, -math.inf).softmax(-1) @ v
+
+
+def features(kind, T, dtype, size=60.0, D=16, E=8):
+    g = torch.Generator().manual_seed(T)
+    a, b = (torch.randn(2, 3, T, D, generator=g, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(2, 3, T, E, generator=g, dtype=torch.float64)
+    if kind == "uniform":
+        a, b = a.erf() * size, b.erf() * size
+    elif kind == "opposed":  # q = -k
+        a, b = torch.full_like(a, size), torch.full_like(b, -size)
+    elif kind == "growing":
+        b = b * 0.1 + torch.linspace(-size, size, T, dtype=torch.float64)[:, None]
+    elif kind == "shrinking":
+        b = b * 0.1 + torch.linspace(size, -size, T, dtype=torch.float64)[:, None]
+    return a.to(dtype), b.to(dtype), v.to(dtype)
+
+
+def assert_matches_oracle(a, b, v, tolerance):
+    inputs = [t.requires_grad_() for t in (a, b, v)]
+    y, _ = linear_attention(*inputs)
+    expected = oracle(*inputs)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grads = torch.autograd.grad((y.double() * direction).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * direction).sum(), inputs)
+    for got, exact in zip((y, *grads), (expected, *expected_grads)):
+        error = (got - exact).abs().max().item()
+        assert error <= tolerance * max(1, exact.abs().max().item()), f"error {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kind", ["normal", "uniform", "opposed", "growing", "shrinking"])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_engine_is_the_quadratic_form(kind, T, dtype, tolerance):
+    assert_matches_oracle(*features(kind, T, dtype), tolerance)
+
+
+@pytest.mark.parametrize("place", [0, 1, 17, 62, 63, 64, 65, 100, 127, 129])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_one_huge_key_at_each_place_of_a_chunk(place, dtype, tolerance):
+    a, b, v = features("normal", 130, dtype)
+    b = b - 60
+    b[:, :, place] = 60
+    assert_matches_oracle(a, b, v, tolerance)
+    # and no token before it feels it
+    without = b.detach().clone()
+    without[:, :, place] = -60
+    y, _ = linear_attention(a, b, v)
+    z, _ = linear_attention(a, without, v)
+    moved = (y - z).abs().amax((0, 1, 3))
+    assert (moved[:place] <= tolerance).all()
+    assert moved.max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["uniform", "opposed", "growing", "shrinking"])
+def test_no_overflow_and_no_empty_row_in_any_dtype(kind, dtype):
+    a, b, v = (t.requires_grad_() for t in features(kind, 200, dtype))
+    y, state = linear_attention(a, b, v)
+    y.float().square().sum().backward()
+    assert y.dtype == dtype and all(t.isfinite().all() for t in (y, a.grad, b.grad, v.grad, *state))
+    assert state.S.dtype == torch.promote_types(dtype, torch.float32)
+    # every row is a mean of the values: within their range
+    assert (y.double() <= v.double().amax(2, keepdim=True) + 0.02).all() and (y.double() >= v.double().amin(2, keepdim=True) - 0.02).all()
+
+
+def test_bfloat16_inputs_are_accumulated_in_float32():
+    """The inputs' own rounding aside, the result is as good as float32's, also where autocast would have products in bfloat16."""
+    a, b, v = features("normal", 300, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = linear_attention(a, b, v.float())
+    assert y.dtype == torch.float32
+    assert (y - oracle(a, b, v)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("split", [[1] * 70, [64, 64, 2], [50, 1, 79], [129, 1]], ids=lambda s: "+".join(map(str, s[:4])))
+@pytest.mark.parametrize("kind", ["normal", "uniform", "growing"])
+def test_state_carries_the_sequence(kind, split):
+    inputs = [t.requires_grad_() for t in features(kind, sum(split), torch.float64)]
+    whole, end = linear_attention(*inputs)
+    state, parts = None, []
+    for a, b, v in zip(*(t.split(split, dim=2) for t in inputs)):
+        y, state = linear_attention(a, b, v, state)
+        parts.append(y)
+    stepped = torch.cat(parts, dim=2)
+    torch.testing.assert_close(stepped, whole, rtol=0, atol=1e-10)
+    for got, exact in zip(state, end):
+        torch.testing.assert_close(got, exact)
+    direction = torch.randn_like(whole)
+    for got, exact in zip(*(torch.autograd.grad((y * direction).sum(), inputs) for y in (stepped, whole))):
+        torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_keys_may_grow_without_end():
+    T = 40 * CHUNK
+    a, v = torch.randn(1, 1, T, 4), torch.randn(1, 1, T, 4)
+    b = torch.randn(1, 1, T, 4) + torch.arange(T)[:, None] * 0.5  # up to 1,280: exp of it is no float of any kind
+    y, state = linear_attention(a, b, v)
+    assert y.isfinite().all() and all(t.isfinite().all() for t in state)
+    last = slice(T - 200, T)
+    assert (y - oracle(a, b, v))[:, :, last].abs().max() < 1e-4
+
+
+def test_training_memory_grows_linearly_with_length():
+    """What autograd keeps: twice the tokens, about twice the bytes; a T x T matrix would take four times."""
+    def kept(T):
+        total = {}
+        a, b, v = (torch.randn(1, 1, T, 16, requires_grad=True) for _ in range(3))
+        def pack(t):
+            total[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = linear_attention(a, b, v)
+        assert total and y is not None
+        return sum(total.values())
+    assert kept(4096) / kept(2048) < 2.2
+
+
+# The mixers on top ---------------------------------------------------------------------------------------------------
+
+def heads_of(mixer, x):
+    q, k, v = mixer.c_attn(x)
+    G = q.size(1) // k.size(1)
+    return q, k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
+
+
+def project(mixer, y):
+    return mixer.c_proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("skeleton", ["gpt2", "llama"])
+def test_linear_is_elu_plus_one(skeleton):
+    mixer, x = make("linear", skeleton).blocks[0].mixer, torch.randn(2, 70, 32, dtype=torch.float64)
+    q, k, v = heads_of(mixer, x)
+    phi = lambda u: torch.nn.functional.elu(u) + 1
+    w = (phi(q) @ phi(k).mT).tril()
+    torch.testing.assert_close(mixer(x)[0], project(mixer, w @ v / w.sum(-1, keepdim=True)), rtol=0, atol=1e-11)
+    u = torch.tensor([-60.0, -3.0, 0.0, 2.0, 60.0])
+    torch.testing.assert_close(log_elu_plus_one(u).exp(), torch.where(u > 0, u.double() + 1, u.double().exp()).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("skeleton", ["gpt2", "llama"])
+def test_lln_is_the_papers(skeleton):
+    mixer, x = make("lln", skeleton).blocks[0].mixer, torch.randn(2, 70, 32, dtype=torch.float64)
+    mixer.q_moments.square.uniform_(1, 3)  # heads that differ
+    mixer.k_moments.square.uniform_(1, 3)
+    q, k, v = heads_of(mixer, x)
+    alpha, beta = mixer.alpha_beta()
+    w = ((alpha[:, None, None] * q).exp() @ (beta[:, None, None] * k).exp().mT).tril()
+    torch.testing.assert_close(mixer(x)[0], project(mixer, w @ v / w.sum(-1, keepdim=True)), rtol=0, atol=1e-11)
+
+
+def log_weight_variance(s, D):
+    """Of log(phi_q(q) . phi_k(k)) for Gaussian q, k and alpha sigma_q = beta sigma_k = s, from fresh samples."""
+    g = torch.Generator().manual_seed(99)
+    a, b = (s * torch.randn(40000, D, generator=g, dtype=torch.float64) for _ in range(2))
+    return torch.logsumexp(a + b, dim=1).var().item()
+
+
+@pytest.mark.parametrize("D", [16, 32, 64, 128])
+@pytest.mark.parametrize("product", [1.0, 1.5, 2.0, 2.5, 3.0])
+def test_moment_matching_reaches_its_target(D, product):
+    s = matched_scale(torch.tensor(product), matching_table(D)).item()
+    assert log_weight_variance(s, D) == pytest.approx(product ** 2, rel=0.1)
+    sigma_q, sigma_k = product / 0.8, 0.8
+    plain = torch.logsumexp(torch.randn(40000, D) * sigma_q + torch.randn(40000, D) * sigma_k, dim=1).var().item()
+    assert plain < 0.7 * product ** 2  # alpha = beta = 1
+
+
+def test_moment_matching_at_the_start_of_training_and_far_out():
+    for D in (16, 64):
+        table = matching_table(D)
+        s = matched_scale(torch.tensor(0.05), table).item()
+        assert log_weight_variance(s, D) == pytest.approx(0.0025, rel=0.1)
+        assert matched_scale(torch.tensor(0.0), table) == 0 and matched_scale(torch.tensor(1e9), table).isfinite()
+        assert (table.diff() >= 0).all() and torch.equal(table, matching_table.__wrapped__(D))
+
+
+def test_published_matching_is_the_papers_fit():
+    mixer = make("lln", lln_matching="published").blocks[0].mixer
+    mixer.q_moments.square.fill_(4.0)
+    alpha, beta = mixer.alpha_beta()
+    s = math.sqrt((4.0 - PUBLISHED_B) / (2 * PUBLISHED_A))
+    torch.testing.assert_close(alpha, torch.full_like(alpha, s / 2))
+    torch.testing.assert_close(beta, torch.full_like(beta, s))
+    assert log_weight_variance(s, 64) == pytest.approx(4.8, rel=0.1)  # what these constants reach for a target of 4
+
+
+@pytest.mark.parametrize("mixer", ["lln", "lln_diag"])
+@pytest.mark.parametrize("skeleton", ["gpt2", "llama"])
+def test_lln_statistics_are_collected_in_training_and_applied_once(mixer, skeleton):
+    def after(parts, applications=1):
+        model = make(mixer, skeleton).train()
+        for _ in range(applications):
+            for part in tokens(12, 64).split(12 // parts):
+                model(part)
+            model.apply_statistics()
+        return model
+    one, two, start = after(1), after(2), make(mixer, skeleton)
+    for (name, a), b, s in zip(one.named_buffers(), two.buffers(), start.buffers()):
+        if "moments" in name and "collected" not in name:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+            assert not torch.equal(a, s)
+    # the values: a moving average of the moments over rows, tokens and the head's channels
+    first = start.blocks[0]
+    q, k, _ = first.mixer.c_attn(first.norm1(start.embed(tokens(12, 64)) + (start.pos_embed.weight[:64] if start.pos_embed else 0)))
+    for x, moments in ((q, one.blocks[0].mixer.q_moments), (k, one.blocks[0].mixer.k_moments)):
+        torch.testing.assert_close(moments.mean, (1 - DECAY) * x.mean((0, 2, 3)))
+        torch.testing.assert_close(moments.square, DECAY + (1 - DECAY) * x.square().mean((0, 2, 3)))
+    # never at evaluation, and the first batch sees the start values
+    start.eval()(tokens())
+    before = [b.clone() for b in start.buffers()]
+    start.apply_statistics()
+    assert all(torch.equal(a, b) for a, b in zip(before, start.buffers()))
+    torch.testing.assert_close(start.train()(tokens())[0], start.eval()(tokens())[0])
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "convex"])
+@pytest.mark.parametrize("skeleton", ["gpt2", "llama"])
+def test_lln_diag_is_lln_and_softmax_within_blocks(mode, skeleton):
+    model = make("lln_diag", skeleton, lln_diag_mode=mode)
+    mixer, x = model.blocks[0].mixer, torch.randn(2, 45, 32, dtype=torch.float64)
+    q, k, v = heads_of(mixer, x)
+    alpha, beta = mixer.alpha_beta()
+    w = ((alpha[:, None, None] * q).exp() @ (beta[:, None, None] * k).exp().mT).tril()
+    lln = w @ v / w.sum(-1, keepdim=True)
+    if skeleton == "llama":
+        from mixers.attention import rotate
+        q, k = rotate(q, 0, 10000.0), rotate(k, 0, 10000.0)
+    position = torch.arange(45)
+    visible = (position[:, None] // 8 == position // 8) & (position[:, None] >= position)  # D = 8
+    diag = (q @ k.mT / math.sqrt(8)).masked_fill(~visible, -math.inf).softmax(-1) @ v
+    r, p = {"mean": (0.5, 0.5), "sum": (mixer.r, mixer.p), "convex": (mixer.r, None if mixer.r is None else 1 - mixer.r)}[mode]
+    torch.testing.assert_close(mixer(x)[0], project(mixer, r * lln + p * diag), rtol=0, atol=1e-11)
+
+
+def test_lln_diag_weights_start_at_one_half():
+    from model import GPT, GPTConfig
+    new = lambda mode: GPT(GPTConfig(vocab_size=31, mixer="lln_diag", lln_diag_mode=mode)).blocks[0].mixer
+    assert (new("sum").r == 0.5).all() and (new("sum").p == 0.5).all() and (new("convex").r == 0.5).all()
+    assert new("convex").p is None and new("mean").r is None and new("sum").r.shape == (4, 1, 32)
+
+
+def softmax_attention(q, k, v):
+    later = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)
+    return (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(later, -math.inf).softmax(-1) @ v
+
+
+def test_performer_converges_to_softmax_attention():
+    """The mean square error over draws falls with m, about as 1 / m."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 48, 16, generator=g, dtype=torch.float64) for _ in range(3))
+    q, k = q / 2, k / 2  # of ordinary size: the estimate's variance is exponential in it
+    exact = softmax_attention(q, k, v)
+    errors = []
+    for m in (16, 64, 256, 1024):
+        draws = [orthogonal_gaussian(m, 16, g).double() for _ in range(8)]
+        errors.append(sum((linear_attention(log_features(q, o), log_features(k, o), v)[0] - exact).square().mean() for o in draws).item() / 8)
+    assert all(later < 0.5 * earlier for earlier, later in zip(errors, errors[1:])), errors
+
+
+def test_performer_features_are_orthogonal_seeded_and_saved():
+    omega = orthogonal_gaussian(40, 16, torch.Generator().manual_seed(0))
+    gram = omega[:16] @ omega[:16].T
+    assert (gram - gram.diag().diag()).abs().max() < 1e-4 * gram.max()
+    lengths = orthogonal_gaussian(4096, 16, torch.Generator().manual_seed(1)).square().sum(1)
+    assert lengths.mean().item() == pytest.approx(16, rel=0.05)  # as Gaussian vectors have them
+    model, twin = make("performer"), make("performer")
+    assert torch.equal(model.blocks[0].mixer.omega, twin.blocks[0].mixer.omega)
+    assert not torch.equal(model.blocks[0].mixer.omega, model.blocks[1].mixer.omega)
+    assert "blocks.0.mixer.omega" in model.state_dict()
+    from model import GPT, GPTConfig
+    assert GPT(GPTConfig(vocab_size=31, mixer="performer")).blocks[0].mixer.omega.shape == (112, 32)  # 32 log 32 = 110.9
+
+
+def test_performer_redraws_on_schedule():
+    model = make("performer", performer_redraw=3)
+    omegas = []
+    for _ in range(7):
+        model.apply_statistics()
+        omegas.append(model.blocks[0].mixer.omega.clone())
+    same = [torch.equal(a, b) for a, b in zip(omegas, omegas[1:])]
+    assert same == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("skeleton", ["gpt2", "llama"])
+def test_linformer_is_one_softmax_over_slots_and_own_segment(skeleton):
+    model = make("linformer", skeleton, linformer_segment=16, linformer_slots=3)
+    mixer, x = model.blocks[0].mixer, torch.randn(1, 45, 32, dtype=torch.float64)
+    q, k, v = heads_of(mixer, x)
+    if skeleton == "llama":
+        from mixers.attention import rotate
+        q, k = rotate(q, 0, 10000.0), rotate(k, 0, 10000.0)
+    expected = torch.empty_like(q)
+    for t in range(45):
+        start = t // 16 * 16
+        slot = lambda P, u: torch.cat([P @ u[:, :, s:s + 16] for s in range(0, start, 16)] + [u[:, :, start:t + 1]], dim=2)
+        keys, values = slot(mixer.E, k), slot(mixer.F, v)
+        expected[:, :, t:t + 1] = (q[:, :, t:t + 1] @ keys.mT / math.sqrt(8)).softmax(-1) @ values
+    torch.testing.assert_close(mixer(x)[0], project(mixer, expected), rtol=0, atol=1e-11)
