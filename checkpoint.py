@@ -1,14 +1,15 @@
 """Checkpoints: out_dir/checkpoints/<iter, 8 digits>/, each a folder that needs nothing else to go on or to sample.
 
     model.safetensors       weights and buffers (a tied head once)
-    optimizer.safetensors   AdamW's moments by parameter name, and the random state
+    optimizer.safetensors   AdamW's moments by parameter name
     trainer.json            iter, best validation loss, tokens, seconds
     config.json             every option as used, and the vocabulary's size
     tokenizer.json
     manifest.json           sha256 of the files above; written last
 
 A checkpoint is written aside, synced to disk and then renamed, so a folder with eight digits is always whole when it
-appears; whether it still is, the manifest tells. JSON and safetensors only: nothing read back can run code.
+appears; whether it still is, the manifest tells. JSON and safetensors only: nothing read back can run code. There is no
+random state in it: what a step draws depends on (seed, step), so the position is enough to go on bit for bit.
 """
 import hashlib
 import json
@@ -25,6 +26,7 @@ from config import BadInput, one_line
 from data.files import read_json
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
+from parallel import share_like, whole
 
 FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "tokenizer.json")
 REMEDY = "use another checkpoint of the run"
@@ -33,20 +35,15 @@ REMEDY = "use another checkpoint of the run"
 # Writing -------------------------------------------------------------------------------------------------------------
 
 def model_tensors(model):
-    """name -> tensor: parameters, each once however many names it has, and the buffers that are saved."""
+    """name -> tensor: parameters, each once however many names it has, and the buffers that are saved. Every process of a
+    run must call it, and the next one too."""
     saved = model.state_dict().keys()
-    return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers()) if name in saved}
+    return {name: whole(t.detach()) for name, t in (*model.named_parameters(), *model.named_buffers()) if name in saved}
 
 
 def optimizer_tensors(model, optimizer):
     """AdamW's state as name -> tensor, for example exp_avg.embed.weight; empty before the first step."""
-    return {f"{key}.{name}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
-
-
-def random_tensors(device):
-    """The state of the generators that dropout draws from, as name -> tensor of bytes."""
-    state = {"rng.cpu": torch.get_rng_state()}
-    return {**state, "rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+    return {f"{key}.{name}": whole(value) for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
 
 
 def sync(path):
@@ -156,12 +153,12 @@ def load(out_dir, which="newest", fall_back=False):
     wrong = damage(folder) if folder in folders else "there is no such folder"
     if wrong is None:
         return Checkpoint(folder)
-    whole = [f for f in folders if damage(f) is None]
+    sound = [f for f in folders if damage(f) is None]
     message = f"checkpoint {folder} is damaged: {wrong}"
-    if fall_back and whole:
-        print(f"{message}; going back to {whole[-1]}", flush=True)
-        return Checkpoint(whole[-1])
-    raise BadInput(f"{message}; whole: {', '.join(f.name for f in whole) or 'none'}")
+    if fall_back and sound:
+        print(f"{message}; going back to {sound[-1]}", flush=True)
+        return Checkpoint(sound[-1])
+    raise BadInput(f"{message}; whole: {', '.join(f.name for f in sound) or 'none'}")
 
 
 def model_config(values, source):
@@ -199,17 +196,16 @@ def init_model(model, tensors, source):
 
 
 def load_optimizer(model, optimizer, tensors, source):
-    """Gives AdamW its moments and the generators their state back. BadInput if they are of another model."""
-    own = {name: p for name, p in model.named_parameters()}
-    try:
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind == "rng":
-                torch.set_rng_state(tensor) if name == "cpu" else torch.cuda.set_rng_state(tensor)
-            else:
-                optimizer.state[own[name]][kind] = tensor if kind == "step" else tensor.to(own[name].device)
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise BadInput(f"{source}: its optimizer.safetensors is not of this model: {error!r}") from error
+    """Gives AdamW its moments back. BadInput if they are of another model."""
+    own = {f"{key}.{name}": (p, key) for name, p in model.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")}
+    odd = [f"+{name}" for name in tensors if name not in own]
+    odd += [f"-{name}" for name in own if tensors and name not in tensors]  # none at all before the first step
+    odd += [name for name, (p, key) in own.items() if name in tensors and key != "step" and tensors[name].shape != p.shape]
+    if odd:
+        raise BadInput(f"{source}: optimizer.safetensors is of another model: {', '.join(odd)}")
+    for name, tensor in tensors.items():
+        p, key = own[name]
+        optimizer.state[p][key] = tensor if key == "step" else share_like(tensor, p)
 
 
 def build_model(checkpoint):

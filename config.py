@@ -9,6 +9,7 @@ pydantic checks types and ranges of both; argparse reads the command line.
 import argparse
 import contextlib
 import difflib
+import os
 import runpy
 import sys
 import types
@@ -41,7 +42,8 @@ def exit_on_bad_input(program):
     try:
         yield
     except BadInput as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun once is enough
+            print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -99,6 +101,7 @@ class Options(ModelOptions):
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the heavy operations; auto: bfloat16 where it is fast")
     compile: bool = option(False, "torch.compile the training step; needs a C++ compiler on a CPU, pays off on long runs")
+    parallel: Literal["ddp", "fsdp"] = option("ddp", "under torchrun: each process holds the whole model, or a share of it")
     # data and evaluation
     dataset: str = option("shakespeare_char", "a folder of data/; prepared when missing")
     eval_interval: int = option(250, "optimiser steps between evaluations, each with a checkpoint", ge=1)

@@ -8,12 +8,15 @@ import json
 import os
 from pathlib import Path
 
+from config import BadInput
+
 KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "lr", "tokens", "flops", "tokens_per_s", "seconds")
 
 
 class Metrics:
-    def __init__(self, options, wandb_id=None):
-        """Goes on with out_dir/metrics.jsonl, and with the wandb run wandb_id if there is one."""
+    def __init__(self, options, iteration, wandb_id):
+        """Goes on with out_dir/metrics.jsonl after `iteration`, and with the wandb run wandb_id if there is one."""
+        drop_lines_after(iteration, options.out_dir)
         self.file = open(Path(options.out_dir) / "metrics.jsonl", "a")
         self.wandb = start_wandb(options, wandb_id) if options.wandb_log else None
         self.wandb_id = self.wandb.id if self.wandb else wandb_id
@@ -39,7 +42,10 @@ def drop_lines_after(iteration, out_dir):
     """A run that goes on from `iteration` writes what came after it again."""
     path = Path(out_dir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= iteration]
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= iteration]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({error!r}); move it away to go on without the earlier lines") from error
     aside = path.with_name(".metrics.jsonl")
     aside.write_text("".join(kept))
     aside.replace(path)

@@ -3,12 +3,16 @@
     python train.py configs/shakespeare.py --mixer=lln --max_iters=500     any option of config.py; --help lists them
     python train.py configs/shakespeare.py --resume                        goes on from the newest checkpoint
     python train.py --eval_only --out_dir=out/shakespeare                  the validation loss of a run
+    torchrun --nproc_per_node=2 train.py configs/shakespeare.py            several processes, see parallel.py
 
-Writes out_dir/config.json, metrics.jsonl and checkpoints/. The batches depend on (seed, step) only, so that every mixer
-sees the same data in the same order; the validation loss is the mean over fixed windows of the validation split.
+Writes out_dir/config.json, metrics.jsonl and checkpoints/. The batch and the dropout of a step depend on (seed, step)
+only, so that every mixer sees the same data in the same order and a resumed run goes on bit for bit; the validation loss
+is the mean over fixed windows of the validation split.
 """
 import contextlib
+import fcntl
 import math
+import os
 import shutil
 import signal
 import sys
@@ -16,6 +20,7 @@ import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,38 +28,42 @@ import checkpoint
 from config import BadInput, ModelOptions, Options, exit_on_bad_input, parse_options
 from data import load_dataset
 from device import choose_device, choose_dtype
-from metrics import Metrics, drop_lines_after
+from metrics import Metrics
 from mixers import load_mixer_file
 from model import GPT
+from parallel import World, join, synchronise_gradients
 
 EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more is no faster and needs memory
 
 
 @exit_on_bad_input("train.py")
 def main():
+    world = World()
     options, saved = read_options(sys.argv[1:])
-    data = load_dataset(options.dataset, options.block_size)
+    device = world.start(choose_device(options.device), options)
+    data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))
     config = checkpoint.model_config(asdict(options) | {"vocab_size": data.vocab_size}, "options")
-    if saved:
-        refuse_other_shape(config, saved)
     # what was left to be chosen, as chosen: this is what config.json records
     options = replace(options, **{f.name: getattr(config, f.name) for f in fields(ModelOptions)})
-    device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device, options.n_embd)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    if saved:
+        compare_with(saved, options, config)
     torch.manual_seed(options.seed)
     model = GPT(config).to(device)
-    describe(options, model, data, device, dtype)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    if options.eval_only:
+    describe(options, model, data, device, dtype, world)
+    if saved:
         checkpoint.load_model(model, saved.model, saved.folder)
-        loss, bpb = evaluate(model, data, options, device, autocast)
-        print(f"{saved.folder}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
-        return
-    if options.init_from:
+    elif options.init_from:
         start = checkpoint.load(options.init_from)
         checkpoint.init_model(model, start.model, start.folder)
-    prepare_folder(options)
-    train(options, config, model, data, device, autocast, saved)
+    if options.eval_only:
+        loss, bpb = evaluate(model, data, options, device, autocast, world)
+        print(f"{saved.folder}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
+    else:
+        with prepared_folder(options, world):
+            train(options, config, model, data, device, autocast, saved, world)
+    world.end()
 
 
 # Before training -----------------------------------------------------------------------------------------------------
@@ -76,12 +85,16 @@ def read_options(argv):
             raise BadInput(f"{out_dir} holds no run; start one without --resume and --eval_only")
         if options.eval_only or checkpoint.checkpoints(out_dir):
             saved = checkpoint.load(out_dir, fall_back=not options.eval_only)
-            # an unset lr_decay_iters follows max_iters; a mixer file is code, so only the user may name one
-            follows = saved.config.get("lr_decay_iters") == saved.config.get("max_iters")
-            skip = {"vocab_size", "mixer_file", "init_from", "overwrite"} | ({"lr_decay_iters"} if follows else set())
+            # an unset lr_decay_iters follows max_iters, an unset min_lr follows learning_rate; a mixer file is code, so
+            # only the user may name one
+            skip = {"vocab_size", "mixer_file", "init_from", "overwrite", "resume", "eval_only"}
+            skip |= {"lr_decay_iters"} if saved.config.get("lr_decay_iters") == saved.config.get("max_iters") else set()
+            skip |= {"min_lr"} if saved.config.get("min_lr") == saved.config.get("learning_rate", 0) / 10 else set()
             options, *_ = parse({name: value for name, value in saved.config.items() if name not in skip})
         else:
             print(f"{out_dir} holds no checkpoint yet: starting from the beginning", flush=True)
+    elif holds_run(out_dir) and not options.overwrite:
+        raise BadInput(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or clear it with --overwrite")
     default = lambda value, otherwise: otherwise if value is None else value
     options = replace(options, out_dir=out_dir, min_lr=default(options.min_lr, options.learning_rate / 10),
                       lr_decay_iters=default(options.lr_decay_iters, max(options.max_iters, 1)))
@@ -89,8 +102,6 @@ def read_options(argv):
         raise BadInput(f"min_lr {options.min_lr} is above learning_rate {options.learning_rate}; lower it or leave it unset")
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
-    if not (options.resume or options.eval_only or options.overwrite) and holds_run(out_dir):
-        raise BadInput(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or clear it with --overwrite")
     return options, saved
 
 
@@ -98,58 +109,84 @@ def holds_run(out_dir):
     return any((Path(out_dir) / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
 
 
-def refuse_other_shape(config, saved):
-    """BadInput if the checkpoint's model is not the one that the options describe; its data may well be another's."""
+def compare_with(saved, options, config):
+    """BadInput if the checkpoint's model is not the one that the options describe; a line for every other difference."""
     old = checkpoint.model_config(saved.config, saved.folder / "config.json")
     changed = [f"{f.name} {getattr(old, f.name)} -> {getattr(config, f.name)}" for f in fields(config)
                if getattr(old, f.name) != getattr(config, f.name) and f.name != "dropout"]
     if changed:
         raise BadInput(f"{saved.folder} is of another model: {', '.join(changed)}; leave these as they were or start a new run")
+    for name, value in asdict(options).items():
+        if name in saved.config and saved.config[name] != value and name not in ("resume", "overwrite", "eval_only"):
+            print(f"changed since {saved.folder.name}: {name} {saved.config[name]} -> {value}")
 
 
-def prepare_folder(options):
-    """Clears and makes out_dir and writes config.json."""
+@contextlib.contextmanager
+def prepared_folder(options, world):
+    """Inside, out_dir is this run's alone: cleared if so asked, with config.json in it, and locked. The system releases the
+    lock when the process ends, however it ends."""
+    if world.rank > 0:
+        yield
+        return
     out_dir = Path(options.out_dir)
     try:
-        if options.overwrite and not options.resume:
-            for name in ("config.json", "metrics.jsonl", "checkpoints", "wandb"):  # ours; anything else there is the user's
-                path = out_dir / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         out_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(out_dir / "config.json", asdict(options))
+        with open(out_dir / "lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise BadInput(f"{out_dir} is in use by the training with process id {lock.read().strip()}; wait for it, stop "
+                               "it, or choose another --out_dir") from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            if options.overwrite:
+                for name in ("config.json", "metrics.jsonl", "checkpoints", "wandb"):  # ours; the rest is the user's
+                    path = out_dir / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            checkpoint.write_json(out_dir / "config.json", asdict(options))
+            yield
     except OSError as error:
         raise BadInput(f"cannot write to out_dir {out_dir}: {error}; free space or choose another --out_dir") from error
 
 
-def describe(options, model, data, device, dtype):
+def describe(options, model, data, device, dtype, world):
     groups = model.parameter_groups()
     total = sum(groups.values())
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"{options.out_dir}: {options.mixer}, {options.arch}, on {device}{threads}, {str(dtype).removeprefix('torch.')}")
+    where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    where += f", {world.size} processes ({options.parallel})" if world.size > 1 else ""
+    print(f"{options.out_dir}: {options.mixer}, {options.arch}, on {where}, {str(dtype).removeprefix('torch.')}")
     print(f"data       {data.name}: {len(data.train):,} tokens to train on, {len(data.val):,} to validate, vocabulary {data.vocab_size:,}")
     for group, count in groups.items():
         print(f"{group:10} {count:>12,} parameters {100 * count / total:5.1f} %")
     print(f"{'all':10} {total:>12,} parameters")
-    flops, state = model.flops_per_token(options.block_size), model.state_bytes(options.block_size, dtype)
+    T = options.block_size
     count = lambda value, unit: "n/a" if value is None else f"{value:,.0f} {unit}"
-    print(f"cost       {count(flops, 'forward FLOPs')} per token of {options.block_size}, a multiply-add being 2; "
-          f"{count(state, 'bytes')} of state after {options.block_size} tokens")
+    print(f"cost       {count(model.flops_per_token(T), 'forward FLOPs')} per token of {T}, a multiply-add being 2; "
+          f"{count(model.state_bytes(T, dtype), 'bytes')} of state after {T} tokens", flush=True)
 
 
-def compiled(loss_fn, data, options, device, autocast):
-    """torch.compile(loss_fn), or loss_fn itself and one line that says why it cannot be."""
+def compiled(model, data, options, device, autocast):
+    """torch.compile(model.loss), or model.loss itself and one line that says why."""
+    if options.parallel == "fsdp":
+        print("compile: off, it does not go with --parallel=fsdp")
+        return model.loss
     if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        print("compile: off, no C++ compiler found", flush=True)
-        return loss_fn
-    fast, random = torch.compile(loss_fn), torch.get_rng_state()
+        print("compile: off, no C++ compiler found")
+        return model.loss
+    fast = torch.compile(model.loss)
     x, y = (t.to(device) for t in data.batch(options.seed, 0, options.batch_size, options.block_size))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with autocast:
             fast(x, y).backward()  # compiles both passes here, where a failure can still be mended
     except Exception as error:  # the compiler's own; training must go on without it
-        print(f"compile: off, it failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
-        fast = loss_fn
-    torch.set_rng_state(random)
+        print(f"compile: off, it failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        fast = model.loss
+    model.zero_grad()
+    for name, buffer in model.named_buffers():  # the trial run counts for nothing
+        buffer.copy_(buffers[name])
     return fast
 
 
@@ -170,18 +207,21 @@ def learning_rate(step, options):
 
 
 @torch.no_grad()
-def evaluate(model, data, options, device, autocast):
+def evaluate(model, data, options, device, autocast, world):
     """The mean loss over the fixed validation windows: (nats per token, bits per byte)."""
     model.eval()
     total, count = 0.0, 0
-    rows = max(1, EVAL_TOKENS_AT_ONCE // options.block_size)
-    for x, y in data.val_batches(options.block_size, rows, options.eval_tokens):
+    batches = list(data.val_batches(options.block_size, max(1, EVAL_TOKENS_AT_ONCE // options.block_size), options.eval_tokens))
+    for i in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
+        # under FSDP all processes must take part in every forward pass: those without a batch left repeat the last
+        x, y = batches[min(i, len(batches) - 1)]
         with autocast:
-            total += model.loss(x.to(device), y.to(device)).item() * y.numel()
-        count += y.numel()
+            loss = model.loss(x.to(device), y.to(device)).item()
+        if i < len(batches):
+            total, count = total + loss * y.numel(), count + y.numel()
     model.train()
-    loss = total / count
-    return loss, loss / math.log(2) / data.bytes_per_token
+    total, count = world.total([total, count], device)
+    return total / count, total / count / math.log(2) / data.bytes_per_token
 
 
 def make_optimizer(model, options, device):
@@ -193,47 +233,55 @@ def make_optimizer(model, options, device):
                              fused=device.type in ("cpu", "cuda"))
 
 
-def train(options, config, model, data, device, autocast, saved):
-    """From the start, or from the checkpoint `saved`, to max_iters."""
+def train(options, config, model, data, device, autocast, saved, world):
+    """From the start, or from the checkpoint `saved`, whose weights the model has, to max_iters."""
+    forward_flops = model.flops_per_token(options.block_size)
+    loss_fn = compiled(model, data, options, device, autocast) if options.compile else model.loss
+    loss_fn = join(model, loss_fn, options, world)
     optimizer = make_optimizer(model, options, device)
     step, best, tokens, seconds, wandb_id = 0, None, 0, 0.0, None
     if saved:
-        checkpoint.load_model(model, saved.model, saved.folder)
         checkpoint.load_optimizer(model, optimizer, saved.optimizer, saved.folder)
         step, best, tokens, seconds, wandb_id = (saved.trainer[k] for k in ("iter", "best_val_loss", "tokens", "seconds", "wandb_id"))
-        drop_lines_after(step, options.out_dir)
         print(f"going on from {saved.folder}")
-    loss_fn = compiled(model.loss, data, options, device, autocast) if options.compile else model.loss
-    metrics = Metrics(options, wandb_id)
-    bar = tqdm(total=options.max_iters, initial=step, unit="step", disable=not sys.stderr.isatty())
+    metrics = Metrics(options, step, wandb_id) if world.rank == 0 else None
+    bar = tqdm(total=options.max_iters, initial=step, unit="step", disable=world.rank > 0 or not sys.stderr.isatty())
     accumulation = options.gradient_accumulation_steps
-    rows = options.batch_size * accumulation
-    forward_flops = model.flops_per_token(options.block_size)
-    training_flops = lambda tokens: None if forward_flops is None else 3 * forward_flops * tokens  # backward is twice forward
     stop = catch_signals()
     started = time.perf_counter() - seconds  # the clock goes on where the saved run stopped
     last_log, last_tokens = time.perf_counter(), tokens
 
+    def log(**values):
+        flops = None if forward_flops is None else 3 * forward_flops * tokens  # the backward pass is twice the forward pass
+        if metrics:
+            metrics.log(iter=step, tokens=tokens, flops=flops, seconds=time.perf_counter() - started, **values)
+
     def save(is_best=False):
-        metrics.sync()
-        trainer = dict(iter=step, best_val_loss=best, tokens=tokens, seconds=time.perf_counter() - started, wandb_id=metrics.wandb_id)
-        optimizer_state = checkpoint.optimizer_tensors(model, optimizer) | checkpoint.random_tensors(device)
-        checkpoint.save(options.out_dir, checkpoint.model_tensors(model), optimizer_state, trainer,
-                        asdict(options) | {"vocab_size": config.vocab_size}, data.tokenizer.to_json(), is_best, options.keep_last)
+        weights, moments = checkpoint.model_tensors(model), checkpoint.optimizer_tensors(model, optimizer)
+        if metrics:
+            metrics.sync()
+            trainer = dict(iter=step, best_val_loss=best, tokens=tokens, seconds=time.perf_counter() - started, wandb_id=metrics.wandb_id)
+            checkpoint.save(options.out_dir, weights, moments, trainer, asdict(options) | {"vocab_size": config.vocab_size},
+                            data.tokenizer.to_json(), is_best, options.keep_last)
+        world.wait()
 
     while step < options.max_iters or not saved and step == 0:
+        stopping = False
         if step < options.max_iters:
             lr = learning_rate(step, options)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            x, y = (t.to(device) for t in data.batch(options.seed, step, rows, options.block_size))
+            torch.manual_seed(seed_of(options.seed, step, world.rank))
+            x, y = data.batch(options.seed, step, options.batch_size * accumulation, options.block_size)
             train_loss = 0.0
-            for micro_x, micro_y in zip(x.split(options.batch_size), y.split(options.batch_size)):
+            for i, (micro_x, micro_y) in enumerate(zip(x.split(options.batch_size), y.split(options.batch_size))):
+                synchronise_gradients(loss_fn, model, on=i == accumulation - 1)
                 with autocast:
-                    loss = loss_fn(micro_x, micro_y) / accumulation
+                    loss = loss_fn(world.rows(micro_x).to(device), world.rows(micro_y).to(device)) / accumulation
                 loss.backward()
                 train_loss += loss.item()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf).item()
+            train_loss, stopping = world.total([train_loss / world.size, bool(stop)], device)
             if not math.isfinite(train_loss + norm):
                 raise not_finite(f"loss {train_loss}, gradient norm {norm}", step, options)
             optimizer.step()
@@ -246,31 +294,35 @@ def train(options, config, model, data, device, autocast, saved):
                 now = time.perf_counter()
                 speed = (tokens - last_tokens) / (now - last_log)
                 last_log, last_tokens = now, tokens
-                metrics.log(iter=step, train_loss=train_loss, lr=lr, tokens=tokens, flops=training_flops(tokens), tokens_per_s=speed,
-                            seconds=now - started)
+                log(train_loss=train_loss, lr=lr, tokens_per_s=speed)
                 bar.set_postfix_str(f"loss {train_loss:.4f}, {speed:,.0f} tokens/s")
                 if bar.disable:
                     print(f"step {step:6}/{options.max_iters} | loss {train_loss:.4f} nats | lr {lr:.2e} | {speed:,.0f} tokens/s | {now - started:.1f} s")
         if step % options.eval_interval == 0 or step == options.max_iters:
             eval_started = time.perf_counter()
-            val_loss, val_bpb = evaluate(model, data, options, device, autocast)
+            val_loss, val_bpb = evaluate(model, data, options, device, autocast, world)
             if not math.isfinite(val_loss):
                 raise not_finite(f"validation loss {val_loss}", step, options)
             is_best = best is None or val_loss < best
             best = val_loss if is_best else best
-            metrics.log(iter=step, val_loss=val_loss, val_bpb=val_bpb, tokens=tokens, flops=training_flops(tokens),
-                        seconds=time.perf_counter() - started)
+            log(val_loss=val_loss, val_bpb=val_bpb)
             bar.write(f"step {step:6}/{options.max_iters} | val loss {val_loss:.4f} nats per token | {val_bpb:.4f} bits per byte"
                       + (" | the best so far" if is_best else ""), file=sys.stdout)
             save(is_best)
             last_log += time.perf_counter() - eval_started  # tokens_per_s is of training alone
-        elif stop:
+        elif stopping:
             save()
-        if stop:
-            print(f"stopped by {stop[0]} at step {step}; go on with --resume")
+        if stopping and step < options.max_iters:
+            print(f"stopped by a signal after step {step}; go on with --resume")
             break
     bar.close()
-    metrics.close()
+    if metrics:
+        metrics.close()
+
+
+def seed_of(*numbers):
+    """One seed for torch's generators from several numbers, well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def not_finite(what, step, options):
@@ -279,11 +331,11 @@ def not_finite(what, step, options):
 
 
 def catch_signals():
-    """A list that holds the signal's name once SIGTERM or Ctrl-C has come. A second one ends the process at once."""
+    """A list that holds the signal's number once SIGTERM or Ctrl-C has come. A second one ends the process at once."""
     caught = []
 
     def handle(number, frame):
-        caught.append(signal.Signals(number).name)
+        caught.append(number)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -1,0 +1,114 @@
+"""Training on several processes with PyTorch's own engine: torchrun starts them, DDP or FSDP2 keeps them in step.
+
+    torchrun --nproc_per_node=2 train.py configs/shakespeare.py                     DDP: each process holds the model
+    torchrun --nproc_per_node=2 train.py configs/shakespeare.py --parallel=fsdp     FSDP2: each holds a share of it
+
+Every process draws the whole batch of a step and takes its rows of it, so the same options are the same run on any number.
+"""
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from config import BadInput
+
+
+class World:
+    """The processes of this run: .rank of .size, .local_rank on this machine. Without torchrun there is one."""
+
+    def __init__(self):
+        self.rank, self.size, self.local_rank = (int(os.environ.get(name, otherwise)) for name, otherwise in
+                                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+    def start(self, device, options):
+        """Joins the others and returns this process's device. Only rank 0 prints from here on."""
+        if self.size == 1:
+            return device
+        if options.batch_size % self.size:
+            raise BadInput(f"batch_size {options.batch_size} is not divisible by the {self.size} processes; choose a multiple")
+        if device.type == "cuda":
+            device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w")
+        return device
+
+    def first_alone(self, function):
+        """function() on every process; on each machine the first one runs it before the others do."""
+        if self.size == 1:
+            return function()
+        if self.local_rank == 0:
+            result = function()
+        dist.barrier()
+        return result if self.local_rank == 0 else function()
+
+    def total(self, values, device):
+        """The sums over all processes of a list of numbers."""
+        if self.size == 1:
+            return values
+        sums = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def rows(self, batch):
+        """This process's share of the rows of a batch (B, T)."""
+        n = len(batch) // self.size
+        return batch[self.rank * n:(self.rank + 1) * n]
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def end(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class Loss(nn.Module):
+    """DDP averages the gradients of what a module's forward returns: here the loss."""
+
+    def __init__(self, model, loss_fn):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, idx, targets):
+        return self.loss_fn(idx, targets)
+
+
+def join(model, loss_fn, options, world):
+    """loss_fn(idx, targets) whose backward pass averages the gradients over all processes. FSDP shards the model in place."""
+    if world.size == 1:
+        return loss_fn
+    if options.parallel == "ddp":
+        # buffers hold statistics, which are averaged once per step by those who collect them
+        return DistributedDataParallel(Loss(model, loss_fn), broadcast_buffers=False)
+    for part in (*model.blocks, model):
+        fully_shard(part)
+    register_fsdp_forward_method(model, "loss")
+    return model.loss
+
+
+def synchronise_gradients(loss_fn, model, on):
+    """Whether the next backward pass averages gradients: only the last micro-step of a step needs to."""
+    if isinstance(loss_fn, DistributedDataParallel):
+        loss_fn.require_backward_grad_sync = on
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(on)
+
+
+def whole(tensor):
+    """A tensor that FSDP shards, put together again; every process must ask. Others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share_like(tensor, parameter):
+    """`tensor` (whole) where and as `parameter` lies: its device, and its shards if FSDP shards it."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return tensor.to(parameter.device)
