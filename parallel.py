@@ -11,8 +11,6 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import BadInput
@@ -88,6 +86,7 @@ def join(model, loss_fn, options, world):
     if options.parallel == "ddp":
         # buffers hold statistics, which are averaged once per step by those who collect them
         return DistributedDataParallel(Loss(model, loss_fn), broadcast_buffers=False)
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second: only for those who ask
     for part in (*model.blocks, model):
         fully_shard(part)
     register_fsdp_forward_method(model, "loss")
@@ -104,11 +103,12 @@ def synchronise_gradients(loss_fn, model, on):
 
 def whole(tensor):
     """A tensor that FSDP shards, put together again; every process must ask. Others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def share_like(tensor, parameter):
     """`tensor` (whole) where and as `parameter` lies: its device, and its shards if FSDP shards it."""
-    if isinstance(parameter, DTensor):
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
     return tensor.to(parameter.device)
