@@ -2,7 +2,7 @@
 
     model.safetensors       weights and buffers (a tied head once)
     optimizer.safetensors   AdamW's moments by parameter name
-    trainer.json            iter, best validation loss, tokens, seconds
+    trainer.json            iter, its validation loss and the best so far (nats), tokens, seconds, wandb's run id
     config.json             every option as used, and the vocabulary's size
     tokenizer.json
     manifest.json           sha256 of the files above; written last
@@ -30,6 +30,8 @@ from parallel import share_like, whole
 
 FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "tokenizer.json")
 REMEDY = "use another checkpoint of the run"
+TRAINER = {"iter": (int,), "val_loss": (float, type(None)), "best_val_loss": (float, type(None)), "tokens": (int,),
+           "seconds": (float,), "wandb_id": (str, type(None))}  # what trainer.json holds
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -63,10 +65,10 @@ def write_json(path, value):
     aside.replace(path)
 
 
-def save(out_dir, tensors, optimizer, trainer, config, tokenizer, is_best, keep_last):
+def save(out_dir, tensors, optimizer, trainer, config, tokenizer, keep_last):
     """Writes the checkpoint of trainer["iter"]: `tensors` and `optimizer` by name, trainer and config as JSON, tokenizer as
-    the text it is. Points newest.json (and best.json, if is_best) at it, then deletes what is neither among the newest
-    keep_last nor the best.
+    the text it is. Points newest.json at it and best.json at the one with the lowest val_loss, then deletes what is
+    neither among the newest keep_last nor the best, and what is of a later iter: damaged ones that the run went back from.
 
     BadInput if it cannot be written; the earlier checkpoints are then as they were."""
     root = Path(out_dir) / "checkpoints"
@@ -90,12 +92,13 @@ def save(out_dir, tensors, optimizer, trainer, config, tokenizer, is_best, keep_
         aside.rename(folder)
         sync(root)
         shutil.rmtree(replaced, ignore_errors=True)
-        if is_best:
-            write_json(root / "best.json", {"folder": folder.name})
         write_json(root / "newest.json", {"folder": folder.name})
-        best = read_json(root / "best.json", REMEDY).get("folder") if (root / "best.json").exists() else None
-        for old in checkpoints(out_dir)[:-keep_last]:
-            if old.name != best:
+        kept = [old for old in checkpoints(out_dir) if old.name <= folder.name]
+        best = min((old for old in kept if val_loss(old) is not None), key=val_loss, default=None)
+        if best:
+            write_json(root / "best.json", {"folder": best.name})
+        for old in checkpoints(out_dir):
+            if old not in kept[-keep_last:] and old != best:
                 shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -112,6 +115,14 @@ def sha256(path):
 def checkpoints(out_dir):
     """The checkpoint folders of a run, oldest first."""
     return sorted(p for p in (Path(out_dir) / "checkpoints").glob("[0-9]" * 8) if p.is_dir())
+
+
+def val_loss(folder):
+    """The validation loss of a checkpoint in nats, or None if it was not evaluated or cannot be read."""
+    try:
+        return read_json(folder / "trainer.json", REMEDY)["val_loss"]
+    except (BadInput, KeyError):
+        return None
 
 
 def damage(folder):
@@ -132,13 +143,23 @@ class Checkpoint:
 
     def __init__(self, folder):
         self.folder = folder
-        try:
-            self.model = load_file(folder / "model.safetensors")
-            self.optimizer = load_file(folder / "optimizer.safetensors")
-        except SafetensorError as error:
-            raise BadInput(f"checkpoint {folder} is damaged: {error}") from error
+        self.model, self.optimizer = (read_tensors(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
         self.trainer, self.config = read_json(folder / "trainer.json", REMEDY), read_json(folder / "config.json", REMEDY)
         self.tokenizer = load_tokenizer(folder / "tokenizer.json")
+        for name, kinds in TRAINER.items():
+            if type(self.trainer.get(name)) not in kinds:
+                raise BadInput(f"{folder / 'trainer.json'} is damaged: {name} is {self.trainer.get(name)!r}; {REMEDY}")
+        if self.tokenizer.vocab_size != self.config.get("vocab_size"):
+            raise BadInput(f"{folder} is damaged: its tokenizer.json has {self.tokenizer.vocab_size} symbols, its config.json says "
+                           f"vocab_size {self.config.get('vocab_size')!r}; {REMEDY}")
+
+
+def read_tensors(path):
+    """name -> tensor of a safetensors file; BadInput if it is none."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} is damaged: {error}; {REMEDY}") from error
 
 
 def load(out_dir, which="newest", fall_back=False):
@@ -150,11 +171,11 @@ def load(out_dir, which="newest", fall_back=False):
     if which == "best":
         which = read_json(Path(out_dir) / "checkpoints" / "best.json", REMEDY).get("folder")
     folder = folders[-1] if which == "newest" else Path(out_dir) / "checkpoints" / str(which)
-    wrong = damage(folder) if folder in folders else "there is no such folder"
+    wrong = damage(folder) if folder in folders else "no such folder"
     if wrong is None:
         return Checkpoint(folder)
     sound = [f for f in folders if damage(f) is None]
-    message = f"checkpoint {folder} is damaged: {wrong}"
+    message = f"checkpoint {folder} is {'damaged' if folder in folders else 'missing'}: {wrong}"
     if fall_back and sound:
         print(f"{message}; going back to {sound[-1]}", flush=True)
         return Checkpoint(sound[-1])
@@ -167,7 +188,8 @@ def model_config(values, source):
     try:
         return GPTConfig(**{name: value for name, value in values.items() if name in names})
     except ValueError as error:
-        raise BadInput(f"{source}: {one_line(error)}") from error
+        hint = f"; it was trained with --mixer_file={values['mixer_file']}: name that again" if values.get("mixer_file") else ""
+        raise BadInput(f"{source}: {one_line(error)}{hint}") from error
 
 
 def load_model(model, tensors, source):

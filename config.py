@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import runpy
 import sys
 import types
@@ -38,7 +39,8 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def exit_on_bad_input(program):
-    """Inside, BadInput ends the program: one line on standard error, exit status 2. Any other error is our bug."""
+    """Inside, BadInput ends the program: one line on standard error, exit status 2. So does a lack of memory. Any other
+    error is our bug."""
     try:
         yield
     except BadInput as error:
@@ -48,6 +50,14 @@ def exit_on_bad_input(program):
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who reads our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("(out of|not enough|allocate) memory", str(error)):
+            raise  # torch has no one type for it
+        print(f"{program}: out of memory ({str(error).splitlines()[0][:200]}); lower batch_size, block_size or the model's sizes", file=sys.stderr)
+        sys.exit(2)
 
 
 @checked
@@ -134,7 +144,7 @@ def is_bool(annotation):
 
 
 def nearest(name, names):
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; nearest: {match[0]}" if match else "; --help lists them all"
 
 
@@ -159,7 +169,7 @@ def read_config_file(path, cls):
         raise BadInput(f"config file {path} does not exist")
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:  # the user's own code: whatever it raises, they need the place and the reason
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, they need the place and the reason
         raise BadInput(f"config file {path}: {type(error).__name__}: {error}") from error
     known = [f.name for f in fields(cls)]
     values = {}
@@ -193,37 +203,42 @@ def make_parser(cls, description, with_config_file):
         info = f.default  # pydantic's Field: default, help and limits
         hint = info.description + ("" if info.default is None else f" [default: {info.default}]")
         hint = hint.replace("%", "%%")
-        if is_bool(f.type):
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=hint)
-        else:
-            kind = typing.get_args(f.type)[0] if type(None) in typing.get_args(f.type) else f.type
-            metavar = "|".join(typing.get_args(kind)) or kind.__name__
-            parser.add_argument(f"--{f.name}", metavar=metavar, help=hint)
+        kind = typing.get_args(f.type)[0] if type(None) in typing.get_args(f.type) else f.type
+        metavar = "True|False" if kind is bool else "|".join(typing.get_args(kind)) or kind.__name__
+        parser.add_argument(f"--{f.name}", metavar=metavar, help=hint + (f"; or --no-{f.name}" if kind is bool else ""))
     return parser
 
 
-def plain_booleans(argv, bools):
-    """`--compile=False` and `--compile False` in argparse's own form: `--no-compile`."""
+def spell_out(argv, bools):
+    """`--compile`, `--compile False` and `--no-compile` as `--compile=True` or `=False`: a boolean must not swallow the
+    word behind it, which may be the config file."""
     out, argv = [], list(argv)
     while argv:
         word = argv.pop(0)
-        name, _, value = word.partition("=")
-        if name[2:] in bools:
-            if "=" not in word and argv and argv[0].lower() in ("true", "false"):
-                value = argv.pop(0)
-            elif "=" in word and value.lower() not in ("true", "false"):
-                raise BadInput(f"{word}: should be True or False")
-            word = name if value.lower() != "false" else f"--no-{name[2:]}"
+        if word.startswith("--no-") and word[5:] in bools:
+            word = f"--{word[5:]}=False"
+        elif word.startswith("--") and word[2:] in bools:
+            word += "=" + (argv.pop(0) if argv and argv[0].lower() in ("true", "false", "none") else "True")
         out.append(word)
     return out
 
 
+def from_text(text, annotation):
+    """A value from the command line. "none" unsets an option that may be unset and is not itself a text."""
+    kinds = typing.get_args(annotation)
+    if text.lower() == "none" and type(None) in kinds and str not in kinds and text not in typing.get_args(kinds[0]):
+        return None
+    if is_bool(annotation) and text.lower() not in ("true", "false"):
+        raise BadInput(f"{text!r} is neither True nor False")
+    return TypeAdapter(annotation).validate_strings(text)
+
+
 def parse_options(cls, argv, description, with_config_file=True, base={}):
-    """Options from a command line: the defaults, over them `base` (dict), the config file, the command line.
+    """Options from a command line: the defaults, over them the config file, `base` (dict), the command line.
     Returns (options, config file or None, names set on the command line)."""
     known = {f.name: f.type for f in fields(cls)}
     parser = make_parser(cls, description, with_config_file)
-    arguments, rest = parser.parse_known_args(plain_booleans(argv, [n for n, t in known.items() if is_bool(t)]))
+    arguments, rest = parser.parse_known_args(spell_out(argv, [n for n, t in known.items() if is_bool(t)]))
     if rest:
         name = rest[0].partition("=")[0]
         names = [f"--{n}" for n in known] + [f"--no-{n}" for n, t in known.items() if is_bool(t)]
@@ -232,17 +247,13 @@ def parse_options(cls, argv, description, with_config_file=True, base={}):
     given = vars(arguments)
     config_file = given.pop("config_file", None)
     for name, text in given.items():
-        if isinstance(text, str):
-            if text.lower() == "none" and type(None) in typing.get_args(known[name]):
-                given[name] = None
-                continue
-            try:
-                given[name] = TypeAdapter(known[name]).validate_strings(text)
-            except ValidationError as error:
-                raise BadInput(f"--{name}={text}: {complaint(error)[1]}") from error
+        try:
+            given[name] = from_text(text, known[name])
+        except ValueError as error:
+            raise BadInput(f"--{name}={text}: {complaint(error)[1]}") from error
     values = read_config_file(config_file, cls) if config_file else {}
     try:
-        return cls(**{**base, **values, **given}), config_file, set(given)
+        return cls(**{**values, **base, **given}), config_file, set(given)
     except ValidationError as error:
         name, message = complaint(error)
         raise BadInput(f"--{name}={given.get(name, base.get(name))}: {message}") from error

@@ -41,8 +41,8 @@ class Metrics:
 def drop_lines_after(iteration, out_dir):
     """A run that goes on from `iteration` writes what came after it again."""
     path = Path(out_dir) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= iteration]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged ({error!r}); move it away to go on without the earlier lines") from error
@@ -56,7 +56,7 @@ def start_wandb(options, wandb_id):
     import wandb  # takes half a second: only for those who ask
     start = dict(project=options.wandb_project, name=options.wandb_run_name or Path(options.out_dir).name,
                  id=wandb_id, resume="allow", dir=options.out_dir, config=vars(options), settings=wandb.Settings(silent=True, init_timeout=20))
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     try:
         run = wandb.init(mode=mode, **start)
     except wandb.Error:

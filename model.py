@@ -244,7 +244,8 @@ def sample(logits, temperature, top_k, generator):
     """One token (B, 1) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # float32 knows nothing smaller to divide by
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -4,7 +4,6 @@ Reads the run folder and nothing else. Each token costs one step on top of the m
 only a model with learned positions reads its last half block again whenever it reaches block_size.
 """
 import codecs
-import os
 import sys
 import time
 from pathlib import Path
@@ -65,18 +64,16 @@ def main():
     for _ in range(options.num_samples):
         # a character may span several tokens, so bytes are decoded as they come
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        write = lambda ids: print(decoder.decode(run.tokenizer.decode_bytes(ids)), end="", flush=True)
+        write = lambda ids, final=False: print(decoder.decode(run.tokenizer.decode_bytes(ids), final), end="", flush=True)
         write(prompt[0].tolist())
         for token in model.stream(prompt, options.max_new_tokens, options.temperature, options.top_k, generator):
             write(token[0].tolist())
             drawn += 1
+        write([], final=True)
         print("\n---------------")
     seconds = time.perf_counter() - started
     print(f"{drawn} tokens in {seconds:.2f} s: {drawn / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    main()

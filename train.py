@@ -49,6 +49,7 @@ def main():
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     if saved:
         compare_with(saved, options, config)
+        check_tokenizer(saved, data)
     torch.manual_seed(options.seed)
     model = GPT(config).to(device)
     describe(options, model, data, device, dtype, world)
@@ -56,10 +57,13 @@ def main():
         checkpoint.load_model(model, saved.model, saved.folder)
     elif options.init_from:
         start = checkpoint.load(options.init_from)
+        check_tokenizer(start, data)
         checkpoint.init_model(model, start.model, start.folder)
     if options.eval_only:
         loss, bpb = evaluate(model, data, options, device, autocast, world)
         print(f"{saved.folder}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
+    elif saved and saved.trainer["iter"] >= options.max_iters:
+        print(f"{saved.folder} is at step {saved.trainer['iter']} of {options.max_iters}: nothing left to do; for more, raise --max_iters")
     else:
         with prepared_folder(options, world):
             train(options, config, model, data, device, autocast, saved, world)
@@ -71,7 +75,8 @@ def main():
 def read_options(argv):
     """The options of this command, and the checkpoint to go on from or to evaluate (or None).
 
-    With --resume and --eval_only the run's own options take the place of the defaults."""
+    With --resume and --eval_only the run's own options go before the config file's, so that the command that started it
+    goes on with it; what is to change is set on the command line."""
     parse = lambda base={}: parse_options(Options, argv, __doc__.splitlines()[0], base=base)
     options, config_file, given = parse()
     out_dir = options.out_dir
@@ -80,6 +85,8 @@ def read_options(argv):
         if "mixer" in given or not config_file:
             out_dir += "_" + options.mixer.replace(",", "+")
     saved = None
+    if options.resume and options.overwrite:
+        raise BadInput("--resume goes on with the run and --overwrite clears it; leave one of them out")
     if options.eval_only or options.resume:
         if not holds_run(out_dir):
             raise BadInput(f"{out_dir} holds no run; start one without --resume and --eval_only")
@@ -90,7 +97,12 @@ def read_options(argv):
             skip = {"vocab_size", "mixer_file", "init_from", "overwrite", "resume", "eval_only"}
             skip |= {"lr_decay_iters"} if saved.config.get("lr_decay_iters") == saved.config.get("max_iters") else set()
             skip |= {"min_lr"} if saved.config.get("min_lr") == saved.config.get("learning_rate", 0) / 10 else set()
-            options, *_ = parse({name: value for name, value in saved.config.items() if name not in skip})
+            own = {name: value for name, value in saved.config.items() if name not in skip}
+            differing = [name for name in vars(options) if name in own and name not in given and config_file
+                         and getattr(options, name) not in (own[name], None, getattr(Options(), name))]
+            if differing:
+                print(f"as the run has it, not as {config_file}: {', '.join(f'{name} {own[name]}' for name in differing)}", flush=True)
+            options, *_ = parse(own)
         else:
             print(f"{out_dir} holds no checkpoint yet: starting from the beginning", flush=True)
     elif holds_run(out_dir) and not options.overwrite:
@@ -121,6 +133,13 @@ def compare_with(saved, options, config):
             print(f"changed since {saved.folder.name}: {name} {saved.config[name]} -> {value}")
 
 
+def check_tokenizer(saved, data):
+    """BadInput if a checkpoint's tokens mean something else than the data set's."""
+    if saved.tokenizer.to_json() != data.tokenizer.to_json():
+        raise BadInput(f"{saved.folder} was trained on other symbols than those of data set {data.name}; choose the --dataset it was "
+                       "trained on, or one with the same alphabet")
+
+
 @contextlib.contextmanager
 def prepared_folder(options, world):
     """Inside, out_dir is this run's alone: cleared if so asked, with config.json in it, and locked. The system releases the
@@ -147,6 +166,8 @@ def prepared_folder(options, world):
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             checkpoint.write_json(out_dir / "config.json", asdict(options))
             yield
+    except BrokenPipeError:  # standard output, not out_dir
+        raise
     except OSError as error:
         raise BadInput(f"cannot write to out_dir {out_dir}: {error}; free space or choose another --out_dir") from error
 
@@ -256,17 +277,18 @@ def train(options, config, model, data, device, autocast, saved, world):
         if metrics:
             metrics.log(iter=step, tokens=tokens, flops=flops, seconds=time.perf_counter() - started, **values)
 
-    def save(is_best=False):
+    def save(val_loss=None):
         weights, moments = checkpoint.model_tensors(model), checkpoint.optimizer_tensors(model, optimizer)
         if metrics:
             metrics.sync()
-            trainer = dict(iter=step, best_val_loss=best, tokens=tokens, seconds=time.perf_counter() - started, wandb_id=metrics.wandb_id)
+            trainer = dict(iter=step, val_loss=val_loss, best_val_loss=best, tokens=tokens, seconds=time.perf_counter() - started,
+                           wandb_id=metrics.wandb_id)
             checkpoint.save(options.out_dir, weights, moments, trainer, asdict(options) | {"vocab_size": config.vocab_size},
-                            data.tokenizer.to_json(), is_best, options.keep_last)
+                            data.tokenizer.to_json(), options.keep_last)
         world.wait()
 
-    while step < options.max_iters or not saved and step == 0:
-        stopping = False
+    stopping = False
+    while True:
         if step < options.max_iters:
             lr = learning_rate(step, options)
             for group in optimizer.param_groups:
@@ -308,12 +330,13 @@ def train(options, config, model, data, device, autocast, saved, world):
             log(val_loss=val_loss, val_bpb=val_bpb)
             bar.write(f"step {step:6}/{options.max_iters} | val loss {val_loss:.4f} nats per token | {val_bpb:.4f} bits per byte"
                       + (" | the best so far" if is_best else ""), file=sys.stdout)
-            save(is_best)
+            save(val_loss)
             last_log += time.perf_counter() - eval_started  # tokens_per_s is of training alone
         elif stopping:
             save()
         if stopping and step < options.max_iters:
             print(f"stopped by a signal after step {step}; go on with --resume")
+        if stopping or step >= options.max_iters:
             break
     bar.close()
     if metrics:
@@ -326,8 +349,9 @@ def seed_of(*numbers):
 
 
 def not_finite(what, step, options):
-    return BadInput(f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); training stops and {options.out_dir} "
-                    "keeps its last checkpoint; try a lower learning_rate")
+    kept = checkpoint.checkpoints(options.out_dir)
+    return BadInput(f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); training stops, "
+                    f"{f'the last good checkpoint is {kept[-1]}' if kept else 'before the first checkpoint'}; try a lower learning_rate")
 
 
 def catch_signals():

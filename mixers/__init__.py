@@ -72,7 +72,7 @@ def load_mixer_file(path):
     before = dict(MIXERS)
     try:
         runpy.run_path(path)
-    except Exception as error:  # the user's own code: whatever it raises, they need the place and the reason
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, they need the place and the reason
         raise BadInput(f"mixer_file {path}: {type(error).__name__}: {error}") from error
     if MIXERS == before:
         raise BadInput(f'mixer_file {path} registers no mixer; end it with: MIXERS["name"] = YourClass')

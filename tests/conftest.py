@@ -1,0 +1,164 @@
+"""What the tests share: real scripts on real files, with models and data sets small enough for a second of training.
+
+`home` is a copy of the repository with two data sets of its own, `trained` a finished run in it; both are shared by all
+tests and never written to. `train` and `sample` run a script's main() in this process, `run` starts a process.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "*.tmp", "__pycache__")
+
+TINY = ["--dataset=letters", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--device=cpu", "--learning_rate=0.01", "--warmup_iters=5"]
+
+
+def copy_repository(folder):
+    """The sources alone: no runs, no prepared data, nothing of a user's own."""
+    for name in ("configs", "data", "mixers"):
+        shutil.copytree(ROOT / name, folder / name, ignore=CODE)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def run(cwd, *command, env=(), **options):
+    """python *command as a process of its own: its return code, stdout and stderr."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
+                          env=own | dict(env), timeout=120, check=False, **options)
+
+
+def one_line(done):
+    """The only line on stderr of a process that ended with status 2."""
+    assert done.returncode == 2, done
+    [line] = done.stderr.splitlines()
+    return line
+
+
+def metrics(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(rows):
+    """Rows of metrics without what differs from one run to the next."""
+    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s")} for row in rows]
+
+
+def content(folder):
+    """Every file below a folder, path -> bytes; but not the lock, which says nothing about a run."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name != "lock"}
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repository's sources that a test may change."""
+    return copy_repository(tmp_path / "clone")
+
+
+@pytest.fixture(scope="session")
+def shakespeare_char():
+    """The folder of that data set in the repository, prepared if it was not yet."""
+    from data import load_dataset
+    return load_dataset("shakespeare_char", 64).folder
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A copy of the repository with the data sets `letters` (28 symbols) and `digits` (as many others)."""
+    from data.files import write_text_dataset
+    from data.tokenizer import char_tokenizer_of
+    home = copy_repository(tmp_path_factory.mktemp("home"))
+    letters = "abcdefghijklmnopqrstuvwxyz \n"
+    others = "0123456789+-*/=()<>[]{}&|!?%"
+    draw = random.Random(1)
+    words = ["".join(draw.choices(letters[:26], k=draw.randint(1, 7))) for _ in range(60)]
+    text = letters + "".join(draw.choice(words) + draw.choice(letters[26:]) for _ in range(4000))
+    for name, symbols in (("letters", letters), ("digits", others)):
+        same = text.translate(str.maketrans(letters, symbols))
+        write_text_dataset(home / "data" / name, same, char_tokenizer_of(same), "0" * 64, "data.text")
+    return home
+
+
+@pytest.fixture(scope="session")
+def trained(home):
+    """A run folder: 20 steps with dropout, checkpoints at 10 and 20. What the run printed is in trained.log beside it."""
+    folder = home / "out" / "trained"
+    done = run(home, "train.py", *TINY, "--dropout=0.1", "--max_iters=20", "--eval_interval=10", "--log_interval=5", f"--out_dir={folder}")
+    assert done.returncode == 0 and done.stderr == "", done
+    folder.with_suffix(".log").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    """A copy of that run that a test may change."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def here(home, tmp_path, monkeypatch):
+    """This process works in an empty folder, with the data sets of `home`; what a script changes in it is put back."""
+    import data.dataset
+    import data.files
+    from mixers import MIXERS
+    for module in (data.files, data.dataset):
+        monkeypatch.setattr(module, "DATA", home / "data")
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    mixers, handlers = dict(MIXERS), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield folder
+    MIXERS.clear()
+    MIXERS.update(mixers)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class Script:
+    """A script's main() in this process: script(*arguments) returns what it printed on stdout;
+    script.refuses(*arguments) the one line on stderr of a command that ended with status 2 and wrote nothing."""
+
+    def __init__(self, name, here, monkeypatch, capsys):
+        self.name, self.here, self.monkeypatch, self.capsys = name, here, monkeypatch, capsys
+
+    def call(self, arguments):
+        self.monkeypatch.setattr(sys, "argv", [f"{self.name}.py", *map(str, arguments)])
+        self.capsys.readouterr()
+        __import__(self.name).main()
+
+    def __call__(self, *arguments):
+        try:
+            self.call(arguments)
+        except SystemExit as exit:
+            pytest.fail(f"exit status {exit.code}: {self.capsys.readouterr().err}")
+        out, self.err = self.capsys.readouterr()
+        return out
+
+    def refuses(self, *arguments, unchanged=None):
+        watched = unchanged or self.here
+        before = content(watched)
+        with pytest.raises(SystemExit) as exit:
+            self.call(arguments)
+        line = self.capsys.readouterr().err
+        assert exit.value.code == 2
+        assert line.startswith(f"{self.name}.py: ") and line.count("\n") == 1 and line.endswith("\n"), line
+        assert content(watched) == before
+        return line
+
+
+@pytest.fixture
+def train(here, monkeypatch, capsys):
+    return Script("train", here, monkeypatch, capsys)
+
+
+@pytest.fixture
+def sample(here, monkeypatch, capsys):
+    return Script("sample", here, monkeypatch, capsys)

@@ -1,0 +1,295 @@
+"""Checkpoints: what is in one, which are kept, and that a damaged or hostile one is named and never run."""
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, content
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from config import BadInput
+from model import GPT, GPTConfig
+
+FILES = ["model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "tokenizer.json"]
+
+
+def newest(out_dir):
+    return out_dir / "checkpoints" / "00000020"
+
+
+def rewrite(path, data):
+    """Other content for a file of a checkpoint, with a manifest that agrees."""
+    path.write_bytes(data)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest[path.name] = hashlib.sha256(data).hexdigest()
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+def trainer(iteration, val_loss=None):
+    return {"iter": iteration, "val_loss": val_loss, "best_val_loss": None, "tokens": 0, "seconds": 0.0, "wandb_id": None}
+
+
+def save(out_dir, iteration, val_loss=1.0, keep_last=2, value=0.0):
+    """A small checkpoint, through the real thing."""
+    checkpoint.save(out_dir, {"w": torch.full((3,), value)}, {}, trainer(iteration, val_loss), {"vocab_size": 2},
+                    '{"tokenizer": "char", "alphabet": "ab"}', keep_last=keep_last)
+
+
+def names(out_dir):
+    return [folder.name for folder in checkpoint.checkpoints(out_dir)]
+
+
+# -- what is saved ----------------------------------------------------------------------------------------------------
+
+def test_a_checkpoint_holds_all_that_it_takes(trained):
+    run = checkpoint.load(trained)
+    assert run.folder == newest(trained) and {p.name for p in run.folder.iterdir()} == {*FILES, "manifest.json"}
+    assert run.trainer["iter"] == 20 and run.config["vocab_size"] == 28 and run.tokenizer.decode(run.tokenizer.encode("abc\n")) == "abc\n"
+    model = checkpoint.build_model(run)
+    assert not model.training
+    assert sum(t.numel() for t in run.model.values()) == sum(p.numel() for p in model.parameters())  # a tied head once
+    for name, p in model.named_parameters():
+        assert torch.equal(p, run.model[name])
+    moments = {name for name in run.optimizer if name.startswith("exp_avg.")}
+    assert moments == {f"exp_avg.{name}" for name, _ in model.named_parameters()}
+
+
+def test_an_untied_head_and_an_untrained_one_come_back(tmp_path):
+    config = {"vocab_size": 5, "block_size": 4, "n_layer": 2, "n_head": 1, "n_embd": 8, "tie_head": False, "mixer": "pelican,causal_mean", "arch": "llama"}
+    model = GPT(GPTConfig(**config)).eval()
+    checkpoint.save(tmp_path, checkpoint.model_tensors(model), {}, trainer(0), config, '{"tokenizer": "char", "alphabet": "abcde"}', 1)
+    again = checkpoint.build_model(checkpoint.load(tmp_path))
+    idx = torch.tensor([[0, 3, 2]])
+    assert torch.equal(model(idx)[0], again(idx)[0])
+    assert "head.weight" in checkpoint.load(tmp_path).model
+
+
+def test_the_newest_few_and_the_best_are_kept(tmp_path):
+    for iteration in range(1, 7):
+        save(tmp_path, iteration, val_loss={2: 0.5, 5: None}.get(iteration, 1.0), keep_last=3, value=float(iteration))
+    assert names(tmp_path) == ["00000002", "00000004", "00000005", "00000006"]
+    assert checkpoint.load(tmp_path).trainer["iter"] == 6 and checkpoint.load(tmp_path, "best").trainer["iter"] == 2
+    assert checkpoint.load(tmp_path, "00000004").model["w"].tolist() == [4.0] * 3
+    for name, folder in (("newest", "00000006"), ("best", "00000002")):
+        assert json.loads((tmp_path / f"checkpoints/{name}.json").read_text()) == {"folder": folder}
+    save(tmp_path, 7, val_loss=0.4, keep_last=1)
+    assert names(tmp_path) == ["00000007"]
+
+
+def test_a_checkpoint_just_written_is_never_the_one_to_go(tmp_path):
+    """A run went back from a damaged checkpoint to an earlier one and saves between the two."""
+    save(tmp_path, 10, val_loss=0.5)
+    save(tmp_path, 20)
+    (tmp_path / "checkpoints/00000020/model.safetensors").write_bytes(b"gone")
+    save(tmp_path, 15, keep_last=1)
+    assert "00000015" in names(tmp_path)
+    assert json.loads((tmp_path / "checkpoints/newest.json").read_text()) == {"folder": "00000015"}
+    assert checkpoint.load(tmp_path).trainer["iter"] == 15
+    assert checkpoint.load(tmp_path, fall_back=True).trainer["iter"] == 15
+
+
+def test_a_checkpoint_written_again_takes_the_place_of_the_damaged_one(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20, value=1.0)
+    (tmp_path / "checkpoints/00000020/model.safetensors").write_bytes(b"gone")
+    save(tmp_path, 20, value=2.0)
+    assert names(tmp_path) == ["00000010", "00000020"] and checkpoint.load(tmp_path).model["w"][0] == 2.0
+
+
+def test_what_a_killed_process_left_is_not_read_and_is_cleared(tmp_path):
+    save(tmp_path, 10)
+    shutil.copytree(tmp_path / "checkpoints/00000010", tmp_path / "checkpoints/.00000020.new")
+    (tmp_path / "checkpoints/.newest.json.77").write_text("{")
+    assert names(tmp_path) == ["00000010"] and checkpoint.load(tmp_path).trainer["iter"] == 10
+    save(tmp_path, 20)
+    assert names(tmp_path) == ["00000010", "00000020"] and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(BadInput, match="cannot write checkpoint"):
+        save(tmp_path, 10)
+
+
+def test_a_file_of_another_model_is_listed_name_by_name():
+    model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=8, mixer="pelican"))
+    tensors = dict(checkpoint.model_tensors(model))
+    before = {name: t.clone() for name, t in tensors.items()}
+    other = {name: t + 1 for name, t in tensors.items()}
+    other["extra"] = torch.zeros(1)
+    del other["norm.weight"]
+    other["embed.weight"] = torch.zeros(7, 8)
+    with pytest.raises(BadInput) as error:
+        checkpoint.load_model(model, other, "here")
+    assert all(part in str(error.value) for part in ("here", "+extra", "-norm.weight", "embed.weight (7, 8)", "(5, 8)"))
+    assert all(torch.equal(before[name], t) for name, t in checkpoint.model_tensors(model).items())  # nothing half copied
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    **{f"{name} cut": lambda folder, name=name: cut(folder / name) for name in FILES},
+    **{f"{name} with a bit flipped": lambda folder, name=name: flip(folder / name) for name in FILES},
+    **{f"{name} missing": lambda folder, name=name: (folder / name).unlink() for name in [*FILES, "manifest.json"]},
+    **{f"{name} empty": lambda folder, name=name: (folder / name).write_bytes(b"") for name in [*FILES, "manifest.json"]},
+    "manifest.json a list": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "model.safetensors not in the manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
+    "manifest.json not text": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+    "model.safetensors of another checkpoint": lambda folder: shutil.copy(folder.parent / "00000010/model.safetensors", folder),
+    "model.safetensors a folder": lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()),
+    "manifest.json a folder": lambda folder: ((folder / "manifest.json").unlink(), (folder / "manifest.json").mkdir()),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_with_what_is_wrong_and_what_is_whole(kind, run_folder, capsys):
+    DAMAGE[kind](newest(run_folder))
+    with pytest.raises(BadInput) as error:
+        checkpoint.load(run_folder)
+    message = str(error.value)
+    assert str(newest(run_folder)) in message and kind.split()[0] in message and "00000010" in message
+    assert checkpoint.load(run_folder, fall_back=True).trainer["iter"] == 10
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "00000020" in said and "00000010" in said
+    assert checkpoint.load(run_folder, "00000010").trainer["iter"] == 10
+
+
+def test_when_nothing_is_whole_there_is_no_way_back(run_folder):
+    for folder in checkpoint.checkpoints(run_folder):
+        flip(folder / "model.safetensors")
+    for fall_back in (False, True):
+        with pytest.raises(BadInput, match="none"):
+            checkpoint.load(run_folder, fall_back=fall_back)
+
+
+def test_a_checkpoint_that_is_not_there(run_folder, tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(BadInput, match=f"no checkpoint in {re.escape(str(folder))};"):
+            checkpoint.load(folder)
+    for name in ("00000015", "10", "../checkpoints/00000010", "", "nonsense"):
+        with pytest.raises(BadInput, match="00000010, 00000020"):
+            checkpoint.load(run_folder, name)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"folder": "00000099"}', '{"folder": "../../elsewhere"}', '{"folder": 3}', None])
+def test_a_damaged_pointer_is_named(text, run_folder):
+    path = run_folder / "checkpoints/best.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(BadInput):
+        checkpoint.load(run_folder, "best")
+
+
+def test_without_newest_json_the_newest_whole_checkpoint_is_found(run_folder):
+    for text in ("", "{}", '{"folder": "00000099"}', '{"folder": null}'):
+        (run_folder / "checkpoints/newest.json").write_text(text)
+        try:
+            assert checkpoint.load(run_folder).trainer["iter"] == 20
+        except BadInput as error:
+            assert "newest.json" in str(error) and "00000020" in str(error)  # or it is named, with what is whole
+
+
+# -- hostile files ----------------------------------------------------------------------------------------------------
+
+class Hostile:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def forms(mark, tmp_path):
+    """The same trap as a plain pickle and in torch's own format."""
+    torch.save({"w": Hostile(mark)}, tmp_path / "trap.pt")
+    return [pickle.dumps(Hostile(mark)), (tmp_path / "trap.pt").read_bytes()]
+
+
+def test_the_trap_works(tmp_path):
+    mark = tmp_path / "mark"
+    plain, _ = forms(mark, tmp_path)
+    pickle.loads(plain)
+    assert mark.exists()
+    mark.rmdir()
+    torch.load(tmp_path / "trap.pt", weights_only=False)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("agreeing", [False, True], ids=["found by the manifest", "with a manifest that agrees"])
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_nothing_in_a_checkpoint_is_run(name, agreeing, run_folder, tmp_path, train, sample):
+    mark = tmp_path / "mark"
+    for data in forms(mark, tmp_path):
+        path = newest(run_folder) / name
+        if agreeing and name != "manifest.json":
+            rewrite(path, data)
+        else:
+            path.write_bytes(data)
+        assert "00000020" in sample.refuses(f"--out_dir={run_folder}", unchanged=run_folder)
+        assert "00000020" in train.refuses(f"--out_dir={run_folder}", "--eval_only", unchanged=run_folder)
+        (run_folder / "checkpoints/newest.json").write_bytes(data)  # not read as code either
+        (run_folder / "checkpoints/best.json").write_bytes(data)
+        sample.refuses(f"--out_dir={run_folder}", "--checkpoint=best", unchanged=run_folder)
+        assert not mark.exists()
+
+
+def test_the_rest_of_a_run_folder_is_not_run_either(run_folder, tmp_path, train):
+    mark = tmp_path / "mark"
+    for name in ("config.json", "metrics.jsonl"):
+        (run_folder / name).write_bytes(pickle.dumps(Hostile(mark)))
+    try:
+        train.call([f"--out_dir={run_folder}", "--resume", "--max_iters=21"])
+    except SystemExit as exit:
+        assert exit.code == 2
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name, values, naming", [
+    ("config.json", {}, "vocab_size"), ("config.json", {"n_layer": 2}, "blocks.1"), ("config.json", {"n_embd": "16"}, "n_embd"),
+    ("config.json", {"vocab_size": 29}, "vocab_size"), ("config.json", {"mixer": "nope"}, "nope"), ("trainer.json", {}, "trainer.json"),
+    ("trainer.json", {"iter": "20"}, "trainer.json"), ("tokenizer.json", {"alphabet": "ab"}, "tokenizer.json"),
+], ids=str)
+def test_a_file_of_the_wrong_content_is_one_line_although_the_manifest_agrees(name, values, naming, run_folder, train):
+    path = newest(run_folder) / name
+    old = json.loads(path.read_text())
+    rewrite(path, json.dumps(old | values if values else {}).encode())
+    line = train.refuses(f"--out_dir={run_folder}", "--resume", "--max_iters=21", unchanged=run_folder / "checkpoints")
+    assert naming in line
+
+
+def test_tensors_of_the_wrong_shape_are_one_line_although_the_manifest_agrees(run_folder, train, sample):
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        path = newest(run_folder) / name
+        tensors = load_file(path)
+        wrong = {n: t[:-1].clone() if n.endswith("embed.weight") and t.dim() else t for n, t in tensors.items()}
+        save_file(wrong, run_folder / "wrong")
+        rewrite(path, (run_folder / "wrong").read_bytes())
+        (run_folder / "wrong").unlink()
+        line = train.refuses(f"--out_dir={run_folder}", "--resume", "--max_iters=21", unchanged=run_folder / "checkpoints")
+        assert "embed.weight" in line
+        save_file(tensors, path)
+        rewrite(path, path.read_bytes())
+    assert content(newest(run_folder))  # whole again
+    assert sample(f"--out_dir={run_folder}", "--max_new_tokens=3")
+
+
+def test_no_source_reads_anything_that_could_run_code():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tools/*.py")]:
+        text = path.read_text()
+        assert not re.search(r"\bimport pickle|\btorch\.load\(|allow_pickle=True|\beval\(|\bexec\(", text.replace("model.eval()", "")), path

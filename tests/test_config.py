@@ -1,0 +1,273 @@
+"""The options: both ways to set them, what is refused and how, the recipes in configs/, the learning rate's schedule."""
+import math
+from dataclasses import asdict, fields
+
+import pytest
+from conftest import ROOT
+
+import train as train_script
+from config import BadInput, ModelOptions, Options, parse_options
+from mixers import MIXERS
+from model import GPTConfig
+from sample import SampleOptions
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def parse(*argv, **more):
+    return parse_options(Options, argv, "tests", **more)[0]
+
+
+def complaint(*argv, cls=Options):
+    with pytest.raises(BadInput) as error:
+        parse_options(cls, argv, "tests", with_config_file=cls is Options)
+    assert "\n" not in str(error.value).strip()
+    return str(error.value)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config(text) -> the path of a config file."""
+    def write(text, name="mine.py"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+    return write
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cls", [Options, SampleOptions])
+def test_help_lists_every_option_with_its_help(cls, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_options(cls, ["--help"], "what it does", with_config_file=cls is Options)
+    assert exit.value.code == 0
+    listed = " ".join(capsys.readouterr().out.split())
+    assert "what it does" in listed
+    for f in fields(cls):
+        assert f" --{f.name}" in listed
+        assert f.default.description and " ".join(f.default.description.split()) in listed, f.name
+        if f.default.default is not None:
+            assert f"[default: {f.default.default}]" in listed, f.name
+
+
+@pytest.mark.parametrize("argv, name, value", [
+    (["--n_layer=3"], "n_layer", 3),
+    (["--n_layer", "3"], "n_layer", 3),
+    (["--learning_rate=1"], "learning_rate", 1.0),
+    (["--learning_rate", "3e-4"], "learning_rate", 3e-4),
+    (["--lr_decay_iters=7"], "lr_decay_iters", 7),
+    (["--lr_decay_iters=None"], "lr_decay_iters", None),
+    (["--min_lr", "none"], "min_lr", None),
+    (["--ffn_bias=None"], "ffn_bias", None),
+    (["--pos=None"], "pos", None),
+    (["--pos=none"], "pos", "none"),  # a position encoding of its own, not the absence of a choice
+    (["--mixer=softmax,pelican"], "mixer", "softmax,pelican"),
+    (["--out_dir=a=b c"], "out_dir", "a=b c"),
+    (["--compile"], "compile", True),
+    (["--compile=True"], "compile", True),
+    (["--compile", "true"], "compile", True),
+    (["--no-decay_lr"], "decay_lr", False),
+    (["--decay_lr=False"], "decay_lr", False),
+    (["--decay_lr", "false"], "decay_lr", False),
+    (["--bias"], "bias", True),
+    (["--bias=True"], "bias", True),
+    (["--no-bias"], "bias", False),
+    (["--bias=False"], "bias", False),
+    (["--n_layer=3", "--n_layer=5"], "n_layer", 5),
+])
+def test_a_value_on_the_command_line(argv, name, value):
+    # the base holds another value everywhere, so that no default can stand in for the one that was given
+    base = {"lr_decay_iters": 1, "min_lr": 1e-9, "ffn_bias": True, "pos": "rope"}
+    found = getattr(parse(*argv, base=base), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_boolean_takes_no_word_that_is_not_its_own(config):
+    options, config_file, given = parse_options(Options, ["--compile", config("n_layer = 2"), "--seed=1"], "tests")
+    assert options.compile is True and options.n_layer == 2 and config_file.endswith("mine.py")
+    assert given == {"compile", "seed"}
+
+
+@pytest.mark.parametrize("argument, expected", [
+    ("--n_layr=3", "--n_layer"), ("--learningrate=1", "--learning_rate"), ("--max-iters=5", "--max_iters"),
+    ("--mixr", "--mixer"), ("--no-compil", "--no-compile"), ("--n_lay=3", "--n_layer"), ("--zzzzzzzz", "--help"),
+])
+def test_an_unknown_name_is_refused_with_the_nearest(argument, expected):
+    message = complaint(argument)
+    assert argument.partition("=")[0] in message and expected in message
+
+
+def test_an_unknown_name_of_sample():
+    assert "--temprature" in complaint("--temprature=1", cls=SampleOptions)
+    assert "--temperature" in complaint("--temprature=1", cls=SampleOptions)
+
+
+@pytest.mark.parametrize("argv, naming", [
+    (["a.py", "b.py"], "b.py"), (["xxcompile=False"], "xxcompile"), (["--n_layer"], "n_layer"), (["--no-n_layer"], "n_layer"),
+])
+def test_a_stray_argument_is_named(argv, naming, config):
+    assert naming in complaint(*argv)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("n_layer", "2.5"), ("n_layer", "two"), ("n_layer", ""), ("n_layer", "True"), ("n_layer", "None"), ("dropout", "big"),
+    ("learning_rate", "nan"), ("learning_rate", "inf"), ("compile", "maybe"), ("compile", "1"),
+    ("arch", "gpt3"), ("lr_schedule", "step"), ("min_lr", "low"), ("out_dir", ""),
+])
+def test_a_wrong_type_on_the_command_line(name, text):
+    assert f"--{name}={text}" in complaint(f"--{name}={text}")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("n_layer", "4"), ("n_layer", True), ("n_layer", 2.5), ("n_layer", None), ("n_layer", [4]), ("dropout", "0"), ("compile", 1),
+    ("compile", "False"), ("arch", "gpt3"), ("mixer", 3), ("mixer", None), ("learning_rate", True), ("min_lr", "low"), ("bias", 0),
+])
+def test_a_wrong_type_in_a_config_file(name, value, config):
+    path = config(f"{name} = {value!r}")
+    message = complaint(path)
+    assert path in message and f"{name} = {value!r}" in message
+
+
+@pytest.mark.parametrize("name, value", [
+    ("n_layer", 0), ("n_head", -1), ("block_size", 0), ("dropout", 1.0), ("dropout", -0.1), ("learning_rate", -1.0), ("batch_size", 0),
+    ("gradient_accumulation_steps", 0), ("eval_interval", 0), ("log_interval", 0), ("max_iters", -1), ("seed", -1), ("seed", 2**63),
+    ("beta1", 1.0), ("beta2", 1.0), ("head_temperature", 0.0), ("lr_decay_iters", 0), ("warmup_iters", -1), ("keep_last", 0),
+    ("grad_clip", -1.0), ("norm_eps", 0.0), ("n_kv_head", 0), ("embed_rank", 0), ("eval_tokens", 0),
+])
+def test_a_value_out_of_range_both_ways(name, value, config):
+    assert f"--{name}={value}" in complaint(f"--{name}={value}")
+    assert f"{name} = {value}" in complaint(config(f"{name} = {value}"))
+
+
+# -- config files -----------------------------------------------------------------------------------------------------
+
+def test_the_command_line_goes_over_the_file_and_the_file_over_the_defaults(config):
+    path = config("n_layer = 7\nlearning_rate = 1\ndecay_lr = False\ncompile = True\nmin_lr = None")
+    options = parse(path, "--n_layer=2", "--no-compile", base={"n_layer": 9, "n_head": 8})
+    assert (options.n_layer, options.learning_rate, options.decay_lr, options.compile) == (2, 1.0, False, False)
+    assert type(options.learning_rate) is float
+    assert (options.n_head, options.n_embd) == (8, 128)
+    assert parse("--n_layer=2", path).n_layer == 2  # wherever it stands
+
+
+def test_a_config_file_may_import_compute_and_keep_helpers(config):
+    path = config("""
+import math
+from pathlib import Path
+from configs.shakespeare import *
+_tokens = 4096
+def rows(tokens): return tokens // block_size
+class Note: pass
+block_size = 2 ** int(math.log2(128))
+batch_size = rows(_tokens)
+""")
+    options = parse(path)
+    assert (options.block_size, options.batch_size, options.n_layer, options.bias) == (128, 32, 4, False)
+
+
+def test_an_unknown_name_in_a_config_file_is_refused_with_the_nearest(config):
+    path = config("n_layr = 3")
+    message = complaint(path, "--n_layer=2")
+    assert path in message and "'n_layr'" in message and "n_layer" in message.replace("n_layr", "")
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("n_layer = = 3", "SyntaxError"),
+    ("n_layer = 3\n1 / 0", "ZeroDivisionError"),
+    ("from configs.nowhere import *", "nowhere"),
+    ("n_layer = n_layers", "NameError"),
+    ("n_layer = 3\nraise SystemExit(0)", "SystemExit"),
+    ("n_layer = 3\0", "null"),
+    ("raise ValueError('two\\nlines')", "two lines"),
+])
+def test_a_config_file_that_does_not_run(text, reason, config):
+    path = config(text)
+    with pytest.raises(BadInput) as error:
+        parse(path)
+    assert path in str(error.value) and reason in " ".join(str(error.value).split())
+
+
+def test_a_config_file_that_is_not_there(tmp_path):
+    for path in (tmp_path / "none.py", tmp_path):
+        assert f"{path} does not exist" in complaint(str(path))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_describes_a_model(path):
+    options = parse(str(path))
+    model = {f.name: getattr(options, f.name) for f in fields(ModelOptions)}
+    assert GPTConfig(vocab_size=65, **model).n_embd == options.n_embd
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_every_mixer_has_the_laptop_recipe_under_its_name(name):
+    recipe = asdict(parse(str(ROOT / "configs" / f"shakespeare_{name}.py")))
+    assert recipe == asdict(parse(str(ROOT / "configs/shakespeare.py"))) | {"mixer": name}
+
+
+def test_the_laptop_recipe_is_nanogpts_setting_for_a_cpu():
+    options = asdict(parse(str(ROOT / "configs/shakespeare.py")))
+    nanogpt = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "max_iters": 2000, "learning_rate": 1e-3,
+               "warmup_iters": 100, "beta2": 0.99, "weight_decay": 0.1, "grad_clip": 1.0, "dropout": 0.0, "bias": False,
+               "lr_schedule": "cosine", "decay_lr": True}
+    assert {name: options[name] for name in nanogpt} == nanogpt
+
+
+# -- what follows from other options ----------------------------------------------------------------------------------
+
+def resolved(*argv):
+    """Options as train.py uses them, for a folder that holds no run."""
+    return train_script.read_options(list(argv))[0]
+
+
+def test_the_decay_follows_max_iters_and_the_lowest_rate_follows_the_highest(here):
+    options = resolved("--max_iters=50", "--learning_rate=0.5")
+    assert (options.lr_decay_iters, options.min_lr, options.warmup_iters) == (50, 0.05, 100)
+    options = resolved("--max_iters=50", "--lr_decay_iters=80", "--min_lr=0.01", "--learning_rate=0.5")
+    assert (options.lr_decay_iters, options.min_lr) == (80, 0.01)
+    assert resolved("--min_lr=0").min_lr == 0.0
+    assert resolved("--min_lr=0.001", "--learning_rate=0.001").min_lr == 0.001
+    with pytest.raises(BadInput, match="min_lr 0.1 .*learning_rate 0.01"):
+        resolved("--min_lr=0.1", "--learning_rate=0.01")
+
+
+def rates(*argv, steps=None):
+    options = resolved("--learning_rate=1", "--min_lr=0.2", *argv)
+    return [train_script.learning_rate(step, options) for step in range(steps or options.max_iters + 5)]
+
+
+def test_warm_up_is_linear_and_ends_at_the_peak(here):
+    lr = rates("--warmup_iters=4", "--max_iters=20")
+    assert lr[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert max(lr) == 1.0
+    assert rates("--warmup_iters=0", "--max_iters=20")[0] == 1.0
+
+
+def test_cosine_decay(here):
+    lr = rates("--warmup_iters=4", "--max_iters=20")
+    assert lr[12] == pytest.approx(0.6)  # half-way down
+    assert lr[8] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert lr[4:21] == sorted(lr[4:21], reverse=True)
+    assert lr[20:] == [0.2] * 5
+
+
+def test_linear_decay(here):
+    lr = rates("--warmup_iters=4", "--max_iters=20", "--lr_schedule=linear")
+    assert [lr[8], lr[12], lr[16]] == pytest.approx([0.8, 0.6, 0.4])
+    assert lr[20:] == [0.2] * 5
+
+
+def test_without_decay_the_rate_stays_at_the_peak(here):
+    assert rates("--warmup_iters=4", "--max_iters=20", "--no-decay_lr")[4:] == [1.0] * 21
+
+
+def test_a_decay_that_ends_before_the_run(here):
+    lr = rates("--warmup_iters=4", "--max_iters=20", "--lr_decay_iters=10")
+    assert lr[7] == pytest.approx(0.6) and lr[10:] == [0.2] * 15
+
+
+@pytest.mark.parametrize("warmup", [9, 10, 11, 100])
+def test_a_warm_up_as_long_as_the_run_or_longer(warmup, here):
+    lr = rates(f"--warmup_iters={warmup}", "--max_iters=10", steps=10)
+    assert lr == sorted(lr) and lr[0] == pytest.approx(1 / (warmup + 1)) and lr[-1] <= 1

@@ -1,0 +1,563 @@
+"""train.py: what a run writes, that it can be repeated, stopped and continued, and what it refuses before writing anything."""
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, content, metrics, one_line, run, untimed
+from safetensors.torch import load_file
+
+import checkpoint
+import train as train_script
+
+KEYS = {"iter", "train_loss", "val_loss", "val_bpb", "lr", "tokens", "tokens_per_s", "seconds"}
+STRAIGHT = ("--dropout=0.1", "--eval_interval=10", "--log_interval=5")  # how `trained` was made, besides TINY
+
+
+def weights(out_dir, iteration):
+    return load_file(out_dir / "checkpoints" / f"{iteration:08d}" / "model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+
+
+def start(cwd, *command, **options):
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+# -- what a run writes ------------------------------------------------------------------------------------------------
+
+def test_the_metrics_have_the_same_keys_everywhere_and_nulls(trained):
+    rows = metrics(trained)
+    assert all(row.keys() == rows[0].keys() >= KEYS for row in rows)
+    logs = [row for row in rows if row["train_loss"] is not None]
+    evals = [row for row in rows if row["val_loss"] is not None]
+    assert len(logs) + len(evals) == len(rows)
+    assert [row["iter"] for row in logs] == [5, 10, 15, 20]
+    assert [row["iter"] for row in evals] == [10, 20]
+    assert all(row["val_loss"] is row["val_bpb"] is None and row["lr"] > 0 and row["tokens_per_s"] > 0 for row in logs)
+    assert all(row["train_loss"] is row["lr"] is row["tokens_per_s"] is None for row in evals)
+    assert [row["tokens"] for row in rows] == [row["iter"] * 4 * 16 for row in rows]
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows) and rows[0]["seconds"] > 0
+    for row in evals:  # one byte a character in this set
+        assert row["val_bpb"] == pytest.approx(row["val_loss"] / math.log(2))
+    assert evals[-1]["val_loss"] < evals[0]["val_loss"] < math.log(28)
+
+
+def test_the_folder_of_a_run(trained):
+    config = json.loads((trained / "config.json").read_text())
+    assert config["dataset"] == "letters" and config["n_layer"] == 1 and config["mixer"] == "softmax"
+    assert (config["lr_decay_iters"], config["min_lr"]) == (20, 0.001)
+    assert (config["tie_head"], config["ffn_hidden"], config["pos"]) == (True, 64, "learned")  # as used: no choice left open
+    assert {p.name for p in trained.iterdir()} - {"lock"} == {"config.json", "metrics.jsonl", "checkpoints"}
+    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"00000010", "00000020", "newest.json", "best.json"}
+    for name in ("newest.json", "best.json"):
+        assert json.loads((trained / "checkpoints" / name).read_text()) == {"folder": "00000020"}
+
+
+def test_the_log_has_units_a_table_that_adds_up_and_the_data(trained):
+    log = trained.with_suffix(".log").read_text()
+    groups = {name: int(count.replace(",", "")) for name, count in re.findall(r"^(\w+) +([\d,]+) parameters", log, re.MULTILINE)}
+    total = groups.pop("all")
+    assert set(groups) == {"embedding", "mixer", "mlp", "norms", "head"} and sum(groups.values()) == total
+    assert total == sum(t.numel() for t in weights(trained, 20).values())
+    assert len(re.findall(r"^step +\d+/20 \| loss [\d.]+ nats \| lr \S+ \| [\d,]+ tokens/s \| [\d.]+ s", log, re.MULTILINE)) == 4
+    assert len(re.findall(r"^step +\d+/20 \| val loss [\d.]+ nats per token \| [\d.]+ bits per byte", log, re.MULTILINE)) == 2
+    assert "letters" in log and "28" in log
+
+
+def test_the_folder_is_named_after_the_config_and_a_mixer_from_the_command_line(here):
+    name = lambda *argv: train_script.read_options(list(argv))[0].out_dir
+    recipe = str(ROOT / "configs/shakespeare_pelican.py")
+    assert name(recipe) == "out/shakespeare_pelican"
+    assert name(recipe, "--n_layer=2") == "out/shakespeare_pelican"
+    assert name(recipe, "--mixer=softmax") == "out/shakespeare_pelican_softmax"
+    assert name(recipe, "--mixer=softmax,pelican") == "out/shakespeare_pelican_softmax+pelican"
+    assert name(recipe, "--mixer=softmax", "--out_dir=x/y") == "x/y"
+    assert name("--dataset=letters", "--mixer=pelican").startswith("out/") and "pelican" in name("--mixer=pelican")
+
+
+def test_a_recipe_runs_on_tiny_shakespeare_in_a_folder_of_its_own_name(clone, shakespeare_char):
+    """The documented command, shortened by nothing but --max_iters."""
+    shutil.copytree(shakespeare_char, clone / "data/shakespeare_char", dirs_exist_ok=True)
+    done = run(clone, "train.py", "configs/shakespeare_pelican.py", "--max_iters=30")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((clone / "out/shakespeare_pelican/config.json").read_text())
+    assert (config["lr_decay_iters"], config["warmup_iters"], config["head_temperature"]) == (30, 100, 0.1)
+    last = metrics(clone / "out/shakespeare_pelican")[-1]
+    assert last["iter"] == 30 and last["val_loss"] < math.log(65)
+    assert json.loads((clone / "out/shakespeare_pelican/checkpoints/newest.json").read_text()) == {"folder": "00000030"}
+
+
+def test_no_steps_at_all_leave_the_untrained_model(home, tmp_path):
+    process = start(home, "train.py", *TINY, "--max_iters=0", f"--out_dir={tmp_path / 'run'}")
+    try:
+        _, err = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"--max_iters=0 never ends; it has evaluated {len(metrics(tmp_path / 'run'))} times")
+    assert process.returncode == 0, err
+    [row] = metrics(tmp_path / "run")
+    assert row["iter"] == row["tokens"] == 0 and abs(row["val_loss"] - math.log(28)) < 0.1
+    assert weights(tmp_path / "run", 0)
+
+
+def test_a_terminal_gets_a_progress_bar_with_the_time_left(home, tmp_path):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process = subprocess.Popen([sys.executable, "train.py", *TINY, "--max_iters=40", "--log_interval=10", f"--out_dir={tmp_path / 'run'}"],
+                               cwd=home, stdout=subprocess.PIPE, stderr=end, text=True)
+    os.close(end)
+    out, shown = process.communicate(timeout=60)[0], b""
+    try:
+        while part := os.read(terminal, 4096):
+            shown += part
+    except OSError:  # how a terminal says that its other end is closed
+        pass
+    assert process.returncode == 0
+    assert b"40/40" in shown and re.search(rb"\d\d:\d\d<\d\d:\d\d", shown) and b"loss" in shown
+    assert "| lr" not in out and "val loss" in out  # the bar takes the place of the log lines
+
+
+# -- the numbers are right --------------------------------------------------------------------------------------------
+
+def test_the_validation_loss_is_that_of_the_saved_weights_over_the_whole_split(trained, home):
+    """Recomputed with plain torch: one block written out by hand, every token but the first a target once."""
+    w = weights(trained, 20)
+    names = set(w)
+    take = lambda *parts: w[next(n for n in sorted(names) if all(p in n for p in parts))]
+    tokens = torch.from_numpy(np.fromfile(home / "data/letters/val.bin", dtype="<u2").astype(np.int64))
+    norm = lambda h, name: F.layer_norm(h, (16,), take(name, "weight"), take(name, "bias"), 1e-5)
+    linear = lambda h, *parts: F.linear(h, take(*parts, "weight"), take(*parts, "bias"))
+    embed = w["embed.weight"]
+    total, count = 0.0, 0
+    for start in range(0, len(tokens) - 1, 16):
+        x, y = tokens[start:start + 16], tokens[start + 1:start + 17]
+        T = len(y)
+        h = embed[x[:T]] + take("pos_embed")[:T]
+        q, k, v = (part.view(T, 2, 8).transpose(0, 1) for part in qkv(norm(h, "norm1"), w).split(16, dim=-1))
+        scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        h = h + linear((scores.softmax(-1) @ v).transpose(0, 1).reshape(T, 16), "mixer", "c_proj")
+        h = h + linear(F.gelu(linear(norm(h, "norm2"), "mlp", "c_fc"), approximate="tanh"), "mlp", "c_proj")
+        logp = (F.layer_norm(h, (16,), w["norm.weight"], w["norm.bias"], 1e-5) @ embed.T).log_softmax(-1)
+        total -= logp.gather(1, y[:, None]).sum().item()
+        count += T
+    assert count == len(tokens) - 1
+    assert metrics(trained)[-1]["val_loss"] == pytest.approx(total / count, abs=2e-6)
+
+
+def qkv(h, w):
+    """Queries, keys and values (T, 3 C), whether they are saved as one matrix or as three."""
+    parts = sorted((n for n in w if ".mixer." in n and "c_proj" not in n and n.endswith("weight")),
+                   key=lambda n: ["q", "k", "v"].index(n.split(".")[-2][-1]) if w[n].shape[0] == 16 else 0)
+    return torch.cat([F.linear(h, w[n], w[n.replace("weight", "bias")]) for n in parts], dim=-1)
+
+
+def test_two_micro_steps_of_six_are_one_batch_of_twelve(train):
+    common = [*TINY, "--max_iters=20", "--log_interval=1"]
+    train(*common, "--batch_size=12", "--out_dir=whole")
+    train(*common, "--batch_size=6", "--gradient_accumulation_steps=2", "--out_dir=halves")
+    whole, halves = metrics("whole"), metrics("halves")
+    assert len(whole) == len(halves) == 21
+    for a, b in zip(whole, halves):
+        assert a["tokens"] == b["tokens"] == a["iter"] * 12 * 16
+        for key in ("train_loss", "val_loss"):
+            assert a[key] == b[key] is None or a[key] == pytest.approx(b[key], abs=1e-5)
+
+
+def test_a_seed_gives_the_same_run_and_another_seed_another(train, trained, here):
+    """Against a run of another process."""
+    train(*TINY, *STRAIGHT, "--max_iters=20", "--out_dir=again")
+    assert untimed(metrics("again")) == untimed(metrics(trained))
+    assert equal(weights(here / "again", 20), weights(trained, 20))
+    train(*TINY, *STRAIGHT, "--max_iters=20", "--out_dir=other", "--seed=1")
+    assert metrics("other")[0]["train_loss"] != metrics("again")[0]["train_loss"]
+
+
+def test_weight_decay_is_on_matrices_only(train, here):
+    train(*TINY, "--max_iters=1", "--weight_decay=5", "--learning_rate=1e-4", "--warmup_iters=0", "--out_dir=with")
+    train(*TINY, "--max_iters=1", "--weight_decay=0", "--learning_rate=1e-4", "--warmup_iters=0", "--out_dir=plain")
+    decayed, plain = weights(here / "with", 1), weights(here / "plain", 1)
+    assert {name for name in plain if not torch.equal(plain[name], decayed[name])} == {n for n, t in plain.items() if t.dim() >= 2}
+
+
+def test_evaluating_a_run_gives_its_loss_and_writes_nothing(train, trained):
+    before = content(trained)
+    out = train("--eval_only", f"--out_dir={trained}")
+    row = metrics(trained)[-1]
+    assert f"val loss {row['val_loss']:.4f} nats" in out and f"{row['val_bpb']:.4f} bits" in out
+    assert content(trained) == before
+
+
+def test_a_run_from_the_weights_of_another_starts_where_that_one_ended(train, trained, here):
+    train(*TINY, f"--init_from={trained}", "--max_iters=1", "--learning_rate=0", "--out_dir=tuned")
+    assert metrics("tuned")[-1]["val_loss"] == metrics(trained)[-1]["val_loss"]
+    assert equal(weights(here / "tuned", 1), weights(trained, 20))
+    line = train.refuses(*TINY, f"--init_from={trained}", "--n_embd=32", "--out_dir=wide")
+    assert "embed.weight" in line and "16" in line and "32" in line
+    line = train.refuses(*TINY, f"--init_from={trained}", "--mixer=pelican", "--out_dir=other")
+    assert "+blocks.0.norm1" in line and not (here / "other").exists()
+
+
+# -- stop and go on ---------------------------------------------------------------------------------------------------
+
+def test_a_resumed_run_is_the_straight_one_bit_for_bit(trained, home, tmp_path, train):
+    """20 steps with dropout: in one process, and as 10 and 10 in two."""
+    folder = tmp_path / "run"
+    train(*TINY, *STRAIGHT, "--max_iters=10", "--lr_decay_iters=20", f"--out_dir={folder}")
+    second = run(home, "train.py", "--resume", "--max_iters=20", f"--out_dir={folder}")
+    assert second.returncode == 0 and second.stderr == "", second
+    assert str(folder / "checkpoints/00000010") in second.stdout
+    assert untimed(metrics(folder)) == untimed(metrics(trained))
+    for iteration in (10, 20):
+        assert equal(weights(folder, iteration), weights(trained, iteration))
+        a, b = (load_file(f / f"checkpoints/{iteration:08d}/optimizer.safetensors") for f in (folder, trained))
+        assert a and equal(a, b)
+    assert [row["seconds"] for row in metrics(folder)] == sorted(row["seconds"] for row in metrics(folder))
+
+
+def test_a_stopped_run_saves_ends_with_0_and_goes_on(home, tmp_path, train):
+    folder = tmp_path / "run"
+    process = start(home, "train.py", *TINY, "--dropout=0.1", "--max_iters=1000000", "--lr_decay_iters=500", "--log_interval=1",
+                    "--eval_interval=1000000", f"--out_dir={folder}")
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == "" and "stopped" in out and "--resume" in out
+    [saved] = checkpoint.checkpoints(folder)
+    step = int(saved.name)
+    assert checkpoint.damage(saved) is None and metrics(folder)[-1]["iter"] == step and f"step {step}" in out
+    train("--resume", f"--out_dir={folder}", f"--max_iters={step + 5}")
+    train(*TINY, "--dropout=0.1", f"--max_iters={step + 5}", "--lr_decay_iters=500", "--log_interval=1", "--eval_interval=1000000", "--out_dir=straight")
+    assert untimed(metrics(folder)) == untimed(metrics("straight"))
+
+
+def test_a_killed_run_leaves_whole_checkpoints_and_goes_on(home, tmp_path, train):
+    folder = tmp_path / "run"
+    process = start(home, "train.py", *TINY, "--max_iters=1000000", "--lr_decay_iters=100", "--log_interval=1", "--eval_interval=1",
+                    "--eval_tokens=16", f"--out_dir={folder}")
+    wait_for(lambda: len(checkpoint.checkpoints(folder)) > 1 and int(checkpoint.checkpoints(folder)[-1].name) > 8, process)
+    process.kill()
+    process.communicate()
+    step = int(checkpoint.load(folder).folder.name)
+    assert all(checkpoint.damage(f) is None for f in checkpoint.checkpoints(folder))
+    train("--resume", f"--out_dir={folder}", f"--max_iters={step + 3}")
+    assert [row["iter"] for row in metrics(folder) if row["train_loss"]] == list(range(1, step + 4))
+    assert checkpoint.damage(checkpoint.checkpoints(folder)[-1]) is None
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(train, here):
+    train(*TINY, "--max_iters=4", "--log_interval=1", "--out_dir=run")
+    whole = untimed(metrics("run"))
+    shutil.rmtree(here / "run/checkpoints")
+    path = here / "run/metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    out = train(*TINY, "--max_iters=4", "--log_interval=1", "--out_dir=run", "--resume")
+    assert "beginning" in out
+    assert untimed(metrics("run")) == whole  # and not the three lines twice
+
+
+def test_resume_takes_the_runs_own_options_over_the_defaults(run_folder):
+    options, saved = train_script.read_options([f"--out_dir={run_folder}", "--resume", "--seed=5"])[:2]
+    assert saved.folder.name == "00000020"
+    assert (options.n_layer, options.dataset, options.dropout, options.seed) == (1, "letters", 0.1, 5)
+
+
+def test_resume_says_what_differs_from_the_run_so_far(train, run_folder):
+    out = train("--resume", f"--out_dir={run_folder}", "--max_iters=21", "--dropout=0.2")
+    assert "dropout 0.1 -> 0.2" in out and "max_iters 20 -> 21" in out and "n_layer" not in out
+
+
+def test_a_longer_run_decays_over_its_new_length(run_folder):
+    longer = train_script.read_options([f"--out_dir={run_folder}", "--resume", "--max_iters=50"])[0]
+    assert (longer.max_iters, longer.lr_decay_iters, longer.dropout) == (50, 50, 0.1)
+    kept = train_script.read_options([f"--out_dir={run_folder}", "--resume", "--max_iters=50", "--lr_decay_iters=20"])[0]
+    assert (kept.max_iters, kept.lr_decay_iters) == (50, 20)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(train, run_folder, trained):
+    (run_folder / "checkpoints/00000020/model.safetensors").write_bytes(b"gone")
+    out = train("--resume", f"--out_dir={run_folder}")
+    assert "00000020 is damaged" in out and f"going on from {run_folder / 'checkpoints/00000010'}" in out
+    assert untimed(metrics(run_folder)) == untimed(metrics(trained))
+    assert equal(weights(run_folder, 20), weights(trained, 20))
+
+
+def test_a_half_written_line_of_metrics_is_dropped(train, run_folder):
+    before = metrics(run_folder)
+    with open(run_folder / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 20, "train_loss"')
+    train("--resume", f"--out_dir={run_folder}", "--max_iters=21")
+    assert metrics(run_folder)[:-2] == before and [row["iter"] for row in metrics(run_folder)[-2:]] == [21, 21]
+
+
+@pytest.mark.parametrize("damage", [b"{}\n", b"[]\n", b'{"iter": 3, "train\n', b"\0\0\0\0\n", b"\xff\xfe\n"], ids=str)
+def test_damaged_metrics_are_named(train, run_folder, damage):
+    path = run_folder / "metrics.jsonl"
+    path.write_bytes(damage + path.read_bytes())
+    assert "metrics.jsonl" in train.refuses("--resume", f"--out_dir={run_folder}", "--max_iters=21", unchanged=run_folder / "checkpoints")
+
+
+@pytest.mark.parametrize("change", ["--n_layer=2", "--mixer=pelican", "--block_size=8", "--no-tie_head"])
+def test_resume_and_eval_refuse_another_model(train, run_folder, change):
+    name = change.removeprefix("--no-").removeprefix("--").partition("=")[0]
+    for action in ("--resume", "--eval_only"):
+        assert name in train.refuses(action, f"--out_dir={run_folder}", "--max_iters=25", change, unchanged=run_folder)
+
+
+@pytest.mark.parametrize("action", ["--resume", "--eval_only", "--init_from"])
+def test_data_of_another_alphabet_is_refused(train, trained, run_folder, action):
+    """digits has as many symbols as letters; the weights fit, but they speak of other characters."""
+    where = [f"--init_from={trained}", *TINY, "--out_dir=new"] if action == "--init_from" else [action, f"--out_dir={run_folder}"]
+    assert "digits" in train.refuses(*where, "--dataset=digits", "--max_iters=25", unchanged=run_folder)
+
+
+# -- folders that hold a run already ----------------------------------------------------------------------------------
+
+def test_a_run_is_not_written_over(train, run_folder):
+    line = train.refuses(*TINY, f"--out_dir={run_folder}", unchanged=run_folder)
+    assert all(way in line for way in ("--resume", "--out_dir", "--overwrite"))
+    for name in ("config.json", "metrics.jsonl"):
+        for path in run_folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (run_folder / name).write_text("{}\n")
+        assert "--overwrite" in train.refuses(*TINY, f"--out_dir={run_folder}", unchanged=run_folder)
+
+
+def test_overwrite_clears_the_run_and_nothing_else(train, run_folder):
+    (run_folder / "notes.txt").write_text("mine")
+    (run_folder / "figures").mkdir()
+    train(*TINY, f"--out_dir={run_folder}", "--overwrite", "--max_iters=3", "--log_interval=1")
+    assert [row["iter"] for row in metrics(run_folder)] == [1, 2, 3, 3]
+    assert [f.name for f in checkpoint.checkpoints(run_folder)] == ["00000003"]
+    assert (run_folder / "notes.txt").read_text() == "mine" and (run_folder / "figures").is_dir()
+    assert json.loads((run_folder / "config.json").read_text())["dropout"] == 0.0
+
+
+@pytest.mark.parametrize("bad", ["--n_head=3", "--mixer=nope", "--dataset=nope", "--block_size=100000", "--device=nope", "--n_layr=2",
+                                 "--init_from=nope", "--mixer_file=nope.py", "--min_lr=1"])
+def test_overwrite_does_not_clear_before_everything_has_checked_out(train, run_folder, bad):
+    train.refuses(*TINY, f"--out_dir={run_folder}", "--overwrite", bad, unchanged=run_folder)
+
+
+# -- bad input: one line, status 2, nothing written -------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, naming", [
+    (["--n_embd=18", "--n_head=4"], ["n_embd 18", "n_head 4"]),
+    (["--n_head=2", "--n_kv_head=4"], ["n_head 2", "n_kv_head 4"]),
+    (["--mixer=sofmax"], ["sofmax", "softmax", "pelican", "causal_max"]),
+    (["--mixer=softmax,"], ["softmax", "pelican"]),
+    (["--dataset=nope"], ["nope", "shakespeare_char", "letters"]),
+    (["--dataset=../letters"], ["../letters"]),
+    (["--block_size=5000"], ["5000", "letters", "val"]),
+    (["--device=nope"], ["nope", "cpu"]),
+    (["--embed_rank=4"], ["embed_rank", "tie_head"]),
+    (["--zero_init_head"], ["zero_init_head", "tie_head"]),
+    (["--min_lr=2"], ["min_lr", "learning_rate"]),
+    (["--n_layr=3"], ["n_layr", "n_layer"]),
+    (["--dropout=1"], ["dropout"]),
+    (["--resume"], ["holds no run", "--resume"]),
+    (["--eval_only"], ["holds no run"]),
+    (["--init_from=nowhere"], ["nowhere"]),
+    (["nowhere.py"], ["nowhere.py"]),
+    (["--mixer_file=nowhere.py"], ["nowhere.py"]),
+])
+def test_bad_input_is_named_in_one_line(train, argv, naming):
+    line = train.refuses(*TINY, *argv)
+    assert all(name in line for name in naming), line
+
+
+def test_a_bad_option_ends_a_process_with_status_2(home, tmp_path):
+    line = one_line(run(home, "train.py", *TINY, "--batchsize=3", f"--out_dir={tmp_path / 'run'}"))
+    assert line == "train.py: no option --batchsize; nearest: --batch_size"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(train, here):
+    (here / "file").write_text("mine")
+    for folder in ("file", "file/run"):
+        assert folder in train.refuses(*TINY, f"--out_dir={folder}", "--max_iters=1")
+        assert folder in train.refuses(*TINY, f"--out_dir={folder}", "--max_iters=1", "--overwrite")
+
+
+@pytest.mark.parametrize("what, damage", [
+    ("truncated", lambda data: (data / "train.bin").write_bytes((data / "train.bin").read_bytes()[:-10])),
+    ("beyond the vocabulary", lambda data: (data / "val.bin").write_bytes((data / "val.bin").read_bytes()[:-2] + b"\xff\x7f")),
+])
+def test_damaged_data_is_refused_and_the_old_run_kept(train, home, run_folder, tmp_path, monkeypatch, what, damage):
+    import data.dataset
+    shutil.copytree(home / "data/letters", tmp_path / "data/letters")
+    damage(tmp_path / "data/letters")
+    monkeypatch.setattr(data.dataset, "DATA", tmp_path / "data")
+    line = train.refuses(*TINY, f"--out_dir={run_folder}", "--overwrite", unchanged=run_folder)
+    assert ".bin" in line
+
+
+def small_files(limit):
+    """Every file that the process writes is cut at `limit` bytes, like on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_earlier_ones(home, run_folder):
+    before = content(run_folder / "checkpoints")
+    line = one_line(run(home, "-B", "train.py", "--resume", "--max_iters=30", f"--out_dir={run_folder}", preexec_fn=small_files(8000)))
+    assert "00000030" in line and "cannot write" in line
+    assert content(run_folder / "checkpoints") == before
+    assert json.loads((run_folder / "checkpoints/newest.json").read_text()) == {"folder": "00000020"}
+
+
+def test_a_full_disk_while_logging_is_one_line_too(home, run_folder):
+    line = one_line(run(home, "-B", "train.py", "--resume", "--max_iters=1000", "--eval_interval=1000", "--log_interval=1",
+                        f"--out_dir={run_folder}", preexec_fn=small_files(4000)))
+    assert str(run_folder) in line
+    assert checkpoint.load(run_folder).folder.name == "00000020"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(train, run_folder):
+    before = content(run_folder / "checkpoints")
+    with pytest.raises(SystemExit) as exit:
+        train.call(["--resume", f"--out_dir={run_folder}", "--max_iters=40", "--learning_rate=1e30", "--grad_clip=0"])
+    line = train.capsys.readouterr().err
+    assert exit.value.code == 2 and line.count("\n") == 1
+    step = int(re.search(r"step (\d+)", line)[1])
+    assert 20 < step < 30 and "finite" in line
+    assert content(run_folder / "checkpoints") == before
+    train("--resume", f"--out_dir={run_folder}", "--max_iters=22")  # and the run goes on from it
+    assert [row["iter"] for row in metrics(run_folder)][-2:] == [22, 22]
+
+
+def test_a_run_without_checkpoint_that_diverges_does_not_promise_one(train, here):
+    with pytest.raises(SystemExit) as exit:
+        train.call([*TINY, "--max_iters=40", "--learning_rate=1e30", "--grad_clip=0", "--out_dir=run"])
+    assert exit.value.code == 2 and checkpoint.checkpoints(here / "run") == []
+    assert "keeps its last checkpoint" not in train.capsys.readouterr().err
+
+
+# -- mixers of a user's own -------------------------------------------------------------------------------------------
+
+MINE = """
+import torch.nn as nn
+from mixers import MIXERS
+SCALE = 0.5
+
+class Mine(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, state=None):
+        return scaled(self.proj(x)), state
+
+def scaled(x):
+    return SCALE * x
+
+MIXERS["mine"] = Mine
+"""
+
+
+def test_a_users_mixer_trains_goes_on_and_samples(home, here, train, sample):
+    (here / "mine.py").write_text(MINE)
+    done = run(home, "train.py", *TINY, "--max_iters=5", f"--mixer_file={here / 'mine.py'}", "--mixer=mine", f"--out_dir={here / 'run'}")
+    assert done.returncode == 0 and done.stderr == "", done
+    assert "blocks.0.mixer.proj.weight" in weights(here / "run", 5)
+    for script, argv in ((train, ["--resume", "--max_iters=7"]), (train, ["--eval_only"]), (sample, [])):
+        assert "mine" in script.refuses("--out_dir=run", *argv)  # code is run only if the user names it
+    train("--resume", "--out_dir=run", "--max_iters=7", "--mixer_file=mine.py")
+    assert metrics("run")[-1]["iter"] == 7
+    assert sample("--out_dir=run", "--mixer_file=mine.py", "--num_samples=1", "--max_new_tokens=5")
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("MIXERS = (", "SyntaxError"), ("import nowhere_at_all", "nowhere_at_all"), ("1 / 0", "ZeroDivisionError"),
+    ("x = 1", "registers no mixer"), ("raise SystemExit(0)", "SystemExit"),
+])
+def test_a_mixer_file_that_does_not_work(train, sample, here, trained, text, reason):
+    (here / "mine.py").write_text(text)
+    for script, argv in ((train, TINY), (sample, [f"--out_dir={trained}"])):
+        line = script.refuses(*argv, "--mixer_file=mine.py")
+        assert "mine.py" in line and reason in line
+
+
+# -- torch.compile and wandb ------------------------------------------------------------------------------------------
+
+def test_without_a_compiler_training_goes_on_and_says_so(home, trained, tmp_path):
+    """The run is that of `trained`, but for the option."""
+    done = run(home, "train.py", *TINY, *STRAIGHT, "--max_iters=20", "--compile", f"--out_dir={tmp_path / 'run'}", env={"PATH": str(tmp_path)})
+    assert done.returncode == 0 and done.stderr == "", done
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("compile")]
+    assert "no C++ compiler" in line
+    assert untimed(metrics(tmp_path / "run")) == untimed(metrics(trained))
+
+
+def compiler_that_fails(folder):
+    folder.mkdir()
+    for name in ("c++", "g++", "clang++"):
+        (folder / name).write_text("#!/bin/sh\nexit 1\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+
+
+def test_a_failure_to_compile_is_one_line_and_changes_nothing(home, trained, tmp_path):
+    done = run(home, "train.py", *TINY, *STRAIGHT, "--max_iters=20", "--compile", f"--out_dir={tmp_path / 'run'}",
+               env=compiler_that_fails(tmp_path / "bin"))
+    assert done.returncode == 0, done
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("compile")]
+    assert "off" in line and "failed" in line
+    assert untimed(metrics(tmp_path / "run")) == untimed(metrics(trained))
+
+
+def test_the_compilers_trial_run_leaves_nothing_behind(home, tmp_path, train):
+    """torch.compile is made to hand the function back as it is, so the numbers must be those without --compile."""
+    arguments = [*TINY, "--dropout=0.1", "--grad_clip=0", "--max_iters=5", "--log_interval=1"]
+    train(*arguments, f"--out_dir={tmp_path / 'plain'}")
+    done = run(home, "train.py", *arguments, "--compile", f"--out_dir={tmp_path / 'compiled'}",
+               env={"TORCHDYNAMO_DISABLE": "1"} | compiler_that_fails(tmp_path / "bin"))
+    assert done.returncode == 0 and "\ncompile" not in done.stdout, done
+    assert untimed(metrics(tmp_path / "compiled")) == untimed(metrics(tmp_path / "plain"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_a_compiled_run_learns_the_same(home, tmp_path):
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        done = run(home, "train.py", *TINY, "--max_iters=20", "--log_interval=1", *more, f"--out_dir={tmp_path / name}")
+        assert done.returncode == 0 and "\ncompile" not in done.stdout, done
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "compiled"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4) if a["train_loss"] else a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
+
+
+def test_wandb_without_account_records_offline_and_says_so_in_one_line(home, tmp_path):
+    folder = tmp_path / "run"
+    alone = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    done = run(home, "train.py", *TINY, "--max_iters=5", "--log_interval=1", "--wandb_log", f"--out_dir={folder}", env=alone)
+    assert done.returncode == 0 and done.stderr == "", done
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("wandb")]
+    assert "offline" in line
+    [record] = folder.glob("wandb/offline-run-*/*.wandb")
+    recorded = record.read_bytes()
+    assert all(key.encode() in recorded for key in ("train_loss", "val_loss", "val_bpb", "tokens_per_s"))
+    assert repr(metrics(folder)[-1]["val_loss"]).encode() in recorded
+    assert len(metrics(folder)) == 6
