@@ -26,4 +26,4 @@ def choose_dtype(name, device, n_embd):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native and n_embd >= 256 else torch.float32
+    return torch.bfloat16 if native and n_embd >= 128 else torch.float32
