@@ -5,6 +5,9 @@ tests and never written to. `train` and `sample` run a script's main() in this p
 """
 import json
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread costs more than it brings; before torch is loaded
+
 import random
 import shutil
 import signal

@@ -12,13 +12,12 @@ every_skeleton = pytest.mark.parametrize("skeleton", SKELETONS)
 
 @every_mixer
 @every_skeleton
-@pytest.mark.parametrize("T", [1, 8, 63, 64, 100, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_bytes_are_the_states(mixer, skeleton, T, dtype):
+def test_state_bytes_are_the_states(mixer, skeleton, dtype):
     model = make(mixer, skeleton).to(dtype)
-    # statistics and features of a mixer stay in float32 whatever the weights are
-    _, state = model.step(torch.randint(31, (1, T)))
-    assert sum(t.nbytes for t in tensors(state)) == model.state_bytes(T, dtype)
+    for T in (1, 8, 63, 64, 100, 128):
+        _, state = model.step(torch.randint(31, (1, T)))
+        assert sum(t.nbytes for t in tensors(state)) == model.state_bytes(T, dtype), T
 
 
 def counted(model, T):

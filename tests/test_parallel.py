@@ -16,7 +16,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 def train(home, out_dir, *options, processes=1):
     command = TORCHRUN if processes == 2 else []
-    done = run(home, *command, "train.py", *SHAPE, f"--out_dir={out_dir}", *options, env={"OMP_NUM_THREADS": "1"})
+    done = run(home, *command, "train.py", *SHAPE, f"--out_dir={out_dir}", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return out_dir
 
@@ -41,7 +41,7 @@ def alone(home, tmp_path_factory):
     return train(home, tmp_path_factory.mktemp("alone") / "run", "--mixer=lln", "--max_iters=50", "--eval_interval=25")
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "accumulation"])
+@pytest.mark.parametrize("how", ["ddp", "accumulation", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_the_same_run_divided_otherwise(home, alone, tmp_path, how):
     options = ["--batch_size=6", "--gradient_accumulation_steps=2"] if how == "accumulation" else [f"--parallel={how}"]
     out_dir = train(home, tmp_path / "run", "--mixer=lln", "--max_iters=50", "--eval_interval=25", *options,
@@ -55,6 +55,7 @@ def test_the_same_run_divided_otherwise(home, alone, tmp_path, how):
     assert_close({n: ours[n] for n in moments}, {n: theirs[n] for n in moments}, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
 def test_saved_by_some_and_resumed_by_others(home, alone, tmp_path, parallel, first, then):
@@ -66,7 +67,7 @@ def test_saved_by_some_and_resumed_by_others(home, alone, tmp_path, parallel, fi
 
 
 def test_a_batch_that_does_not_divide_is_refused(home, tmp_path):
-    done = run(home, *TORCHRUN, "train.py", *SHAPE, "--batch_size=5", f"--out_dir={tmp_path}/run", env={"OMP_NUM_THREADS": "1"})
+    done = run(home, *TORCHRUN, "train.py", *SHAPE, "--batch_size=5", f"--out_dir={tmp_path}/run")
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert said == ["train.py: batch_size 5 is not divisible by the 2 processes; choose a multiple"]
@@ -77,13 +78,14 @@ def children(pid):
         return [int(child) for child in file.read().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"), reason="needs /proc of Linux")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_process_is_killed_the_others_end_and_a_restart_goes_on(home, tmp_path, victim):
     out_dir = tmp_path / "run"
     command = [sys.executable, *TORCHRUN, "train.py", *SHAPE, f"--out_dir={out_dir}", "--max_iters=100000", "--eval_interval=20"]
     log = open(tmp_path / "log", "w")
-    process = subprocess.Popen(command, cwd=home, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, cwd=home, stdout=log, stderr=log)
     try:
         deadline = time.time() + 60
         while not (out_dir / "checkpoints" / "newest.json").exists():

@@ -520,6 +520,7 @@ def compiler_that_fails(folder):
     return {"PATH": f"{folder}:{os.environ['PATH']}", "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
 
 
+@pytest.mark.slow
 def test_a_failure_to_compile_is_one_line_and_changes_nothing(home, trained, tmp_path):
     done = run(home, "train.py", *TINY, *STRAIGHT, "--max_iters=20", "--compile", f"--out_dir={tmp_path / 'run'}",
                env=compiler_that_fails(tmp_path / "bin"))
