@@ -92,6 +92,7 @@ def save(out_dir, tensors, optimizer, trainer, config, tokenizer, keep_last):
         aside.rename(folder)
         sync(root)
         shutil.rmtree(replaced, ignore_errors=True)
+        # for other programs: we go by the folders' names, which say the same and cannot be torn apart from them
         write_json(root / "newest.json", {"folder": folder.name})
         kept = [old for old in checkpoints(out_dir) if old.name <= folder.name]
         best = min((old for old in kept if val_loss(old) is not None), key=val_loss, default=None)
@@ -188,7 +189,8 @@ def model_config(values, source):
     try:
         return GPTConfig(**{name: value for name, value in values.items() if name in names})
     except ValueError as error:
-        hint = f"; it was trained with --mixer_file={values['mixer_file']}: name that again" if values.get("mixer_file") else ""
+        own = isinstance(source, Path) and values.get("mixer_file")
+        hint = f"; it was trained with --mixer_file={values['mixer_file']}: name that again" if own else ""
         raise BadInput(f"{source}: {one_line(error)}{hint}") from error
 
 
@@ -227,7 +229,9 @@ def load_optimizer(model, optimizer, tensors, source):
         raise BadInput(f"{source}: optimizer.safetensors is of another model: {', '.join(odd)}")
     for name, tensor in tensors.items():
         p, key = own[name]
-        optimizer.state[p][key] = tensor if key == "step" else share_like(tensor, p)
+        # the fused kernels want the count of steps beside the parameter
+        count = tensor.to(p.device) if optimizer.defaults["fused"] else tensor
+        optimizer.state[p][key] = count if key == "step" else share_like(tensor, p)
 
 
 def build_model(checkpoint):

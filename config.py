@@ -30,6 +30,8 @@ checked = dataclass(kw_only=True, config=ConfigDict(strict=True, extra="forbid",
 
 
 def option(default, help, **limits):
+    if "lt" not in limits and "ge" in limits and isinstance(limits["ge"], int) and not isinstance(default, float):
+        limits["lt"] = 2**31  # sizes and counts: what is larger overflows somewhere else
     return Field(default, description=help, **limits)
 
 
@@ -44,8 +46,8 @@ def exit_on_bad_input(program):
     try:
         yield
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun once is enough
-            print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # under torchrun
+        print(f"{program}{f' (rank {rank})' if rank != '0' else ''}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -129,8 +131,8 @@ class Options(ModelOptions):
     lr_schedule: Literal["cosine", "linear"] = option("cosine", "shape of the decay")
     decay_lr: bool = option(True, "decay the learning rate; otherwise it is constant after warm-up")
     warmup_iters: int = option(100, "steps of linear warm-up", ge=0)
-    lr_decay_iters: Optional[int] = option(None, "the step at which min_lr is reached [default: max_iters]", ge=1)
-    min_lr: Optional[float] = option(None, "learning rate at the end of the decay [default: learning_rate / 10]", ge=0)
+    lr_decay_iters: Optional[int] = option(None, "the step at which min_lr is reached [default: max_iters]", ge=0)
+    min_lr: Optional[float] = option(None, "learning rate at the end of the decay [default: learning_rate / 10]", ge=0.0)
     weight_decay: float = option(0.1, "of AdamW, on matrices only", ge=0)
     beta1: float = option(0.9, "of AdamW", ge=0, lt=1)
     beta2: float = option(0.99, "of AdamW", ge=0, lt=1)
@@ -163,9 +165,16 @@ def one_line(error):
     return ": ".join(filter(None, complaint(error)))
 
 
+def is_file(path):
+    try:
+        return Path(path).is_file()
+    except OSError:  # a name too long, say
+        return False
+
+
 def read_config_file(path, cls):
     """The options that a config file sets, name -> value. BadInput if it does not run or sets an unknown name."""
-    if not Path(path).is_file():
+    if not is_file(path):
         raise BadInput(f"config file {path} does not exist")
     try:
         names = runpy.run_path(str(path))
@@ -247,11 +256,16 @@ def parse_options(cls, argv, description, with_config_file=True, base={}):
     given = vars(arguments)
     config_file = given.pop("config_file", None)
     for name, text in given.items():
+        if text == []:  # argparse's reading of `--name=--`
+            raise BadInput(f"--{name}=--: a value is missing")
         try:
             given[name] = from_text(text, known[name])
         except ValueError as error:
             raise BadInput(f"--{name}={text}: {complaint(error)[1]}") from error
     values = read_config_file(config_file, cls) if config_file else {}
+    for name, value in {**values, **given}.items():
+        if isinstance(value, str) and "\0" in value:
+            raise BadInput(f"{name} holds a zero byte; leave it out")
     try:
         return cls(**{**values, **base, **given}), config_file, set(given)
     except ValidationError as error:

@@ -30,6 +30,7 @@ class GPTConfig(ModelOptions):
         llama = self.arch == "llama"
         default = lambda value, otherwise: otherwise if value is None else value
         C, H = self.n_embd, self.n_head
+        self.mixer = ",".join(layer_mixers(self.mixer))  # one spelling of a pattern
         self.bias = default(self.bias, not llama)
         self.pos = default(self.pos, "rope" if llama else "learned")
         self.norm_eps = default(self.norm_eps, 1e-6 if llama else 1e-5)
@@ -241,7 +242,9 @@ def cross_entropy(logits, targets):
 
 
 def sample(logits, temperature, top_k, generator):
-    """One token (B, 1) from logits (B, V)."""
+    """One token (B, 1) from logits (B, V). ValueError for a negative temperature or a top_k below 1."""
+    if temperature < 0 or top_k is not None and top_k < 1:
+        raise ValueError(f"temperature {temperature} must be at least 0, and top_k {top_k} at least 1 or None")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import checkpoint
 from config import BadInput, ModelOptions, Options, exit_on_bad_input, parse_options
 from data import load_dataset
+from data.files import read_json
 from device import choose_device, choose_dtype
 from metrics import Metrics
 from mixers import load_mixer_file
@@ -40,12 +41,15 @@ EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more i
 def main():
     world = World()
     options, saved = read_options(sys.argv[1:])
+    config = checkpoint.model_config(asdict(options) | {"vocab_size": 1}, "options")  # refused before data are fetched
     device = world.start(choose_device(options.device), options)
-    data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))
-    config = checkpoint.model_config(asdict(options) | {"vocab_size": data.vocab_size}, "options")
-    # what was left to be chosen, as chosen: this is what config.json records
-    options = replace(options, **{f.name: getattr(config, f.name) for f in fields(ModelOptions)})
     dtype = choose_dtype(options.dtype, device, options.n_embd)
+    data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))
+    data.tokenizer  # each checkpoint carries it: better to miss it now
+    config = replace(config, vocab_size=data.vocab_size)
+    # what was left to be chosen, as chosen: this is what config.json records
+    options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."),
+                      **{f.name: getattr(config, f.name) for f in fields(ModelOptions)})
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     if saved:
         compare_with(saved, options, config)
@@ -92,29 +96,32 @@ def read_options(argv):
             raise BadInput(f"{out_dir} holds no run; start one without --resume and --eval_only")
         if options.eval_only or checkpoint.checkpoints(out_dir):
             saved = checkpoint.load(out_dir, fall_back=not options.eval_only)
-            # an unset lr_decay_iters follows max_iters, an unset min_lr follows learning_rate; a mixer file is code, so
-            # only the user may name one
-            skip = {"vocab_size", "mixer_file", "init_from", "overwrite", "resume", "eval_only"}
-            skip |= {"lr_decay_iters"} if saved.config.get("lr_decay_iters") == saved.config.get("max_iters") else set()
-            skip |= {"min_lr"} if saved.config.get("min_lr") == saved.config.get("learning_rate", 0) / 10 else set()
-            own = {name: value for name, value in saved.config.items() if name not in skip}
-            differing = [name for name in vars(options) if name in own and name not in given and config_file
-                         and getattr(options, name) not in (own[name], None, getattr(Options(), name))]
-            if differing:
-                print(f"as the run has it, not as {config_file}: {', '.join(f'{name} {own[name]}' for name in differing)}", flush=True)
-            options, *_ = parse(own)
         else:
             print(f"{out_dir} holds no checkpoint yet: starting from the beginning", flush=True)
+        own = own_options(saved.config if saved else read_json(Path(out_dir) / "config.json", "clear the run with --overwrite"))
+        differing = [name for name in vars(options) if name in own and name not in given and config_file
+                     and getattr(options, name) not in (own[name], None, getattr(Options(), name))]
+        if differing:
+            print(f"as the run has it, not as {config_file}: {', '.join(f'{name} {own[name]}' for name in differing)}", flush=True)
+        options, *_ = parse(own)
     elif holds_run(out_dir) and not options.overwrite:
         raise BadInput(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or clear it with --overwrite")
     default = lambda value, otherwise: otherwise if value is None else value
     options = replace(options, out_dir=out_dir, min_lr=default(options.min_lr, options.learning_rate / 10),
-                      lr_decay_iters=default(options.lr_decay_iters, max(options.max_iters, 1)))
+                      lr_decay_iters=default(options.lr_decay_iters, options.max_iters))
     if options.min_lr > options.learning_rate:
         raise BadInput(f"min_lr {options.min_lr} is above learning_rate {options.learning_rate}; lower it or leave it unset")
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
     return options, saved
+
+
+def own_options(config):
+    """What a run's config.json has to say on how to go on: not the machine, nor what was asked of that one command, nor a
+    mixer file, which is code that only the user may name. What followed from another option goes on following it."""
+    follow = {"lr_decay_iters": config.get("max_iters"), "min_lr": config["learning_rate"] / 10 if "learning_rate" in config else None}
+    leave = {"vocab_size", "device", "overwrite", "resume", "eval_only", "mixer_file"}
+    return {name: value for name, value in config.items() if name not in leave and (name not in follow or value != follow[name])}
 
 
 def holds_run(out_dir):
@@ -129,7 +136,7 @@ def compare_with(saved, options, config):
     if changed:
         raise BadInput(f"{saved.folder} is of another model: {', '.join(changed)}; leave these as they were or start a new run")
     for name, value in asdict(options).items():
-        if name in saved.config and saved.config[name] != value and name not in ("resume", "overwrite", "eval_only"):
+        if name in saved.config and saved.config[name] != value and name not in ("resume", "overwrite", "eval_only", "mixer_file"):
             print(f"changed since {saved.folder.name}: {name} {saved.config[name]} -> {value}")
 
 
@@ -166,7 +173,7 @@ def prepared_folder(options, world):
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             checkpoint.write_json(out_dir / "config.json", asdict(options))
             yield
-    except BrokenPipeError:  # standard output, not out_dir
+    except ConnectionError:  # of standard output or of wandb, not of out_dir
         raise
     except OSError as error:
         raise BadInput(f"cannot write to out_dir {out_dir}: {error}; free space or choose another --out_dir") from error
@@ -188,7 +195,7 @@ def describe(options, model, data, device, dtype, world):
           f"{count(model.state_bytes(T, dtype), 'bytes')} of state after {T} tokens", flush=True)
 
 
-def compiled(model, data, options, device, autocast):
+def compiled(model, data, options, device, autocast, world):
     """torch.compile(model.loss), or model.loss itself and one line that says why."""
     if options.parallel == "fsdp":
         print("compile: off, it does not go with --parallel=fsdp")
@@ -197,7 +204,7 @@ def compiled(model, data, options, device, autocast):
         print("compile: off, no C++ compiler found")
         return model.loss
     fast = torch.compile(model.loss)
-    x, y = (t.to(device) for t in data.batch(options.seed, 0, options.batch_size, options.block_size))
+    x, y = (world.rows(t).to(device) for t in data.batch(options.seed, 0, options.batch_size, options.block_size))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with autocast:
@@ -257,7 +264,7 @@ def make_optimizer(model, options, device):
 def train(options, config, model, data, device, autocast, saved, world):
     """From the start, or from the checkpoint `saved`, whose weights the model has, to max_iters."""
     forward_flops = model.flops_per_token(options.block_size)
-    loss_fn = compiled(model, data, options, device, autocast) if options.compile else model.loss
+    loss_fn = compiled(model, data, options, device, autocast, world) if options.compile else model.loss
     loss_fn = join(model, loss_fn, options, world)
     optimizer = make_optimizer(model, options, device)
     step, best, tokens, seconds, wandb_id = 0, None, 0, 0.0, None

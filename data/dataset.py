@@ -10,7 +10,7 @@ import torch
 
 from config import BadInput
 from data.files import DATA, check_name, how_to_prepare, read_json, shown
-from data.tokenizer import load_tokenizer
+from data.tokenizer import CharTokenizer, load_tokenizer
 
 SCAN = 2**22  # tokens checked at a time, so that a large file never sits in memory
 
@@ -95,7 +95,10 @@ class Dataset:
     @functools.cached_property
     def tokenizer(self):
         path = self.folder / "tokenizer.json"
-        tokenizer = load_tokenizer(path)
+        if not path.exists() and isinstance(self.meta.get("alphabet"), str):  # for characters the alphabet says it all
+            tokenizer = CharTokenizer(self.meta["alphabet"])
+        else:
+            tokenizer = load_tokenizer(path)
         if tokenizer.vocab_size != self.vocab_size:
             raise BadInput(f"{shown(path)} has {tokenizer.vocab_size} symbols, and meta.json says {self.vocab_size}; "
                            f"{how_to_prepare(self.name)}")

@@ -3,7 +3,8 @@
 A mixer is an nn.Module whose `forward(x, state=None) -> (y, state)` takes x (B, T, C), the normalised hidden states of
 T new tokens on top of `state` (None: the start of the sequence), and returns y (B, T, C), where y_t depends on the
 tokens up to t only. Training, prefill and decoding are this one function: feeding a sequence in any split gives the
-outputs of one call on the whole. A returned state never changes later; it is a (nested) tuple of tensors and numbers.
+outputs of one call on the whole. A returned state never changes later; it is a (nested) tuple of tensors and numbers
+(a key/value cache also holds on to the storage it is a view of).
 
 It may also say what it costs, and ask to be told of each optimiser step:
 
@@ -17,9 +18,8 @@ Without touching this folder: a file of your own with `from mixers import MIXERS
 """
 import runpy
 from functools import partial
-from pathlib import Path
 
-from config import BadInput
+from config import BadInput, is_file
 
 from mixers.causal_reduction import CausalReduction
 from mixers.linear import Linear
@@ -52,22 +52,22 @@ MIXERS = {
 
 def mechanism_of(option):
     """The mechanism that an option is named after, "lln" for "lln_matching", or None."""
-    return max((name for name in MIXERS if option.startswith(name + "_")), key=len, default=None)
+    return next((name for name in ("lln_diag", "lln", "ssa", "performer", "linformer") if option.startswith(name + "_")), None)
 
 
-def layer_mixers(mixer, n_layer):
+def layer_mixers(mixer, n_layer=None):
     """The mixer's name for each layer. mixer: a name, or a pattern `softmax,lln,lln` (also joined by +), layer i taking
-    entry i modulo its length. ValueError with the choices for an unknown name."""
+    entry i modulo its length; without n_layer, the pattern itself. ValueError with the choices for an unknown name."""
     pattern = [name.strip() for name in mixer.replace("+", ",").split(",")]
     for name in pattern:
         if name not in MIXERS:
             raise ValueError(f"mixer {name!r}; have {', '.join(sorted(MIXERS))}")
-    return [pattern[i % len(pattern)] for i in range(n_layer)]
+    return [pattern[i % len(pattern)] for i in range(n_layer or len(pattern))]
 
 
 def load_mixer_file(path):
     """Runs a user's file, which registers its mixer in MIXERS. BadInput if it does not run or registers none."""
-    if not Path(path).is_file():
+    if not is_file(path):
         raise BadInput(f"mixer_file {path} does not exist")
     before = dict(MIXERS)
     try:

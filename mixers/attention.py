@@ -25,6 +25,16 @@ class QKV(nn.Module):
         return (t.view(B, T, -1, D).transpose(1, 2) for t in (q, k, v))
 
 
+class Wide(nn.Module):
+    """A module whose buffers stay in at least float32 when the model around it is cast to less."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_wide(tensor):
+            cast = fn(tensor)
+            return cast if cast.dtype.itemsize >= 4 else tensor.to(cast.device, torch.float32)
+        return super()._apply(keep_wide, recurse)
+
+
 def qkv_flops(mixer):
     """Forward FLOPs per token of a mixer's projections, c_attn and c_proj; a multiply-add is 2."""
     return 2 * (mixer.c_attn.proj.weight.numel() + mixer.c_proj.weight.numel())
@@ -60,6 +70,12 @@ class Room:
     def __init__(self, k, v):
         self.k, self.v, self.filled = k, v, k.size(2)
 
+    def begins_with(self, k, v):
+        """Whether k and v are views of the first tokens here, which a caller may have selected or copied rows of, and
+        whether this is a place that may be written to now."""
+        same = all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.size(0) == b.size(0) for a, b in ((k, self.k), (v, self.v)))
+        return same and self.k.is_inference() == torch.is_inference_mode_enabled()
+
 
 class Cache(NamedTuple):
     """Keys and values (B, G, S, D) of the tokens so far: views into a Room that doubles when full.
@@ -79,7 +95,7 @@ class Cache(NamedTuple):
         if torch.is_grad_enabled():
             k, v = torch.cat([cache.k, k], dim=2), torch.cat([cache.v, v], dim=2)
             return Cache(k, v, Room(k, v))
-        if room.filled != S or room.k.size(2) < S + T:
+        if room.filled != S or room.k.size(2) < S + T or not room.begins_with(cache.k, cache.v):
             B, G, _, D = k.shape
             bigger = Room(k.new_empty(B, G, 2 * (S + T), D), v.new_empty(B, G, 2 * (S + T), D))
             bigger.k[:, :, :S], bigger.v[:, :, :S] = cache.k, cache.v

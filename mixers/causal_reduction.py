@@ -24,13 +24,13 @@ def causal_reduce(x, op, context, state=None):
     before, total, n = state or (x[:, :1], 0, 0)
     previous = torch.cat([before, x[:, :-1]], dim=1)  # x_{t-1}; x_0 is its own predecessor
     if not context:
-        return pairwise(op, x, previous), (x[:, -1:], total, n + T)
+        return pairwise(op, x, previous), (x[:, -1:].clone(), total, n + T)  # not a view that holds on to all of x
     # at least float32: a bfloat16 sum stops growing after a few hundred tokens
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     sums = wide.cumsum(1) + total
     mean = (sums / torch.arange(n + 1, n + T + 1, device=x.device).view(1, T, 1)).to(x.dtype)
     r = (x + previous + mean) / 3 if op == "mean" else pairwise(op, pairwise(op, x, previous), mean)
-    return r, (x[:, -1:], sums[:, -1:], n + T)
+    return r, (x[:, -1:].clone(), sums[:, -1:].clone(), n + T)
 
 
 def reduction_state_bytes(C, context, dtype):

@@ -13,7 +13,7 @@ the chunk's *first* token, and row t is divided by exp(M_t), M_t = max_d (a_td +
 least 1, as some token up to the first one attains r_d. Were the maximum to range over the whole chunk, one huge late key
 would push earlier rows to 0/0: the future would show. Keys may exceed r_d by up to MAX_GROWTH: what then underflows
 in phi_q is below exp(MAX_GROWTH - 87) of the row's sum. A chunk where they exceed it by more is summed
-channel by channel, exactly.
+channel by channel, exactly, and alone: the other chunks and rows of the batch do not notice.
 """
 import math
 from typing import NamedTuple
@@ -58,17 +58,20 @@ def chunkwise(a, b, v, state):
         ends = torch.cat([m[:, :, None], b.amax(3)], dim=2).cummax(dim=2).values  # (B, H, N + 1, D) maximum before each chunk
         before, after = ends[:, :, :-1], ends[:, :, 1:]
         r = torch.maximum(before, b[:, :, :, 0])  # (B, H, N, D)
-        steady = bool((after - r).max() <= MAX_GROWTH)
-        seen = r[:, :, :, None] if steady else torch.maximum(r[:, :, :, None], b.cummax(dim=3).values)
-        M = (a + seen).amax(4, keepdim=True)  # (B, H, N, c, 1)
+        M = (a + r[:, :, :, None]).amax(4, keepdim=True)  # (B, H, N, c, 1)
+        wild = (after - r).amax(3) > MAX_GROWTH  # (B, H, N)
+        any_wild = bool(wild.any())
+        if any_wild:
+            M[wild] = (a[wild] + torch.maximum(r[wild][:, None], b[wild].cummax(dim=1).values)).amax(2, keepdim=True)
 
     # within the chunks
     phi_q = (a + r[:, :, :, None] - M).exp()
-    if steady:
-        w = (phi_q @ (b - r[:, :, :, None]).exp().mT).tril()
-    else:
-        later = torch.ones(c, c, dtype=torch.bool, device=a.device).triu(1)
-        w = sum((a[..., d, None] + b[..., None, :, d] - M).masked_fill(later, -math.inf).exp() for d in range(D))
+    local = b - r[:, :, :, None]
+    if any_wild:
+        local = local.masked_fill(wild[..., None, None], -math.inf)
+    w = (phi_q @ local.exp().mT).tril()  # (B, H, N, c, c)
+    if any_wild:
+        w = w.index_put(torch.where(wild), exact_weights(a[wild], b[wild], M[wild]))
     y, total = w @ v, w.sum(4, keepdim=True)
 
     # between them: the state before each chunk, relative to its r
@@ -87,6 +90,13 @@ def chunkwise(a, b, v, state):
         total = total + phi_q @ old_z[..., None]
     y = (y / total).flatten(2, 3)[:, :, :T]
     return y, LinearState(S, z, after[:, :, -1])
+
+
+def exact_weights(a, b, M):
+    """sum_d exp(a_td + b_sd - M_t) for s <= t, channel by channel: a, b (K, c, D), M (K, c, 1) -> (K, c, c)."""
+    c, D = a.shape[1:]
+    later = torch.ones(c, c, dtype=torch.bool, device=a.device).triu(1)
+    return sum((a[..., d, None] + b[..., None, :, d] - M).masked_fill(later, -math.inf).exp() for d in range(D))
 
 
 def linear_attention_flops(T, H, D, E):

@@ -41,7 +41,7 @@ class Linformer(nn.Module):
                         (self.F @ v[:, :, :whole].unflatten(2, (-1, L))).flatten(2, 3))
         slots_k, slots_v = torch.cat([slots_k, new_k], dim=2), torch.cat([slots_v, new_v], dim=2)
         y = self.attend(q, k, v, slots_k, slots_v, n % L, n // L)
-        state = n + T, slots_k, slots_v, k[:, :, whole:], v[:, :, whole:]
+        state = n + T, slots_k, slots_v, k[:, :, whole:].clone(), v[:, :, whole:].clone()  # not views of all keys and values
         return self.c_proj(merge_heads(y)), state
 
     def attend(self, q, k, v, slots_k, slots_v, n_before, completed):

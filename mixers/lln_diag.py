@@ -33,8 +33,9 @@ class LLNDiag(LLN):
         super().__init__(config, layer)
         self.rope_base = config.rope_base if config.pos == "rope" else None
         H, _, D = self.c_attn.sizes
-        self.r = nn.Parameter(torch.full((H, 1, D), 0.5)) if config.lln_diag_mode != "mean" else None
-        self.p = nn.Parameter(torch.full((H, 1, D), 0.5)) if config.lln_diag_mode == "sum" else None
+        # flat, so that weight decay, which is for matrices, leaves them alone
+        self.r = nn.Parameter(torch.full((H * D,), 0.5)) if config.lln_diag_mode != "mean" else None
+        self.p = nn.Parameter(torch.full((H * D,), 0.5)) if config.lln_diag_mode == "sum" else None
 
     def forward(self, x, state=None):
         q, k, v = self.c_attn(x)
@@ -45,11 +46,12 @@ class LLNDiag(LLN):
             q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
         k, v = torch.cat([block_k, k], dim=2), torch.cat([block_v, v], dim=2)
         diag = block_attention(q, k, v, n % D)
-        r = 0.5 if self.r is None else self.r
-        p = 1 - r if self.p is None else self.p
+        r = 0.5 if self.r is None else self.r.view(-1, 1, D)
+        p = 1 - r if self.p is None else self.p.view(-1, 1, D)
         y = (r * y + p * diag).to(x.dtype)
         left = (n + T) % D  # tokens of the block that is not complete
-        state = n + T, lln_state, k[:, :, k.size(2) - left:], v[:, :, v.size(2) - left:]
+        # copies, as a view would hold on to all keys and values
+        state = n + T, lln_state, k[:, :, k.size(2) - left:].clone(), v[:, :, v.size(2) - left:].clone()
         return self.c_proj(merge_heads(y)), state
 
     def flops_per_token(self, T):

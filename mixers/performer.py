@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn as nn
 
-from mixers.attention import QKV, merge_heads, qkv_flops, repeat_heads, rotate
+from mixers.attention import QKV, Wide, merge_heads, qkv_flops, repeat_heads, rotate
 from mixers.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
 
 
@@ -31,16 +31,11 @@ def log_features(x, omega):
         return u @ omega.T - u.square().sum(-1, keepdim=True) / 2 - math.log(len(omega)) / 2
 
 
-class Performer(nn.Module):
-    def __init__(self, config, layer):
+class RandomFeatures(Wide):
+    """omega (m, D), and the numbers that it is drawn from: the same on every rank, and after a resume."""
+
+    def __init__(self, m, D):
         super().__init__()
-        self.rope_base = config.rope_base if config.pos == "rope" else None
-        self.redraw_every = config.performer_redraw
-        self.c_attn = QKV(config)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        D = self.c_attn.sizes[2]
-        m = config.performer_features or max(8, round(D * math.log(D) / 8) * 8)
-        # draws are numbered from a seed of their own, so that a redraw is the same on every rank and after a resume
         self.register_buffer("seed", torch.randint(2**31, (1,)))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("omega", torch.empty(m, D))
@@ -50,27 +45,41 @@ class Performer(nn.Module):
         generator = torch.Generator().manual_seed(int(self.seed + self.steps))
         self.omega.copy_(orthogonal_gaussian(*self.omega.shape, generator))
 
+    def forward(self, x):
+        return log_features(x, self.omega)
+
+
+class Performer(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.rope_base = config.rope_base if config.pos == "rope" else None
+        self.redraw_every = config.performer_redraw
+        self.c_attn = QKV(config)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        D = self.c_attn.sizes[2]
+        self.features = RandomFeatures(config.performer_features or max(8, round(D * math.log(D) / 8) * 8), D)
+
     def forward(self, x, state=None):
         q, k, v = self.c_attn(x)
         n, state = state or (0, None)
         if self.rope_base:
             q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
-        a, b = log_features(q, self.omega), log_features(k, self.omega)
+        a, b = self.features(q), self.features(k)
         y, state = linear_attention(a, repeat_heads(b, q.size(1)), repeat_heads(v, q.size(1)), state)
         return self.c_proj(merge_heads(y)), (n + x.size(1), state)
 
     def apply_statistics(self):
         """Once per optimiser step: counts it, and draws omega anew when it is time."""
         if self.redraw_every:
-            self.steps += 1
-            if int(self.steps) % self.redraw_every == 0:
-                self.draw()
+            self.features.steps += 1
+            if int(self.features.steps) % self.redraw_every == 0:
+                self.features.draw()
 
     def flops_per_token(self, T):
         H, G, D = self.c_attn.sizes
-        m = len(self.omega)
+        m = len(self.features.omega)
         return qkv_flops(self) + 2 * (H + G) * D * m + linear_attention_flops(T, H, m, D)
 
     def state_bytes(self, T, dtype):
         H, _, D = self.c_attn.sizes
-        return linear_state_bytes(H, len(self.omega), D, dtype)
+        return linear_state_bytes(H, len(self.features.omega), D, dtype)

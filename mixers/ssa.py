@@ -34,7 +34,8 @@ class Temperature(nn.Module):
         D, hidden = config.n_embd // config.n_head, max(config.n_embd // 4, 1)
         if token:
             self.hidden = None if config.ssa_share else nn.Linear(config.n_embd, hidden, bias=config.bias)
-            self.w = nn.Parameter(torch.zeros(self.outputs, heads * D // self.outputs if config.ssa_share else hidden))
+            # flat, so that weight decay, which is for matrices, leaves it alone
+            self.w = nn.Parameter(torch.zeros(heads * D if config.ssa_share else self.outputs * hidden))
         if position:
             self.a = nn.Parameter(torch.full((self.outputs,), math.log(C_START / (1 - C_START))))
             self.register_buffer("c_offset", torch.zeros(1))
@@ -47,7 +48,7 @@ class Temperature(nn.Module):
                 features = F.gelu(u.transpose(1, 2)).unflatten(2, (self.outputs, -1)).flatten(3)  # (B, T, outputs, .)
             else:
                 features = F.gelu(self.hidden(x)).unsqueeze(2)
-            tau = tau + (features * self.w).sum(-1).tanh().transpose(1, 2)[..., None]
+            tau = tau + (features * self.w.view(self.outputs, -1)).sum(-1).tanh().transpose(1, 2)[..., None]
         if self.position:
             c = torch.sigmoid(self.a) - self.c_offset
             log_n = torch.arange(n + 1, n + x.size(1) + 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).log()

@@ -32,11 +32,11 @@ def copy_repository(folder):
     return folder
 
 
-def run(cwd, *command, env=(), **options):
+def run(cwd, *command, env=(), timeout=120, **options):
     """python *command as a process of its own: its return code, stdout and stderr."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          env=own | dict(env), timeout=120, check=False, **options)
+                          env=own | dict(env), timeout=timeout, check=False, **options)
 
 
 def one_line(done):

@@ -132,7 +132,7 @@ def test_a_wrong_type_in_a_config_file(name, value, config):
 @pytest.mark.parametrize("name, value", [
     ("n_layer", 0), ("n_head", -1), ("block_size", 0), ("dropout", 1.0), ("dropout", -0.1), ("learning_rate", -1.0), ("batch_size", 0),
     ("gradient_accumulation_steps", 0), ("eval_interval", 0), ("log_interval", 0), ("max_iters", -1), ("seed", -1), ("seed", 2**63),
-    ("beta1", 1.0), ("beta2", 1.0), ("head_temperature", 0.0), ("lr_decay_iters", 0), ("warmup_iters", -1), ("keep_last", 0),
+    ("beta1", 1.0), ("beta2", 1.0), ("head_temperature", 0.0), ("lr_decay_iters", -1), ("warmup_iters", -1), ("keep_last", 0),
     ("grad_clip", -1.0), ("norm_eps", 0.0), ("n_kv_head", 0), ("embed_rank", 0), ("eval_tokens", 0),
 ])
 def test_a_value_out_of_range_both_ways(name, value, config):

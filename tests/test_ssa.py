@@ -24,7 +24,7 @@ def test_ssa_is_softmax_on_scaled_queries_keys_and_values(share, per_head):
             for h in range(4):
                 row = h if per_head else 0
                 features = (u[h, t] if per_head else vectors[name][0, :, t].flatten()) if share else tau.hidden(x[0, t])
-                f = torch.nn.functional.gelu(features) @ tau.w[row]
+                f = torch.nn.functional.gelu(features) @ tau.w.view(tau.outputs, -1)[row]
                 u[h, t] *= 1 + f.tanh() + tau.a[row].sigmoid() * math.log(t + 1)
         vectors[name] = u[None]
     q, k, v = (vectors[name] for name in "qkv")
