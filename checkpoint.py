@@ -18,7 +18,6 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 

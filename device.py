@@ -1,4 +1,6 @@
-"""Where and how precisely to compute, chosen by what the machine has."""
+"""Where and how to compute, chosen by what the machine has."""
+import shutil
+
 import torch
 
 from config import BadInput
@@ -27,3 +29,26 @@ def choose_dtype(name, device, n_embd):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native and n_embd >= 128 else torch.float32
+
+
+def compiled(model, data, options, device, autocast, world):
+    """torch.compile(model.loss), or model.loss itself and one line that says why."""
+    if options.parallel == "fsdp":
+        print("compile: off, it does not go with --parallel=fsdp")
+        return model.loss
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        print("compile: off, no C++ compiler found")
+        return model.loss
+    fast = torch.compile(model.loss)
+    x, y = (world.rows(t).to(device) for t in data.batch(options.seed, 0, options.batch_size, options.block_size))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with autocast:
+            fast(x, y).backward()  # compiles both passes here, where a failure can still be mended
+    except Exception as error:  # the compiler's own; training must go on without it
+        print(f"compile: off, it failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        fast = model.loss
+    model.zero_grad()
+    for name, buffer in model.named_buffers():  # the trial run counts for nothing
+        buffer.copy_(buffers[name])
+    return fast

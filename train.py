@@ -10,29 +10,24 @@ only, so that every mixer sees the same data in the same order and a resumed run
 is the mean over fixed windows of the validation split.
 """
 import contextlib
-import fcntl
 import math
-import os
-import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import checkpoint
-from config import BadInput, ModelOptions, Options, exit_on_bad_input, parse_options
+from config import BadInput, ModelOptions, exit_on_bad_input
 from data import load_dataset
-from data.files import read_json
-from device import choose_device, choose_dtype
+from device import choose_device, choose_dtype, compiled
 from metrics import Metrics
-from mixers import load_mixer_file
 from model import GPT
 from parallel import World, join, synchronise_gradients
+from run import check_tokenizer, compare_with, prepared_folder, read_options
 
 EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more is no faster and needs memory
 
@@ -40,7 +35,7 @@ EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more i
 @exit_on_bad_input("train.py")
 def main():
     world = World()
-    options, saved = read_options(sys.argv[1:])
+    options, saved = read_options(sys.argv[1:], __doc__.splitlines()[0])
     config = checkpoint.model_config(asdict(options) | {"vocab_size": 1}, "options")  # refused before data are fetched
     device = world.start(choose_device(options.device), options)
     dtype = choose_dtype(options.dtype, device, options.n_embd)
@@ -74,111 +69,6 @@ def main():
     world.end()
 
 
-# Before training -----------------------------------------------------------------------------------------------------
-
-def read_options(argv):
-    """The options of this command, and the checkpoint to go on from or to evaluate (or None).
-
-    With --resume and --eval_only the run's own options go before the config file's, so that the command that started it
-    goes on with it; what is to change is set on the command line."""
-    parse = lambda base={}: parse_options(Options, argv, __doc__.splitlines()[0], base=base)
-    options, config_file, given = parse()
-    out_dir = options.out_dir
-    if out_dir is None:
-        out_dir = f"out/{Path(config_file).stem if config_file else options.dataset}"
-        if "mixer" in given or not config_file:
-            out_dir += "_" + options.mixer.replace(",", "+")
-    saved = None
-    if options.resume and options.overwrite:
-        raise BadInput("--resume goes on with the run and --overwrite clears it; leave one of them out")
-    if options.eval_only or options.resume:
-        if not holds_run(out_dir):
-            raise BadInput(f"{out_dir} holds no run; start one without --resume and --eval_only")
-        if options.eval_only or checkpoint.checkpoints(out_dir):
-            saved = checkpoint.load(out_dir, fall_back=not options.eval_only)
-        else:
-            print(f"{out_dir} holds no checkpoint yet: starting from the beginning", flush=True)
-        own = own_options(saved.config if saved else read_json(Path(out_dir) / "config.json", "clear the run with --overwrite"))
-        differing = [name for name in vars(options) if name in own and name not in given and config_file
-                     and getattr(options, name) not in (own[name], None, getattr(Options(), name))]
-        if differing:
-            print(f"as the run has it, not as {config_file}: {', '.join(f'{name} {own[name]}' for name in differing)}", flush=True)
-        options, *_ = parse(own)
-    elif holds_run(out_dir) and not options.overwrite:
-        raise BadInput(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or clear it with --overwrite")
-    default = lambda value, otherwise: otherwise if value is None else value
-    options = replace(options, out_dir=out_dir, min_lr=default(options.min_lr, options.learning_rate / 10),
-                      lr_decay_iters=default(options.lr_decay_iters, options.max_iters))
-    if options.min_lr > options.learning_rate:
-        raise BadInput(f"min_lr {options.min_lr} is above learning_rate {options.learning_rate}; lower it or leave it unset")
-    if options.mixer_file:
-        load_mixer_file(options.mixer_file)
-    return options, saved
-
-
-def own_options(config):
-    """What a run's config.json has to say on how to go on: not the machine, nor what was asked of that one command, nor a
-    mixer file, which is code that only the user may name. What followed from another option goes on following it."""
-    follow = {"lr_decay_iters": config.get("max_iters"), "min_lr": config["learning_rate"] / 10 if "learning_rate" in config else None}
-    leave = {"vocab_size", "device", "overwrite", "resume", "eval_only", "mixer_file"}
-    return {name: value for name, value in config.items() if name not in leave and (name not in follow or value != follow[name])}
-
-
-def holds_run(out_dir):
-    return any((Path(out_dir) / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
-
-
-def compare_with(saved, options, config):
-    """BadInput if the checkpoint's model is not the one that the options describe; a line for every other difference."""
-    old = checkpoint.model_config(saved.config, saved.folder / "config.json")
-    changed = [f"{f.name} {getattr(old, f.name)} -> {getattr(config, f.name)}" for f in fields(config)
-               if getattr(old, f.name) != getattr(config, f.name) and f.name != "dropout"]
-    if changed:
-        raise BadInput(f"{saved.folder} is of another model: {', '.join(changed)}; leave these as they were or start a new run")
-    for name, value in asdict(options).items():
-        if name in saved.config and saved.config[name] != value and name not in ("resume", "overwrite", "eval_only", "mixer_file"):
-            print(f"changed since {saved.folder.name}: {name} {saved.config[name]} -> {value}")
-
-
-def check_tokenizer(saved, data):
-    """BadInput if a checkpoint's tokens mean something else than the data set's."""
-    if saved.tokenizer.to_json() != data.tokenizer.to_json():
-        raise BadInput(f"{saved.folder} was trained on other symbols than those of data set {data.name}; choose the --dataset it was "
-                       "trained on, or one with the same alphabet")
-
-
-@contextlib.contextmanager
-def prepared_folder(options, world):
-    """Inside, out_dir is this run's alone: cleared if so asked, with config.json in it, and locked. The system releases the
-    lock when the process ends, however it ends."""
-    if world.rank > 0:
-        yield
-        return
-    out_dir = Path(options.out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with open(out_dir / "lock", "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise BadInput(f"{out_dir} is in use by the training with process id {lock.read().strip()}; wait for it, stop "
-                               "it, or choose another --out_dir") from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            if options.overwrite:
-                for name in ("config.json", "metrics.jsonl", "checkpoints", "wandb"):  # ours; the rest is the user's
-                    path = out_dir / name
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            checkpoint.write_json(out_dir / "config.json", asdict(options))
-            yield
-    except ConnectionError:  # of standard output or of wandb, not of out_dir
-        raise
-    except OSError as error:
-        raise BadInput(f"cannot write to out_dir {out_dir}: {error}; free space or choose another --out_dir") from error
-
-
 def describe(options, model, data, device, dtype, world):
     groups = model.parameter_groups()
     total = sum(groups.values())
@@ -193,29 +83,6 @@ def describe(options, model, data, device, dtype, world):
     count = lambda value, unit: "n/a" if value is None else f"{value:,.0f} {unit}"
     print(f"cost       {count(model.flops_per_token(T), 'forward FLOPs')} per token of {T}, a multiply-add being 2; "
           f"{count(model.state_bytes(T, dtype), 'bytes')} of state after {T} tokens", flush=True)
-
-
-def compiled(model, data, options, device, autocast, world):
-    """torch.compile(model.loss), or model.loss itself and one line that says why."""
-    if options.parallel == "fsdp":
-        print("compile: off, it does not go with --parallel=fsdp")
-        return model.loss
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        print("compile: off, no C++ compiler found")
-        return model.loss
-    fast = torch.compile(model.loss)
-    x, y = (world.rows(t).to(device) for t in data.batch(options.seed, 0, options.batch_size, options.block_size))
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        with autocast:
-            fast(x, y).backward()  # compiles both passes here, where a failure can still be mended
-    except Exception as error:  # the compiler's own; training must go on without it
-        print(f"compile: off, it failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        fast = model.loss
-    model.zero_grad()
-    for name, buffer in model.named_buffers():  # the trial run counts for nothing
-        buffer.copy_(buffers[name])
-    return fast
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Linformer(nn.Module):
         q, k, v = self.c_attn(x)
         none = k[:, :, :0]
         n, slots_k, slots_v, segment_k, segment_v = state or (0, none, none, none, none)
-        T, L, r = q.size(2), self.L, self.r
+        T, L = q.size(2), self.L
         if self.rope_base:
             q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
         k, v = torch.cat([segment_k, k], dim=2), torch.cat([segment_v, v], dim=2)

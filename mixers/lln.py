@@ -15,7 +15,6 @@ Deviations:
   read from a table made for the head size at hand.
 """
 import functools
-import math
 
 import torch
 import torch.distributed as dist

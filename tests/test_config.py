@@ -10,6 +10,7 @@ from config import BadInput, ModelOptions, Options, parse_options
 from mixers import MIXERS
 from model import GPTConfig
 from sample import SampleOptions
+from run import read_options
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
@@ -218,7 +219,7 @@ def test_the_laptop_recipe_is_nanogpts_setting_for_a_cpu():
 
 def resolved(*argv):
     """Options as train.py uses them, for a folder that holds no run."""
-    return train_script.read_options(list(argv))[0]
+    return read_options(list(argv), "tests")[0]
 
 
 def test_the_decay_follows_max_iters_and_the_lowest_rate_follows_the_highest(here):

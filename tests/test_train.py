@@ -22,7 +22,7 @@ from conftest import ROOT, TINY, content, metrics, one_line, run, untimed
 from safetensors.torch import load_file
 
 import checkpoint
-import train as train_script
+from run import read_options
 
 KEYS = {"iter", "train_loss", "val_loss", "val_bpb", "lr", "tokens", "tokens_per_s", "seconds"}
 STRAIGHT = ("--dropout=0.1", "--eval_interval=10", "--log_interval=5")  # how `trained` was made, besides TINY
@@ -89,7 +89,7 @@ def test_the_log_has_units_a_table_that_adds_up_and_the_data(trained):
 
 
 def test_the_folder_is_named_after_the_config_and_a_mixer_from_the_command_line(here):
-    name = lambda *argv: train_script.read_options(list(argv))[0].out_dir
+    name = lambda *argv: read_options(list(argv), "tests")[0].out_dir
     recipe = str(ROOT / "configs/shakespeare_pelican.py")
     assert name(recipe) == "out/shakespeare_pelican"
     assert name(recipe, "--n_layer=2") == "out/shakespeare_pelican"
@@ -281,7 +281,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(train, here):
 
 
 def test_resume_takes_the_runs_own_options_over_the_defaults(run_folder):
-    options, saved = train_script.read_options([f"--out_dir={run_folder}", "--resume", "--seed=5"])[:2]
+    options, saved = read_options([f"--out_dir={run_folder}", "--resume", "--seed=5"], "tests")[:2]
     assert saved.folder.name == "00000020"
     assert (options.n_layer, options.dataset, options.dropout, options.seed) == (1, "letters", 0.1, 5)
 
@@ -292,9 +292,9 @@ def test_resume_says_what_differs_from_the_run_so_far(train, run_folder):
 
 
 def test_a_longer_run_decays_over_its_new_length(run_folder):
-    longer = train_script.read_options([f"--out_dir={run_folder}", "--resume", "--max_iters=50"])[0]
+    longer = read_options([f"--out_dir={run_folder}", "--resume", "--max_iters=50"], "tests")[0]
     assert (longer.max_iters, longer.lr_decay_iters, longer.dropout) == (50, 50, 0.1)
-    kept = train_script.read_options([f"--out_dir={run_folder}", "--resume", "--max_iters=50", "--lr_decay_iters=20"])[0]
+    kept = read_options([f"--out_dir={run_folder}", "--resume", "--max_iters=50", "--lr_decay_iters=20"], "tests")[0]
     assert (kept.max_iters, kept.lr_decay_iters) == (50, 20)
 
 
@@ -562,3 +562,13 @@ def test_wandb_without_account_records_offline_and_says_so_in_one_line(home, tmp
     assert all(key.encode() in recorded for key in ("train_loss", "val_loss", "val_bpb", "tokens_per_s"))
     assert repr(metrics(folder)[-1]["val_loss"]).encode() in recorded
     assert len(metrics(folder)) == 6
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(home, tmp_path):
+    alone = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    for max_iters, more in ((4, []), (8, ["--resume"])):
+        done = run(home, "train.py", *TINY, f"--max_iters={max_iters}", "--wandb_log", f"--out_dir={tmp_path}/run", *more, env=alone)
+        assert done.returncode == 0, done
+    records = list(tmp_path.glob("run/wandb/offline-run-*"))
+    assert len(records) == 2 and len({path.name.rsplit("-", 1)[1] for path in records}) == 1
