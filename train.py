@@ -71,7 +71,8 @@ def main():
 
 def describe(options, model, data, device, dtype, world):
     groups = model.parameter_groups()
-    total = sum(groups.values())
+    total = sum(p.numel() for p in model.parameters())
+    assert total == sum(groups.values()), groups
     where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     where += f", {world.size} processes ({options.parallel})" if world.size > 1 else ""
     print(f"{options.out_dir}: {options.mixer}, {options.arch}, on {where}, {str(dtype).removeprefix('torch.')}")

@@ -43,8 +43,9 @@ def alone(home, tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["ddp", "accumulation", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_the_same_run_divided_otherwise(home, alone, tmp_path, how):
-    options = ["--batch_size=6", "--gradient_accumulation_steps=2"] if how == "accumulation" else [f"--parallel={how}"]
-    out_dir = train(home, tmp_path / "run", "--mixer=lln", "--max_iters=50", "--eval_interval=25", *options,
+    """In two micro-steps of 6, by one process or two."""
+    out_dir = train(home, tmp_path / "run", "--mixer=lln", "--max_iters=50", "--eval_interval=25", "--batch_size=6",
+                    "--gradient_accumulation_steps=2", *([] if how == "accumulation" else [f"--parallel={how}"]),
                     processes=1 if how == "accumulation" else 2)
     assert len(losses(out_dir)) == len(losses(alone)) == 52
     difference = max(abs(a - b) for a, b in zip(losses(out_dir), losses(alone)))
