@@ -11,6 +11,8 @@ from config import BadInput, Options, parse_options
 from data.files import read_json
 from mixers import load_mixer_file
 
+OF_ONE_COMMAND = {"resume", "overwrite", "eval_only", "mixer_file"}  # options that say nothing of the run as such
+
 
 def read_options(argv, description):
     """The options of this command, and the checkpoint to go on from or to evaluate (or None).
@@ -56,7 +58,7 @@ def own_options(config):
     """What a run's config.json has to say on how to go on: not the machine, nor what was asked of that one command, nor a
     mixer file, which is code that only the user may name. What followed from another option goes on following it."""
     follow = {"lr_decay_iters": config.get("max_iters"), "min_lr": config["learning_rate"] / 10 if "learning_rate" in config else None}
-    leave = {"vocab_size", "device", "overwrite", "resume", "eval_only", "mixer_file"}
+    leave = {"vocab_size", "device", *OF_ONE_COMMAND}
     return {name: value for name, value in config.items() if name not in leave and (name not in follow or value != follow[name])}
 
 
@@ -72,7 +74,7 @@ def compare_with(saved, options, config):
     if changed:
         raise BadInput(f"{saved.folder} is of another model: {', '.join(changed)}; leave these as they were or start a new run")
     for name, value in asdict(options).items():
-        if name in saved.config and saved.config[name] != value and name not in ("resume", "overwrite", "eval_only", "mixer_file"):
+        if name in saved.config and saved.config[name] != value and name not in OF_ONE_COMMAND:
             print(f"changed since {saved.folder.name}: {name} {saved.config[name]} -> {value}")
 
 
