@@ -22,7 +22,7 @@ from typing import Literal, Optional
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-ACTIVATIONS = ("gelu", "silu", "causal_max", "causal_min", "causal_mean",
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "causal_max", "causal_min", "causal_mean",
                "causal_max_context", "causal_min_context", "causal_mean_context")
 
 # strict: "4" is no number and True is no 1; whole numbers are fine for floats all the same
@@ -78,7 +78,7 @@ class ModelOptions:
     norm_eps: Optional[float] = option(None, "epsilon of the norms [default: gpt2 1e-5, llama 1e-6]", gt=0)
     ffn_hidden: Optional[int] = option(None, "hidden units of the FFN [default: gpt2 4 C; llama 8/3 C rounded up to a multiple of 64]", ge=1)
     ffn_bias: Optional[bool] = option(None, "biases in the FFN [default: as bias]")
-    mlp_activation: Optional[Literal[ACTIVATIONS]] = option(None, "activation of the FFN, or a causal reduction in its place [default: gpt2 gelu, llama silu]")
+    mlp_activation: Optional[Literal[ACTIVATIONS]] = option(None, "activation of the FFN, or a causal reduction in its place; gelu_tanh is the published GPT-2's [default: gpt2 gelu, llama silu]")
     tie_head: Optional[bool] = option(None, "the head shares the embedding's weights [default: gpt2 yes, llama no]")
     head_temperature: Optional[float] = option(None, "hidden states are divided by it before the head [default: 0.1 if all layers are pelican, else 1]", gt=0)
     zero_init_head: bool = option(False, "the head starts at zero (untied heads only)")

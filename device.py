@@ -5,6 +5,8 @@ import torch
 
 from config import BadInput
 
+CPU_TOKENS_AT_ONCE = 4096  # tokens in a pass of training on a CPU: the activations of more leave its cache
+
 
 def choose_device(name):
     """torch.device of "cpu", "cuda", "cuda:1", "mps", or the best there is for "auto". BadInput if it cannot be used."""
@@ -31,7 +33,16 @@ def choose_dtype(name, device, n_embd):
     return torch.bfloat16 if native and n_embd >= 128 else torch.float32
 
 
-def compiled(model, data, options, device, autocast, world):
+def rows_per_pass(options, device, world):
+    """Rows of all processes in one forward and backward pass: batch_size, or on a CPU a fraction of it that is as fast as
+    can be. The gradients of a step add up all the same."""
+    rows = options.batch_size // world.size
+    if device.type == "cpu":
+        rows = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * options.block_size <= CPU_TOKENS_AT_ONCE))
+    return rows * world.size
+
+
+def compiled(model, data, options, rows, device, autocast, world):
     """torch.compile(model.loss), or model.loss itself and one line that says why."""
     if options.parallel == "fsdp":
         print("compile: off, it does not go with --parallel=fsdp")
@@ -40,7 +51,7 @@ def compiled(model, data, options, device, autocast, world):
         print("compile: off, no C++ compiler found")
         return model.loss
     fast = torch.compile(model.loss)
-    x, y = (world.rows(t).to(device) for t in data.batch(options.seed, 0, options.batch_size, options.block_size))
+    x, y = (world.rows(t).to(device) for t in data.batch(options.seed, 0, rows, options.block_size))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with autocast:

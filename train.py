@@ -23,7 +23,7 @@ from tqdm import tqdm
 import checkpoint
 from config import BadInput, ModelOptions, exit_on_bad_input
 from data import load_dataset
-from device import choose_device, choose_dtype, compiled
+from device import choose_device, choose_dtype, compiled, rows_per_pass
 from metrics import Metrics
 from model import GPT
 from parallel import World, join, synchronise_gradients
@@ -132,7 +132,8 @@ def make_optimizer(model, options, device):
 def train(options, config, model, data, device, autocast, saved, world):
     """From the start, or from the checkpoint `saved`, whose weights the model has, to max_iters."""
     forward_flops = model.flops_per_token(options.block_size)
-    loss_fn = compiled(model, data, options, device, autocast, world) if options.compile else model.loss
+    rows_at_once = rows_per_pass(options, device, world)
+    loss_fn = compiled(model, data, options, rows_at_once, device, autocast, world) if options.compile else model.loss
     loss_fn = join(model, loss_fn, options, world)
     optimizer = make_optimizer(model, options, device)
     step, best, tokens, seconds, wandb_id = 0, None, 0, 0.0, None
@@ -142,7 +143,7 @@ def train(options, config, model, data, device, autocast, saved, world):
         print(f"going on from {saved.folder}")
     metrics = Metrics(options, step, wandb_id) if world.rank == 0 else None
     bar = tqdm(total=options.max_iters, initial=step, unit="step", disable=world.rank > 0 or not sys.stderr.isatty())
-    accumulation = options.gradient_accumulation_steps
+    rows_per_step = options.batch_size * options.gradient_accumulation_steps
     stop = catch_signals()
     started = time.perf_counter() - seconds  # the clock goes on where the saved run stopped
     last_log, last_tokens = time.perf_counter(), tokens
@@ -169,12 +170,13 @@ def train(options, config, model, data, device, autocast, saved, world):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(seed_of(options.seed, step, world.rank))
-            x, y = data.batch(options.seed, step, options.batch_size * accumulation, options.block_size)
+            x, y = data.batch(options.seed, step, rows_per_step, options.block_size)
             train_loss = 0.0
-            for i, (micro_x, micro_y) in enumerate(zip(x.split(options.batch_size), y.split(options.batch_size))):
-                synchronise_gradients(loss_fn, model, on=i == accumulation - 1)
+            for start in range(0, rows_per_step, rows_at_once):
+                micro_x, micro_y = x[start:start + rows_at_once], y[start:start + rows_at_once]
+                synchronise_gradients(loss_fn, model, on=start + rows_at_once == rows_per_step)
                 with autocast:
-                    loss = loss_fn(world.rows(micro_x).to(device), world.rows(micro_y).to(device)) / accumulation
+                    loss = loss_fn(world.rows(micro_x).to(device), world.rows(micro_y).to(device)) * rows_at_once / rows_per_step
                 loss.backward()
                 train_loss += loss.item()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf).item()

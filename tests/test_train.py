@@ -160,7 +160,7 @@ def test_the_validation_loss_is_that_of_the_saved_weights_over_the_whole_split(t
         q, k, v = (part.view(T, 2, 8).transpose(0, 1) for part in qkv(norm(h, "norm1"), w).split(16, dim=-1))
         scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
         h = h + linear((scores.softmax(-1) @ v).transpose(0, 1).reshape(T, 16), "mixer", "c_proj")
-        h = h + linear(F.gelu(linear(norm(h, "norm2"), "mlp", "c_fc"), approximate="tanh"), "mlp", "c_proj")
+        h = h + linear(F.gelu(linear(norm(h, "norm2"), "mlp", "c_fc")), "mlp", "c_proj")
         logp = (F.layer_norm(h, (16,), w["norm.weight"], w["norm.bias"], 1e-5) @ embed.T).log_softmax(-1)
         total -= logp.gather(1, y[:, None]).sum().item()
         count += T
