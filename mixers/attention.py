@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from mixers.cpu_attention import BLOCK, BlockedAttention
+
 
 class QKV(nn.Module):
     """x (B, T, C) -> queries (B, H, T, D), keys and values (B, G, T, D) in one product."""
@@ -110,6 +112,8 @@ def causal_attention(q, k, v):
     T, S = q.size(2), k.size(2)
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        if T == S >= BLOCK:
+            return BlockedAttention.apply(q, k, v)
         # the fused backward pass is up to three times as slow in bfloat16 as in float32 there
         with torch.autocast("cpu", enabled=False):
             return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)

@@ -10,7 +10,6 @@ With RoPE only Diag rotates: the exponential of a rotated vector encodes no rela
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from mixers.attention import cache_bytes, causal_attention, causal_attention_flops, into_blocks, merge_heads, repeat_heads, rotate
 from mixers.lln import LLN
@@ -24,7 +23,7 @@ def block_attention(q, k, v, n_before):
         return causal_attention(q, k, v)
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     blocks = [t.transpose(1, 2).flatten(0, 1) for t in (into_blocks(q, D, n_before), into_blocks(k, D, 0), into_blocks(v, D, 0))]
-    y = F.scaled_dot_product_attention(*blocks, is_causal=True)  # (B N, H, D, D)
+    y = causal_attention(*blocks)  # (B N, H, D, D)
     return y.unflatten(0, (q.size(0), -1)).transpose(1, 2).flatten(2, 3)[:, :, n_before:n_before + T]
 
 
