@@ -1,7 +1,9 @@
 """Where and how to compute, chosen by what the machine has."""
+import copy
 import shutil
 
 import torch
+import torch.nn as nn
 
 from config import BadInput
 
@@ -31,6 +33,30 @@ def choose_dtype(name, device, n_embd):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native and n_embd >= 128 else torch.float32
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in bfloat16 for decoding on a CPU, its weight laid out as oneDNN reads it: F.linear lays it out anew
+    in each call, which takes longer than the product with a single token."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().bfloat16())
+        self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, "none", [], "")
+
+
+def ready_to_decode(model, dtype):
+    """The model with the weights of its products held in dtype, which autocast would cast for every token anew. It can no
+    longer be trained or saved; embeddings, norms and statistics stay as they are."""
+    pack = dtype == torch.bfloat16 and model.head.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and dtype != torch.float32:
+                setattr(module, name, PackedLinear(child) if pack else copy.deepcopy(child).to(dtype))
+    return model
 
 
 def rows_per_pass(options, device, world):

@@ -7,13 +7,13 @@ import codecs
 import sys
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 
 import checkpoint
 from config import BadInput, checked, exit_on_bad_input, option, parse_options
-from device import choose_device
+from device import choose_device, choose_dtype, ready_to_decode
 from mixers import load_mixer_file
 
 
@@ -28,6 +28,7 @@ class SampleOptions:
     top_k: Optional[int] = option(None, "draw among the k likeliest tokens only [default: all]", ge=1)
     seed: int = option(1337, "of the random choices", ge=0, lt=2**63)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the heavy operations; auto: bfloat16 where it is fast")
     mixer_file: Optional[str] = option(None, "the Python file of the mixer, if the run was trained with one")
 
 
@@ -58,19 +59,22 @@ def main():
     device = choose_device(options.device)
     run = checkpoint.load(options.out_dir, options.checkpoint)
     model = checkpoint.build_model(run).to(device)
+    dtype = choose_dtype(options.dtype, device, model.config.n_embd)
+    ready_to_decode(model, dtype)
     prompt = read_prompt(options.start, run.tokenizer).to(device)
     generator = torch.Generator(device).manual_seed(options.seed)
     started, drawn = time.perf_counter(), 0
-    for _ in range(options.num_samples):
-        # a character may span several tokens, so bytes are decoded as they come
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        write = lambda ids, final=False: print(decoder.decode(run.tokenizer.decode_bytes(ids), final), end="", flush=True)
-        write(prompt[0].tolist())
-        for token in model.stream(prompt, options.max_new_tokens, options.temperature, options.top_k, generator):
-            write(token[0].tolist())
-            drawn += 1
-        write([], final=True)
-        print("\n---------------")
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for _ in range(options.num_samples):
+            # a character may span several tokens, so bytes are decoded as they come
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            write = lambda ids, final=False: print(decoder.decode(run.tokenizer.decode_bytes(ids), final), end="", flush=True)
+            write(prompt[0].tolist())
+            for token in model.stream(prompt, options.max_new_tokens, options.temperature, options.top_k, generator):
+                write(token[0].tolist())
+                drawn += 1
+            write([], final=True)
+            print("\n---------------")
     seconds = time.perf_counter() - started
     print(f"{drawn} tokens in {seconds:.2f} s: {drawn / seconds:,.0f} tokens/s", file=sys.stderr)
 

@@ -9,7 +9,6 @@ Writes out_dir/config.json, metrics.jsonl and checkpoints/. The batch and the dr
 only, so that every mixer sees the same data in the same order and a resumed run goes on bit for bit; the validation loss
 is the mean over fixed windows of the validation split.
 """
-import contextlib
 import math
 import signal
 import sys
@@ -45,7 +44,7 @@ def main():
     # what was left to be chosen, as chosen: this is what config.json records
     options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."),
                       **{f.name: getattr(config, f.name) for f in fields(ModelOptions)})
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if saved:
         compare_with(saved, options, config)
         check_tokenizer(saved, data)
