@@ -1,5 +1,6 @@
 """Where and how to compute, chosen by what the machine has."""
 import copy
+import ctypes
 import shutil
 
 import torch
@@ -21,7 +22,19 @@ def choose_device(name):
         raise BadInput(f"--device={name} cannot be used here: {str(error).splitlines()[0]}; try --device=cpu") from error
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in what is float32
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory():
+    """Lets malloc, if it is glibc's, keep large freed blocks for the next tensors. It would give them back to the system,
+    which clears every page that it hands out again: steps over long sequences then take up to 1.25 times as long."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def choose_dtype(name, device, n_embd):
