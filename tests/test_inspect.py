@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, one_line, run
+from conftest import TINY, run
 from safetensors.numpy import load_file
 from scipy import stats
 from test_mixers import make, tokens

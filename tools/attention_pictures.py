@@ -10,12 +10,13 @@ from data.files import write_file
 from tools.measures import entropy, log_weights, uniform, weight_by_distance
 
 FAINTEST = 1e-3  # weights below it look like it
+BINS = 50        # of the histograms
 TAU_TOKENS = 44  # of the text, under the temperatures
 GREY, COLOURS = "0.55", ("#3b6fb6", "#d1603d", "#4f9d69", "#8a5fa8")
 
 
 def draw(folder, report, matrices):
-    """Writes the pictures that this model has something for; yields their paths."""
+    """Writes the pictures that there is something to show in; yields their paths."""
     with_matrix = [row for row in report["layers"] if row["heads"]]
     if with_matrix:
         yield save(folder / "attention_maps.png", attention_maps(with_matrix, matrices))
@@ -78,7 +79,7 @@ def log_weight_histograms(layers, matrices):
             if fit["ks"] is None:
                 ax.axvline(fit["mean"], color=COLOURS[1])
                 continue
-            ax.hist(x, 50, range=(low, high), density=True, color=COLOURS[0], alpha=0.55)
+            ax.hist(x, BINS, range=(low, high), weights=np.full(len(x), BINS / (high - low) / len(x)), color=COLOURS[0], alpha=0.55)
             grid = np.linspace(low, high, 200)
             ax.plot(grid, stats.norm.pdf(grid, fit["mean"], fit["variance"] ** 0.5), color=COLOURS[1], linewidth=1.2)
             ax.text(0.03, 0.95, f"var {fit['variance']:.2f}\nks {fit['ks']:.3f}", transform=ax.transAxes, va="top", fontsize=7)
