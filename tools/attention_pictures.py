@@ -70,7 +70,8 @@ def log_weight_histograms(layers, matrices):
     figure, axes = panels(len(layers), H, (2.1, 1.6))
     samples = [[log_weights(P) for P in matrices[f"attention.{layer['layer']}"]] for layer in layers]
     pooled = np.concatenate([x for row in samples for x in row])
-    low, high = np.quantile(pooled, 0.003) - 0.5, pooled.max() + 0.5  # far outliers are not shown
+    low, high = np.quantile(pooled, 0.003), pooled.max()  # far outliers are not shown
+    low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
     for layer, row, xs in zip(layers, axes, samples):
         for h, (ax, x) in enumerate(zip(row, xs)):
             fit = layer["heads"][h]["log_weights"]
@@ -82,7 +83,7 @@ def log_weight_histograms(layers, matrices):
             ax.hist(x, BINS, range=(low, high), weights=np.full(len(x), BINS / (high - low) / len(x)), color=COLOURS[0], alpha=0.55)
             grid = np.linspace(low, high, 200)
             ax.plot(grid, stats.norm.pdf(grid, fit["mean"], fit["variance"] ** 0.5), color=COLOURS[1], linewidth=1.2)
-            ax.text(0.03, 0.95, f"var {fit['variance']:.2f}\nks {fit['ks']:.3f}", transform=ax.transAxes, va="top", fontsize=7)
+            ax.text(0.03, 0.95, f"var {fit['variance']:.3g}\nks {fit['ks']:.3f}", transform=ax.transAxes, va="top", fontsize=7)
     figure.supxlabel("log of the attention weight over that of even attention; line: the normal of the same mean and variance", fontsize=9)
     return figure
 

@@ -108,7 +108,8 @@ def influence(f, x, probes=PROBES, seed=0):
     x = x.detach().expand(T, -1, -1).clone().requires_grad_()
     y = f(x).diagonal(dim1=0, dim2=1).T  # (T, E)
     E = y.size(1)
-    directions = torch.linalg.qr(torch.randn(E, E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q[:probes].to(y.dtype).to(y.device)
+    gaussian = torch.randn(E, E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    directions = torch.linalg.qr(gaussian).Q[:probes].to(y.dtype).to(y.device)
     squares = sum(torch.autograd.grad(y, x, u.expand_as(y), retain_graph=True)[0].square().sum(-1) for u in directions)
     return (squares * E / len(directions)).sqrt()
 
