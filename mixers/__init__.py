@@ -13,6 +13,9 @@ It may also say what it costs, and ask to be told of each optimiser step:
     state_bytes(T, dtype)   bytes of one sequence's state after T tokens, when activations are of that torch.dtype
     apply_statistics()      called once per optimiser step: the forward pass may collect statistics, never apply them
 
+A mixer whose q, k and v come from a QKV (mixers/attention.py) named c_attn, and whose heads end in a c_proj, shows its attention matrix
+in tools/inspect_attention.py without further code.
+
 To add one: write mixers/mine.py, import its class here and add a line to MIXERS. Tests, benchmark and audit take it from there.
 Without touching this folder: a file of your own with `from mixers import MIXERS; MIXERS["mine"] = Mine`, and --mixer_file=PATH.
 """

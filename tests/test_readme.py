@@ -9,7 +9,8 @@ from conftest import ROOT, copy_repository
 
 from data import load_dataset
 
-SHORTER = {"train.py": "--max_iters=2 --eval_tokens=3000", "sample.py": "--num_samples=1 --max_new_tokens=20"}
+SHORTER = {"train.py": "--max_iters=2 --eval_tokens=3000", "sample.py": "--num_samples=1 --max_new_tokens=20",
+           "tools.inspect_attention": "--length=16"}
 
 
 def blocks(language):

@@ -1,0 +1,264 @@
+"""What a trained model attends to. Run: python -m tools.inspect_attention --out_dir=out/shakespeare_ssa   (4 layers x 64 tokens: 10 s)
+
+Reads the beginning of the validation split, or --start, and writes to out_dir/inspect:
+
+    attention.json          every measure of tools/measures.py per layer and head, and how far influence reaches per layer
+    attention.safetensors   the matrices themselves: P of each layer (H, T, T), influence of each layer and of the model (T, T)
+    *.png                   attention maps, log weights, entropy over depth, weight by distance, influence, SSA's temperatures
+
+P is the matrix with y = P v in each head. It is not read out but probed, with columns of the identity in place of the values v, so
+linear mixers have one too. Mixers without one, or whose rows do not sum to 1, show by influence alone: |dy_t / dx_s|, by
+automatic differentiation, which needs nothing from the mixer.
+
+B batch, T time, C channels, H heads, G key/value heads, D head size.
+"""
+import contextlib
+import math
+import sys
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+import checkpoint
+from config import BadInput, checked, exit_on_bad_input, option, parse_options
+from data import files, load_dataset
+from device import choose_device
+from mixers import layer_mixers, load_mixer_file
+from mixers.attention import QKV, repeat_heads
+from mixers.lln import LLN
+from mixers.ssa import SSA
+from run import check_tokenizer
+from sample import read_prompt
+from tools import attention_pictures as pictures
+from tools import measures
+
+INFLUENCE_TOKENS = 64  # the influence maps' part of the text: their cost grows with its square
+PROBES = 16            # random directions that the norm of a Jacobian is estimated from
+TOLERANCE = 1e-4       # of a row's sum and of y = P v, for float32
+
+
+@checked
+class InspectOptions:
+    out_dir: str = option("", "the run's folder")
+    checkpoint: str = option("newest", "newest, best, or the name of a folder in out_dir/checkpoints")
+    start: Optional[str] = option(None, "the text, or FILE:path to read it from [default: the beginning of the validation split]")
+    length: Optional[int] = option(None, "most tokens to read [default: block_size]", ge=2, lt=2**12)
+    device: str = option("cpu", "cpu, cuda, cuda:1, mps, or auto: the best there is")
+    mixer_file: Optional[str] = option(None, "the Python file of the mixer, if the run was trained with one")
+
+
+class NoMatrix(Exception):
+    """Why a mixer has no attention matrix."""
+
+
+def run_heads(mixer, x, values=None):
+    """What meets in the heads of a mixer on x (B, T, C): q (B, H, T, D), k and v (B, G, T, D), the result y (B, T, H D) that c_proj
+    gets, and of SSA tau, name -> (B, heads or 1, T, 1), with which q, k and v are already scaled. `values` (B, G, T, D) take v's place."""
+    seen = {"tau": {}}
+
+    def exchange(module, args, out):
+        seen["q"], seen["k"], seen["v"] = out
+        return seen["q"], seen["k"], seen["v"] if values is None else values
+
+    def temper(name, tau):
+        seen["tau"][name], seen[name] = tau, tau * seen[name]
+        return torch.ones_like(tau) if name == "v" and values is not None else tau  # made for v, not for what took its place
+
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(mixer.c_attn.register_forward_hook(exchange))
+        hooks.enter_context(mixer.c_proj.register_forward_pre_hook(lambda module, args: seen.update(y=args[0])))
+        for name, module in mixer.tau.items() if isinstance(mixer, SSA) else ():
+            hooks.enter_context(module.register_forward_hook(lambda module, args, tau, name=name: temper(name, tau)))
+        mixer(x)
+    return seen
+
+
+def attention_matrix(mixer, x):
+    """P (H, T, T), row-stochastic and causal, with y = P v in every head for x (1, T, C); and the heads' q, k, v, y, tau (run_heads).
+
+    SSA's v is the one scaled by its temperature, which P leaves out. NoMatrix, saying why, if the mixer has none."""
+    if not isinstance(getattr(mixer, "c_attn", None), QKV) or not hasattr(mixer, "c_proj"):
+        raise NoMatrix("it has no queries, keys and values")
+    heads = run_heads(mixer, x)
+    T, (H, G, D) = x.size(1), mixer.c_attn.sizes
+    N = math.ceil(T / D)
+    # row n of the batch carries columns n D to n D + D - 1 of the identity
+    identity = torch.eye(T, N * D, dtype=x.dtype, device=x.device).view(T, N, 1, D).permute(1, 2, 0, 3).expand(N, G, T, D)
+    y = run_heads(mixer, x.expand(N, -1, -1), identity)["y"]  # (N, T, H D)
+    P = y.unflatten(2, (H, D)).permute(2, 1, 0, 3).flatten(2)[:, :, :T]
+    sums = P.sum(-1)
+    if P.min() < 0 or (sums - 1).abs().max() > TOLERANCE:
+        raise NoMatrix(f"the weights of a row sum to {sums.min():.3g} to {sums.max():.3g}, the smallest weight is {P.min():.3g}")
+    expected = (P @ repeat_heads(heads["v"], H)[0]).transpose(0, 1).flatten(1)
+    if (expected - heads["y"][0]).abs().max() > TOLERANCE * heads["v"].abs().max():
+        raise NoMatrix("what its heads return is no matrix times the values")
+    return P, heads
+
+
+def influence(f, x, probes=PROBES, seed=0):
+    """|dy_t / dx_s| (T, T): Frobenius norms of the Jacobians' blocks, for y = f(x), f: (B, T, C) -> (B, T, E), at x (1, T, C).
+
+    Row t of a batch of T copies is asked about its token t alone, so a backward pass gives |u . dy_t/dx_s| for all t and s. Directions
+    u are rows of a random orthogonal matrix: E / probes times the sum of squares is an unbiased estimate of the squared norm, and
+    exact with E probes."""
+    T = x.size(1)
+    x = x.detach().expand(T, -1, -1).clone().requires_grad_()
+    y = f(x).diagonal(dim1=0, dim2=1).T  # (T, E)
+    E = y.size(1)
+    gaussian = torch.randn(E, E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    directions = torch.linalg.qr(gaussian).Q[:probes].to(y.dtype).to(y.device)
+    squares = sum(torch.autograd.grad(y, x, u.expand_as(y), retain_graph=True)[0].square().sum(-1) for u in directions)
+    return (squares * E / len(directions)).sqrt()
+
+
+def mixer_inputs(model, idx):
+    """layer -> x (1, T, C), what its mixer reads; layers without a mixer are left out."""
+    inputs = {}
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(model.blocks):
+            if block.mixer is not None:
+                keep = lambda module, args, layer=layer: inputs.update({layer: args[0]})
+                hooks.enter_context(block.mixer.register_forward_pre_hook(keep))
+        model.hidden(idx)
+    return inputs
+
+
+def model_influence(model, idx):
+    """|dh_t / de_s| (T, T) of the last hidden states over the embeddings of idx (1, T), positions included."""
+    embedded = []
+    with model.drop.register_forward_hook(lambda module, args, out: embedded.append(out)):
+        model.hidden(idx)
+
+    def last_hidden(x):
+        with model.drop.register_forward_hook(lambda *_: x):
+            return model.hidden(idx.expand(len(x), -1))[0]
+    return influence(last_hidden, embedded[0])
+
+
+def reach(J):
+    """How far an influence map (T, T) reaches: its rows, scaled to sum 1, by distance."""
+    total = J.sum(1, keepdims=True)
+    shares = np.divide(J, total, out=np.zeros_like(J), where=total > 0)
+    by_distance = measures.weight_by_distance(shares)
+    return dict(on_self=by_distance[0], on_previous=by_distance[1], mean_distance=measures.mean_distance(shares), by_distance=by_distance.tolist())
+
+
+def describe_heads(mixer, P, heads):
+    """The measures of each head of a layer; P (H, T, T)."""
+    array = lambda t: t[0].cpu().double().numpy()
+    q, k = array(heads["q"]), array(repeat_heads(heads["k"], len(P)))
+    rows = []
+    for h in range(len(P)):
+        row = dict(head=h) | measures.describe(P[h])
+        row |= dict(sigma_q=q[h].std(), sigma_k=k[h].std(), temperature_softmax=measures.temperature_softmax(q[h], k[h]))
+        if isinstance(mixer, LLN):
+            alpha, beta = (parameter[h].item() for parameter in mixer.alpha_beta())
+            row |= dict(alpha=alpha, beta=beta, temperature_lln=measures.temperature_lln(q[h], k[h], alpha, beta))
+        rows.append(row)
+    return rows
+
+
+def inspect(model, idx):
+    """Everything about a model on the tokens idx (1, T): (layers, a list of dicts with what can be written as JSON; the
+    matrices by name, arrays (H, T, T) `attention.<layer>`, (T', T') `influence.<layer>` and `influence.model`)."""
+    model.requires_grad_(False)
+    short = idx[:, :INFLUENCE_TOKENS]
+    layers, matrices = [], {}
+    array = lambda t: t.detach().cpu().double().numpy()  # float64 there: MPS has none
+    inputs, names = mixer_inputs(model, idx), layer_mixers(model.config.mixer, model.config.n_layer)
+    for layer, block in enumerate(model.blocks):
+        row = dict(layer=layer, mixer=names[layer], no_matrix="it mixes no tokens", heads=[], ssa_temperature={}, influence=None)
+        layers.append(row)
+        if block.mixer is None:
+            continue
+        x = inputs[layer]
+        J = matrices[f"influence.{layer}"] = array(influence(lambda x: block.mixer(x)[0], x[:, :INFLUENCE_TOKENS]))
+        row["influence"] = reach(J)
+        try:
+            P, heads = attention_matrix(block.mixer, x)
+        except NoMatrix as reason:
+            row["no_matrix"] = str(reason)
+            continue
+        P = matrices[f"attention.{layer}"] = array(P)
+        row |= dict(no_matrix=None, heads=describe_heads(block.mixer, P, heads),
+                    ssa_temperature={name: array(tau[0, :, :, 0]).tolist() for name, tau in heads["tau"].items()})
+    matrices["influence.model"] = array(model_influence(model, short))
+    return layers, matrices
+
+
+def summary(report):
+    """The printed table."""
+    lines = [f"{'layer':>5} {'head':>4} {'mixer':10} {'entropy':>8} {'of even':>8} {'rank':>6} {'gap':>6} {'self':>6} {'prev.':>6} {'first':>6} "
+             f"{'distance':>8} {'ln var':>7} {'ks':>6} {'tau':>6}"]
+    for layer in report["layers"]:
+        for head in layer["heads"]:
+            logs = head["log_weights"]
+            ks = "-" if logs["ks"] is None else f"{logs['ks']:.3f}"
+            lines.append(f"{layer['layer']:>5} {head['head']:>4} {layer['mixer']:10} {head['entropy_bits']:>8.2f} {head['entropy_of_uniform']:>8.2f} "
+                         f"{head['effective_rank']:>6.1f} {head['spectral_gap']:>6.3f} {head['weight_on_self']:>6.3f} "
+                         f"{head['weight_on_previous']:>6.3f} {head['weight_on_first']:>6.3f} {head['mean_distance']:>8.2f} {logs['variance']:>7.3f} "
+                         f"{ks:>6} {head.get('temperature_lln', head['temperature_softmax']):>6.2f}")
+        if layer["no_matrix"]:
+            lines.append(f"{layer['layer']:>5}    - {layer['mixer']:10} no attention matrix: {layer['no_matrix']}")
+    lines += ["entropy in bits a row, and as a share of even attention's; rank: effective; gap: 1 - |lambda_2|; self, prev., first: mean weight;",
+              "distance in tokens; ln var, ks: variance of the log weights and their distance to a normal; tau: LLN's temperature, or softmax's", ""]
+    for name, row in [*((f"layer {row['layer']}", row["influence"]) for row in report["layers"]), ("model", report["model"])]:
+        if row:
+            lines.append(f"influence, {name}: on itself {row['on_self']:.3f}, from the previous {row['on_previous']:.3f}, "
+                         f"on average from {row['mean_distance']:.2f} tokens back")
+    return "\n".join(lines)
+
+
+def read_tokens(options, run, config):
+    """Token ids (1, T) of the text to look at, T >= 2. BadInput if there is none, or if it is too long."""
+    block = config.block_size
+    if config.pos == "learned" and (options.length or 0) > block:
+        raise BadInput(f"--length={options.length}: the model has learned positions for {block} tokens only; choose at most {block}")
+    if options.start is not None:
+        idx = read_prompt(options.start, run.tokenizer)
+        if options.length is None and idx.size(1) > block:
+            raise BadInput(f"--start is {idx.size(1)} tokens, and the model's block_size {block}; shorten it, or read its beginning "
+                           f"with --length={block}")
+    else:
+        name = run.config.get("dataset")
+        if not (files.DATA / str(name) / "meta.json").exists():
+            raise BadInput(f"data/{name}, which the run was trained on, is not here; give a text with --start")
+        data = load_dataset(name, 1)
+        check_tokenizer(run, data)
+        idx = torch.tensor([data.val[:options.length or block].tolist()])
+    idx = idx[:, :options.length or block]
+    if idx.size(1) < 2:
+        raise BadInput("the text is a single token, which can attend to itself only; give more with --start")
+    return idx
+
+
+@exit_on_bad_input("tools.inspect_attention")
+def main():
+    options, *_ = parse_options(InspectOptions, sys.argv[1:], __doc__.splitlines()[0], with_config_file=False)
+    if not options.out_dir:
+        raise BadInput("which run? name its folder: --out_dir=out/shakespeare_ssa")
+    if options.mixer_file:
+        load_mixer_file(options.mixer_file)
+    device = choose_device(options.device)
+    run = checkpoint.load(options.out_dir, options.checkpoint)
+    model = checkpoint.build_model(run).to(device)
+    idx = read_tokens(options, run, model.config)
+    layers, matrices = inspect(model, idx.to(device))
+    tokens = [run.tokenizer.decode_bytes([i]).decode("utf-8", "replace") for i in idx[0].tolist()]
+    report = dict(checkpoint=str(run.folder), text=run.tokenizer.decode(idx[0].tolist()), tokens=tokens, layers=layers,
+                  model=reach(matrices["influence.model"]))
+    folder = Path(options.out_dir) / "inspect"
+    with files.writing(folder):
+        folder.mkdir(exist_ok=True)
+        checkpoint.write_json(folder / "attention.json", report)
+    files.write_file(folder / "attention.safetensors", save({name: m.astype(np.float32) for name, m in matrices.items()}))
+    drawn = list(pictures.draw(folder, report, matrices))
+    print(summary(report))
+    print(f"\nin {folder}: attention.json, attention.safetensors, {', '.join(path.name for path in drawn)}")
+
+
+if __name__ == "__main__":
+    main()
