@@ -1,0 +1,52 @@
+"""The loss over a large vocabulary never holds all of its logits at once."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import model as model_module
+from model import GPT, GPTConfig
+
+PEAK = """
+import resource, sys, torch, model
+from model import GPT, GPTConfig
+if sys.argv[1] == "plain":
+    model.LOGITS_AT_ONCE = 2**40
+torch.manual_seed(0)
+gpt = GPT(GPTConfig(vocab_size=50304, block_size=128, n_layer=1, n_head=2, n_embd=32, arch="llama"))
+x = torch.randint(50304, (32, 128))
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+gpt.loss(x, x).backward()
+print(peak() - before)
+"""
+
+
+def loss_and_gradients(at_once, monkeypatch, tie_head, compiled=False):
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=101, block_size=16, n_layer=1, n_head=2, n_embd=16, tie_head=tie_head)).double()
+    idx, targets = torch.randint(101, (3, 16)), torch.randint(101, (3, 16))
+    targets[:, ::3] = -1
+    targets[1] = -1  # one piece without a target
+    loss = (torch.compile(model.loss) if compiled else model.loss)(idx, targets)
+    loss.backward()
+    return loss.item(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("rows, tie_head, compiled",
+                         [(1, True, False), (7, True, False), (7, False, False), (16, False, False), pytest.param(16, True, True, marks=pytest.mark.slow)])
+def test_loss_and_gradients_in_pieces_are_those_of_the_whole(rows, tie_head, compiled, monkeypatch):
+    whole, gradients = loss_and_gradients(2**40, monkeypatch, tie_head)
+    pieces, gradients_of_pieces = loss_and_gradients(rows * 101, monkeypatch, tie_head, compiled)
+    assert pieces == pytest.approx(whole, rel=1e-12)
+    for a, b in zip(gradients, gradients_of_pieces):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_is_less_than_half():
+    plain, pieces = (int(subprocess.run([sys.executable, "-c", PEAK, how], capture_output=True, text=True, check=True).stdout)
+                     for how in ("plain", "pieces"))
+    assert pieces < plain / 2
