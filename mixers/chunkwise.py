@@ -89,7 +89,7 @@ def chunkwise(a, b, v, state):
         y = y + phi_q @ old_S
         total = total + phi_q @ old_z[..., None]
     y = (y / total).flatten(2, 3)[:, :, :T]
-    return y, LinearState(S, z, after[:, :, -1])
+    return y, LinearState(S, z, after[:, :, -1].clone())  # not a view that holds on to the maxima of all chunks
 
 
 def exact_weights(a, b, M):
