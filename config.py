@@ -109,6 +109,7 @@ class Options(ModelOptions):
     eval_only: bool = option(False, "only evaluate the newest checkpoint in out_dir")
     init_from: Optional[str] = option(None, "start from the weights of this run folder", min_length=1)
     mixer_file: Optional[str] = option(None, "a Python file of yours that registers its mixer in mixers.MIXERS", min_length=1)
+    allow_leak: bool = option(False, "train a model whose outputs see later tokens or other sequences, or that cannot be checked for it on a CPU")
     seed: int = option(1337, "of the weights, the batches and dropout", ge=0, lt=2**63)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the heavy operations; auto: bfloat16 where it is fast")

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+from causality import find_leak
 from config import BadInput, ModelOptions, exit_on_bad_input
 from data import load_dataset
 from device import choose_device, choose_dtype, compiled, rows_per_pass
@@ -57,6 +58,7 @@ def main():
         start = checkpoint.load(options.init_from)
         check_tokenizer(start, data)
         checkpoint.init_model(model, start.model, start.folder)
+    refuse_leaks(model, options)
     if options.eval_only:
         loss, bpb = evaluate(model, data, options, device, autocast, world)
         print(f"{saved.folder}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
@@ -66,6 +68,20 @@ def main():
         with prepared_folder(options, world):
             train(options, config, model, data, device, autocast, saved, world)
     world.end()
+
+
+def refuse_leaks(model, options):
+    """BadInput if an output of the model sees what it must not: its losses would mean nothing. With allow_leak, one line."""
+    try:
+        leak = find_leak(model)
+    except Exception as error:  # of a mixer for GPUs alone, say
+        if not options.allow_leak:
+            raise
+        leak = f"mixer {options.mixer} could not be checked, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if leak and not options.allow_leak:
+        raise BadInput(f"{leak}; so nothing is reported. `python -m tools.audit --mixer={options.mixer}` says more; --allow_leak trains it all the same")
+    if leak:
+        print(f"warning    {leak}; its losses may not be compared", flush=True)
 
 
 def describe(options, model, data, device, dtype, world):

@@ -1,0 +1,114 @@
+"""Does an output see what it must not: a later token, another sequence of the batch, an earlier call, the length?
+
+    found = find_leak(model)            # None, or what leaks where, in words; train.py asks before it reports a loss
+    sizes = leaks(module, x, cuts)      # every kind with its figure; tools/audit.py asks at many lengths
+
+Everything is measured in float64 on the CPU, on a copy: of the model itself nothing changes, and neither do torch's
+random numbers. B batch, T time, C channels.
+"""
+import copy
+import math
+
+import torch
+import torch.nn as nn
+
+from mixers import layer_mixers
+
+HUGE = 1e4  # factor on the later tokens: enough for a maximum taken over them to push earlier rows to 0/0
+# kind -> what happens, and the most that it may move an output, as a share of the largest output (of the gradient: of the
+# largest gradient). Rounding in float64 is 1e-16; products of HUGE numbers, and sums of other lengths, round to more.
+KINDS = {
+    "repeat": ("the same call gives another output after other calls", 1e-9),
+    "rows": ("an output depends on another sequence of the batch", 1e-9),
+    "suffix": ("an output depends on a later token", 1e-9),
+    "gradient": ("an output's gradient reaches a later token", 1e-9),
+    "length": ("an output depends on how long the sequence is", 1e-6),
+    "huge": (f"a later token of {HUGE:,.0f} times the usual size changes an earlier output", 1e-5),
+}
+
+
+def leaking(sizes):
+    """The kinds of `sizes` (kind -> size) that are over their limit; NaN is."""
+    return [kind for kind in sizes if not sizes[kind] <= KINDS[kind][1]]
+
+
+def bare_copy(model, noise=0.1):
+    """A float64 copy of a GPT on the CPU that reads hidden states (B, T, C) in place of tokens and ends before the head.
+
+    noise: the standard deviation of what is added to every parameter: one that starts at zero would hide what it scales."""
+    outside = {id(model.embed): nn.Identity(), id(model.head): nn.Identity()}  # the large tables see one token at a time
+    bare = copy.deepcopy(model, outside).cpu().double().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for p in bare.parameters():
+        p += noise * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return bare
+
+
+def parts(model):
+    """name -> module for each mixer of a GPT, the first layer that has it, and for the FFN."""
+    names = layer_mixers(model.config.mixer, model.config.n_layer)
+    mixers = {f"mixer {name}": block.mixer for name, block in reversed(list(zip(names, model.blocks))) if block.mixer is not None}
+    return mixers | {f"mlp_activation {model.config.mlp_activation}": model.blocks[0].mlp}
+
+
+def call(module, x):
+    """The outputs (B, T, .) of a mixer or model, (y, anything) = module(x); dropout, if there is any, always drops the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return module(x)[0]
+
+
+def difference(a, b):
+    """|a - b| over the largest |b|, the largest over the last axis. Infinite where only one is a number; two NaN are alike."""
+    alike = (a == b) | a.isnan() & b.isnan()
+    scale = b.abs().nan_to_num(0, 0, 0).max().clamp(min=1e-300)
+    return ((a - b).abs() / scale).masked_fill(alike, 0).nan_to_num(nan=math.inf).amax(-1)
+
+
+def leaks(module, x, cuts, lengths=True, huge=True):
+    """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T, C), float64.
+
+    Row i + 1 changes from token cuts[i] on, row 0 nowhere; so two calls tell what all rows, before their cuts, depend on.
+    lengths: also whether beginnings of row 0 alone are those of the whole; not where dropout would differ.
+    huge: also with HUGE changes; of little use behind a norm."""
+    B, T, _ = x.shape
+    later = torch.arange(T) >= torch.tensor([T, *cuts])[:, None]  # (B, T)
+    first = torch.arange(B)[:, None].expand(B, T) == 0
+    generator = torch.Generator().manual_seed(1)
+    other = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    x = x.requires_grad_()
+    y = call(module, x)
+    sizes = {}
+    if y.requires_grad:
+        earlier = y[~later & ~first]
+        [gradient] = torch.autograd.grad((earlier * torch.randn(earlier.shape, generator=generator, dtype=y.dtype)).sum(), x)
+        gradient = gradient.abs().amax(-1)
+        sizes["gradient"] = (gradient[later | first].max() / gradient.max().clamp(min=1e-300)).nan_to_num(nan=math.inf).item()
+    with torch.no_grad():
+        x, y = x.detach(), y.detach()
+        moved = lambda after, where: difference(after, y[:len(after), :after.size(1)])[where].max().item()
+        changed = call(module, torch.where(later[..., None], other, x))
+        sizes["rows"], sizes["suffix"] = moved(changed, first), moved(changed, ~later & ~first)
+        # row 0 was the same in both calls
+        sizes["repeat"] = moved(call(module, x), slice(None)) if leaking(sizes) else sizes["rows"]
+        if huge:
+            sizes["huge"] = moved(call(module, torch.where(later[..., None], HUGE * other, x)), ~later)
+        if lengths:
+            sizes["length"] = max(moved(call(module, x[:1, :t]), slice(None)) for t in cuts)
+    return sizes
+
+
+def find_leak(model):
+    """What leaks in a GPT, "mixer lln: an output depends on a later token", or None. A sequence of a chunk of 64 and a bit,
+    if block_size lets it; in training mode with noise on the weights, in evaluation mode with the weights as they are."""
+    config = model.config
+    T = min(config.block_size, 71)
+    borders = {config.n_embd // config.n_head, 64, T // 2, T - 1}
+    cuts = sorted(t for t in borders if 0 < t < T) or [T]
+    x = torch.randn(1 + len(cuts), T, config.n_embd, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = {}  # kind -> where
+    for training in (True, False):
+        bare = bare_copy(model, noise=0.1 if training else 0).train(training)
+        for where, module in (("the model", bare), *parts(bare).items()):  # a part is named rather than the model around it
+            found |= {kind: where for kind in leaking(leaks(module, x, cuts, lengths=not training, huge=module is not bare))}
+    return next((f"{found[kind]}: {what}" for kind, (what, _) in KINDS.items() if kind in found), None)
