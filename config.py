@@ -116,6 +116,7 @@ class Options(ModelOptions):
     parallel: Literal["ddp", "fsdp"] = option("ddp", "under torchrun: each process holds the whole model, or a share of it")
     # data and evaluation
     dataset: str = option("shakespeare_char", "a folder of data/; prepared when missing")
+    eval_split: Literal["val", "test"] = option("val", "what --eval_only evaluates on; recall tasks have a test split")
     eval_interval: int = option(250, "optimiser steps between evaluations, each with a checkpoint", ge=1)
     eval_tokens: int = option(2**20, "most validation tokens an evaluation reads, the same ones every time", ge=1)
     keep_last: int = option(2, "newest checkpoints to keep, besides the best", ge=1)

@@ -1,0 +1,4 @@
+"""python train.py configs/induction.py"""
+from configs.mqar import *
+
+dataset = "induction"
