@@ -81,6 +81,7 @@ class ModelOptions:
     mlp_activation: Optional[Literal[ACTIVATIONS]] = option(None, "activation of the FFN, or a causal reduction in its place [default: gpt2 gelu, llama silu]")
     tie_head: Optional[bool] = option(None, "the head shares the embedding's weights [default: gpt2 yes, llama no]")
     head_temperature: Optional[float] = option(None, "hidden states are divided by it before the head [default: 0.1 if all layers are pelican, else 1]", gt=0)
+    init_std: float = option(0.02, "standard deviation of the initial weights; models of few channels learn sooner from a larger one", gt=0)
     zero_init_head: bool = option(False, "the head starts at zero (untied heads only)")
     embed_rank: Optional[int] = option(None, "the embedding is Embedding(V, r) and Linear(r, C) (untied heads only)", ge=1)
     # options named after a mechanism are refused where no layer uses it

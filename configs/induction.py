@@ -2,3 +2,4 @@
 from configs.mqar import *
 
 dataset = "induction"
+max_iters = 500

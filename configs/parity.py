@@ -2,6 +2,5 @@
 from configs.mqar import *
 
 dataset = "parity"
-block_size = 32
-batch_size = 128
-pos = "rope"
+block_size = 32    # rows of up to 128 are tested
+pos = "rope"       # learned positions would end at 32

@@ -3,4 +3,4 @@ from configs.mqar import *
 
 dataset = "passkey"
 block_size = 128
-batch_size = 32
+batch_size = 64

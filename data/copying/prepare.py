@@ -1,4 +1,4 @@
-"""Copying, small: 8, 16 or 24 symbols, without blanks or among them. See data/tasks.py.
+"""Copying, small: 8 or 16 of 29 symbols, alone or among blanks, in up to 64 tokens; see data/tasks.py.
 
 Run: python data/copying/prepare.py    (seconds; train.py does it by itself when needed)
 """
@@ -14,10 +14,8 @@ CELLS = [dict(length=length, symbols=symbols) for length, symbols in ((16, 8), (
 
 
 def main():
-    write_task(Path(__file__).resolve().parent, copying, vocab_size=32, made_by="data/copying/prepare.py",
-               train=[(20000, cell) for cell in CELLS],
-               val=[(500, cell) for cell in CELLS],
-               test=[(1000, cell) for cell in CELLS])
+    write_task(Path(__file__).resolve().parent, copying, 32, "data/copying/prepare.py",
+               train=[(20_000, cell) for cell in CELLS], val=[(500, cell) for cell in CELLS], test=[(1000, cell) for cell in CELLS])
 
 
 if __name__ == "__main__":

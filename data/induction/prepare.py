@@ -1,4 +1,4 @@
-"""Induction heads, small: rows of 16, 32 or 64 tokens, of 32 symbols. See data/tasks.py.
+"""Induction heads, small: 16, 32 or 64 tokens, of 32 symbols; see data/tasks.py.
 
 Run: python data/induction/prepare.py    (seconds; train.py does it by itself when needed)
 """
@@ -14,10 +14,8 @@ CELLS = [dict(length=length) for length in (16, 32, 64)]
 
 
 def main():
-    write_task(Path(__file__).resolve().parent, induction, vocab_size=32, made_by="data/induction/prepare.py",
-               train=[(20000, cell) for cell in CELLS],
-               val=[(500, cell) for cell in CELLS],
-               test=[(1000, cell) for cell in CELLS])
+    write_task(Path(__file__).resolve().parent, induction, 32, "data/induction/prepare.py",
+               train=[(20_000, cell) for cell in CELLS], val=[(500, cell) for cell in CELLS], test=[(1000, cell) for cell in CELLS])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Multi-query associative recall, small: 4, 8 or 16 pairs in 64 tokens of 64 symbols. See data/tasks.py.
+"""Multi-query associative recall, small: 4, 8 or 16 pairs in 64 tokens, of 64 symbols; see data/tasks.py.
 
 Run: python data/mqar/prepare.py    (seconds; train.py does it by itself when needed)
 """
@@ -14,10 +14,8 @@ CELLS = [dict(length=64, pairs=pairs) for pairs in (4, 8, 16)]
 
 
 def main():
-    write_task(Path(__file__).resolve().parent, mqar, vocab_size=64, made_by="data/mqar/prepare.py",
-               train=[(20000, cell) for cell in CELLS],
-               val=[(500, cell) for cell in CELLS],
-               test=[(1000, cell) for cell in CELLS])
+    write_task(Path(__file__).resolve().parent, mqar, 64, "data/mqar/prepare.py",
+               train=[(20_000, cell) for cell in CELLS], val=[(500, cell) for cell in CELLS], test=[(1000, cell) for cell in CELLS])
 
 
 if __name__ == "__main__":

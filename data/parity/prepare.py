@@ -1,4 +1,4 @@
-"""Running parity: trained on 32 bits, tested on up to 128. See data/tasks.py.
+"""Running parity: trained on 32 bits and tested on up to 128; see data/tasks.py.
 
 Run: python data/parity/prepare.py    (seconds; train.py does it by itself when needed)
 """
@@ -15,10 +15,8 @@ LONGER = [dict(length=64, asked_from=33), dict(length=128, asked_from=65)]
 
 
 def main():
-    write_task(Path(__file__).resolve().parent, parity, vocab_size=3, made_by="data/parity/prepare.py",
-               train=[(50000, dict(length=32, asked_from=1))],
-               val=[(500, cell) for cell in CELLS],
-               test=[(1000, cell) for cell in CELLS + LONGER])
+    write_task(Path(__file__).resolve().parent, parity, 3, "data/parity/prepare.py",
+               train=[(50_000, dict(length=32, asked_from=1))], val=[(500, cell) for cell in CELLS], test=[(1000, cell) for cell in CELLS + LONGER])
 
 
 if __name__ == "__main__":

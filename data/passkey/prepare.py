@@ -1,4 +1,4 @@
-"""Passkey retrieval, small: five digits in 64 or 128 tokens of filler. See data/tasks.py.
+"""Passkey retrieval, small: five digits in 64 or 128 tokens of filler, at four depths; see data/tasks.py.
 
 Run: python data/passkey/prepare.py    (seconds; train.py does it by itself when needed)
 """
@@ -14,10 +14,8 @@ CELLS = [dict(length=length, depth=depth) for length in (64, 128) for depth in (
 
 
 def main():
-    write_task(Path(__file__).resolve().parent, passkey, vocab_size=32, made_by="data/passkey/prepare.py",
-               train=[(10000, cell) for cell in CELLS],
-               val=[(500, cell) for cell in CELLS],
-               test=[(1000, cell) for cell in CELLS])
+    write_task(Path(__file__).resolve().parent, passkey, 32, "data/passkey/prepare.py",
+               train=[(10_000, cell) for cell in CELLS], val=[(500, cell) for cell in CELLS], test=[(1000, cell) for cell in CELLS])
 
 
 if __name__ == "__main__":
