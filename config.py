@@ -81,6 +81,7 @@ class ModelOptions:
     mlp_activation: Optional[Literal[ACTIVATIONS]] = option(None, "activation of the FFN, or a causal reduction in its place; gelu_tanh is the published GPT-2's [default: gpt2 gelu, llama silu]")
     tie_head: Optional[bool] = option(None, "the head shares the embedding's weights [default: gpt2 yes, llama no]")
     head_temperature: Optional[float] = option(None, "hidden states are divided by it before the head [default: 0.1 if all layers are pelican, else 1]", gt=0)
+    init_std: float = option(0.02, "standard deviation of the initial weights; models of few channels learn sooner from a larger one", gt=0)
     zero_init_head: bool = option(False, "the head starts at zero (untied heads only)")
     embed_rank: Optional[int] = option(None, "the embedding is Embedding(V, r) and Linear(r, C) (untied heads only)", ge=1)
     # options named after a mechanism are refused where no layer uses it
@@ -117,6 +118,7 @@ class Options(ModelOptions):
     parallel: Literal["ddp", "fsdp"] = option("ddp", "under torchrun: each process holds the whole model, or a share of it")
     # data and evaluation
     dataset: str = option("shakespeare_char", "a folder of data/; prepared when missing")
+    eval_split: Literal["val", "test"] = option("val", "what --eval_only evaluates on; recall tasks have a test split")
     eval_interval: int = option(250, "optimiser steps between evaluations, each with a checkpoint", ge=1)
     eval_tokens: int = option(2**20, "most validation tokens an evaluation reads, the same ones every time", ge=1)
     keep_last: int = option(2, "newest checkpoints to keep, besides the best", ge=1)

@@ -1,8 +1,8 @@
 """The record of a run: metrics.jsonl always, the same numbers mirrored to wandb if asked for.
 
 One JSON object per log line and per evaluation, absent values null:
-iter (optimiser updates done), train_loss and val_loss (nats per token), val_bpb (bits per byte), lr, tokens (read in
-training), flops (of training, by each mixer's own formula), tokens_per_s, seconds (of training and evaluation, over resumes).
+iter (optimiser updates done), train_loss and val_loss (nats per token), val_bpb (bits per byte), val_accuracy and
+val_accuracy_by_cell (share of right answers, and {difficulty: share}; for recall tasks), lr, tokens (read in training), flops (of training, by each mixer's own formula), tokens_per_s, seconds (of training and evaluation, over resumes).
 """
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import BadInput
 
-KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "lr", "tokens", "flops", "tokens_per_s", "seconds")
+KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "val_accuracy", "val_accuracy_by_cell", "lr", "tokens", "flops", "tokens_per_s", "seconds")
 
 
 class Metrics:

@@ -153,15 +153,16 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
 
     def init_weights(self):
-        """GPT-2's: everything from N(0, 0.02^2), biases zero, and the last projection of each sub-layer scaled down by
+        """GPT-2's: everything from N(0, init_std^2), biases zero, and the last projection of each sub-layer scaled down by
         the square root of their number, so that the residual stream keeps its size over depth."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        std = self.config.init_std
+        residual_std = std / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=residual_std if name.endswith("c_proj") else 0.02)
+                nn.init.normal_(module.weight, std=residual_std if name.endswith("c_proj") else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if self.config.embed_rank:  # the product of the two then starts at 0.02 as a plain embedding does
+        if self.config.embed_rank:  # the product of the two then starts at init_std as a plain embedding does
             nn.init.normal_(self.embed[1].weight, std=self.config.embed_rank ** -0.5)
         if self.config.zero_init_head:
             nn.init.zeros_(self.head.weight)

@@ -11,7 +11,7 @@ from config import BadInput, Options, parse_options
 from data.files import read_json
 from mixers import load_mixer_file
 
-OF_ONE_COMMAND = {"resume", "overwrite", "eval_only", "mixer_file"}  # options that say nothing of the run as such
+OF_ONE_COMMAND = {"resume", "overwrite", "eval_only", "eval_split", "mixer_file"}  # options that say nothing of the run as such
 
 
 def read_options(argv, description):
@@ -29,6 +29,8 @@ def read_options(argv, description):
     saved = None
     if options.resume and options.overwrite:
         raise BadInput("--resume goes on with the run and --overwrite clears it; leave one of them out")
+    if options.eval_split != "val" and not options.eval_only:
+        raise BadInput(f"--eval_split={options.eval_split} goes with --eval_only; training evaluates on val")
     if options.eval_only or options.resume:
         if not holds_run(out_dir):
             raise BadInput(f"{out_dir} holds no run; start one without --resume and --eval_only")

@@ -34,6 +34,8 @@ class SampleOptions:
 
 def read_prompt(start, tokenizer):
     """Token ids (1, T) of the prompt. BadInput if it is empty, unreadable or outside the alphabet."""
+    if start is None and tokenizer.name == "numbers":
+        raise BadInput("this model was trained on a recall task, whose tokens are numbers: start with some, for example --start='3 40 3'")
     if start is None:
         try:
             return torch.tensor([tokenizer.encode("\n")])

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, fields, replace
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -60,8 +61,12 @@ def main():
         checkpoint.init_model(model, start.model, start.folder)
     refuse_leaks(model, options)
     if options.eval_only:
-        loss, bpb = evaluate(model, data, options, device, autocast, world)
-        print(f"{saved.folder}: val loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
+        if options.eval_split not in data.cells:
+            raise BadInput(f"data/{data.name} has no {options.eval_split} split; leave --eval_split out")
+        result = evaluate(model, data, options, device, autocast, world, options.eval_split)
+        print(f"{saved.folder}: {options.eval_split} loss {result.words()}")
+        for cell, accuracy in (result.by_cell or {}).items():
+            print(f"{cell:40} {shown(accuracy)}")
     elif saved and saved.trainer["iter"] >= options.max_iters:
         print(f"{saved.folder} is at step {saved.trainer['iter']} of {options.max_iters}: nothing left to do; for more, raise --max_iters")
     else:
@@ -91,7 +96,7 @@ def describe(options, model, data, device, dtype, world):
     where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     where += f", {world.size} processes ({options.parallel})" if world.size > 1 else ""
     print(f"{options.out_dir}: {options.mixer}, {options.arch}, on {where}, {str(dtype).removeprefix('torch.')}")
-    print(f"data       {data.name}: {len(data.train):,} tokens to train on, {len(data.val):,} to validate, vocabulary {data.vocab_size:,}")
+    print(f"data       {data.name}: {data.size()}, vocabulary {data.vocab_size:,}")
     for group, count in groups.items():
         print(f"{group:10} {count:>12,} parameters {100 * count / total:5.1f} %")
     print(f"{'all':10} {total:>12,} parameters")
@@ -117,22 +122,46 @@ def learning_rate(step, options):
     return low + left * (peak - low)
 
 
+class Evaluation(NamedTuple):
+    loss: float                # mean over the targets, in nats
+    bpb: Optional[float]       # bits per byte; None for a recall task
+    accuracy: Optional[float]  # share of right answers; None for a text
+    by_cell: Optional[dict]    # {difficulty: accuracy}, None for rows longer than learned positions reach
+
+    def words(self):
+        if self.bpb is not None:
+            return f"{self.loss:.4f} nats per token | {self.bpb:.4f} bits per byte"
+        return f"{self.loss:.4f} nats per answer | accuracy {shown(self.accuracy)}"
+
+
+def shown(accuracy):
+    return "n/a" if accuracy is None else f"{accuracy:.4f}"
+
+
 @torch.no_grad()
-def evaluate(model, data, options, device, autocast, world):
-    """The mean loss over the fixed validation windows: (nats per token, bits per byte)."""
+def evaluate(model, data, options, device, autocast, world, split="val"):
+    """The Evaluation on the fixed windows or rows of a split."""
     model.eval()
-    total, count = 0.0, 0
-    batches = list(data.val_batches(options.block_size, max(1, EVAL_TOKENS_AT_ONCE // options.block_size), options.eval_tokens))
+    longest = options.block_size if options.pos == "learned" else math.inf
+    batches = [batch for batch in data.eval_batches(split, options.block_size, max(1, EVAL_TOKENS_AT_ONCE // options.block_size), options.eval_tokens)
+               if batch[0].size(1) <= longest]
+    sums = np.zeros((len(data.cells[split]), 3))  # of each cell: loss, targets, right answers
     for i in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
         # under FSDP all processes must take part in every forward pass: those without a batch left repeat the last
-        x, y = batches[min(i, len(batches) - 1)]
+        x, y, cell = batches[min(i, len(batches) - 1)]
+        x, y = x.to(device), y.to(device)
         with autocast:
-            loss = model.loss(x.to(device), y.to(device)).item()
+            logits, loss = (None, model.loss(x, y)) if data.bytes_per_token else model(x, y)
         if i < len(batches):
-            total, count = total + loss * y.numel(), count + y.numel()
+            targets = (y != -1).sum().item()
+            sums[cell] += loss.item() * targets, targets, 0 if logits is None else (logits.argmax(-1) == y).sum().item()
     model.train()
-    total, count = world.total([total, count], device)
-    return total / count, total / count / math.log(2) / data.bytes_per_token
+    sums = np.reshape(world.total(sums.flatten().tolist(), device), (-1, 3))
+    loss, targets, right = sums.sum(0).tolist()
+    if data.bytes_per_token:
+        return Evaluation(loss / targets, loss / targets / math.log(2) / data.bytes_per_token, None, None)
+    by_cell = {name: right / targets if targets else None for name, (_, targets, right) in zip(data.cells[split], sums.tolist())}
+    return Evaluation(loss / targets, None, right / targets, by_cell)
 
 
 def make_optimizer(model, options, device):
@@ -186,12 +215,14 @@ def train(options, config, model, data, device, autocast, saved, world):
                 group["lr"] = lr
             torch.manual_seed(seed_of(options.seed, step, world.rank))
             x, y = data.batch(options.seed, step, rows_per_step, options.block_size)
+            targets = (y != -1).sum().item()
             train_loss = 0.0
             for start in range(0, rows_per_step, rows_at_once):
-                micro_x, micro_y = x[start:start + rows_at_once], y[start:start + rows_at_once]
                 synchronise_gradients(loss_fn, model, on=start + rows_at_once == rows_per_step)
+                own_x, own_y = (world.rows(t[start:start + rows_at_once]) for t in (x, y))
+                share = (own_y != -1).sum().item() * world.size / targets  # so that each target counts alike
                 with autocast:
-                    loss = loss_fn(world.rows(micro_x).to(device), world.rows(micro_y).to(device)) * rows_at_once / rows_per_step
+                    loss = loss_fn(own_x.to(device), own_y.to(device)) * share
                 loss.backward()
                 train_loss += loss.item()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf).item()
@@ -214,14 +245,16 @@ def train(options, config, model, data, device, autocast, saved, world):
                     print(f"step {step:6}/{options.max_iters} | loss {train_loss:.4f} nats | lr {lr:.2e} | {speed:,.0f} tokens/s | {now - started:.1f} s")
         if step % options.eval_interval == 0 or step == options.max_iters:
             eval_started = time.perf_counter()
-            val_loss, val_bpb = evaluate(model, data, options, device, autocast, world)
+            result = evaluate(model, data, options, device, autocast, world)
+            val_loss = result.loss
             if not math.isfinite(val_loss):
                 raise not_finite(f"validation loss {val_loss}", step, options)
             is_best = best is None or val_loss < best
             best = val_loss if is_best else best
-            log(val_loss=val_loss, val_bpb=val_bpb)
-            bar.write(f"step {step:6}/{options.max_iters} | val loss {val_loss:.4f} nats per token | {val_bpb:.4f} bits per byte"
-                      + (" | the best so far" if is_best else ""), file=sys.stdout)
+            log(val_loss=val_loss, val_bpb=result.bpb, val_accuracy=result.accuracy, val_accuracy_by_cell=result.by_cell)
+            bar.write(f"step {step:6}/{options.max_iters} | val loss {result.words()}" + (" | the best so far" if is_best else ""), file=sys.stdout)
+            if result.by_cell:
+                bar.write("accuracy    " + " | ".join(f"{cell}: {shown(value)}" for cell, value in result.by_cell.items()), file=sys.stdout)
             save(val_loss)
             last_log += time.perf_counter() - eval_started  # tokens_per_s is of training alone
         elif stopping:

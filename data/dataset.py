@@ -1,9 +1,10 @@
-"""Loads a data set: checks all of its files, then serves random training batches and fixed validation windows.
+"""Loads a data set: checks all of its files, then serves random training batches and fixed ones to evaluate on.
 
-B rows, T = block_size tokens a row.
+B rows, T = block_size tokens a row; rows with answers have their own length.
 """
 import functools
 import importlib.util
+import math
 
 import numpy as np
 import torch
@@ -22,6 +23,10 @@ def load_dataset(name, block_size):
     if not (folder / "meta.json").exists():
         prepare(folder)
     meta = read_meta(folder)
+    if "row_length" in meta:
+        if block_size < meta["row_length"]:
+            raise BadInput(f"data/{name}: its rows have {meta['row_length']} tokens and must not be cut; set block_size={meta['row_length']}, not {block_size}")
+        return Rows(folder, meta)
     for split in ("train", "val"):
         n = meta[f"{split}_tokens"]
         if n < block_size + 1:  # block_size inputs, and a target for the last of them
@@ -52,7 +57,7 @@ def read_meta(folder):
     """meta.json with the keys that we need, of the right types. Raises BadInput."""
     again = how_to_prepare(folder.name)
     meta = read_json(folder / "meta.json", again)
-    for key in ("vocab_size", "train_tokens", "val_tokens", "val_bytes"):
+    for key in ("vocab_size", "train_tokens", "val_tokens", "row_length" if "row_length" in meta else "val_bytes"):
         value = meta.get(key)
         if type(value) is not int or value < 1:
             raise BadInput(f"data/{folder.name}/meta.json is damaged: {key} is {value!r}, not a positive integer; {again}")
@@ -79,18 +84,37 @@ def open_tokens(path, n, dtype, vocab_size):
     return tokens
 
 
+def read_cells(folder, meta):
+    """{split: cells} of meta.json, a cell being {"name": its difficulty, "length": tokens, "rows": number}. Raises BadInput."""
+    try:
+        cells = {split: [(cell["name"], cell["length"], cell["rows"]) for cell in meta["cells"][split]] for split in meta["cells"]}
+        for split, of_split in cells.items():
+            length = max(length for _, length, _ in of_split)
+            assert meta[f"{split}_tokens"] == length * sum(rows for _, _, rows in of_split) and (split != "train" or length == meta["row_length"])
+            assert all(type(name) is str and type(n) is int and type(rows) is int and min(n, rows) > 0 for name, n, rows in of_split)
+        assert {"train", "val"} <= cells.keys()
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"data/{folder.name}/meta.json is damaged: its cells do not add up to its tokens; {how_to_prepare(folder.name)}") from error
+    return cells
+
+
 class Dataset:
-    """The two splits of a data set as arrays on disk, with what meta.json says of them."""
+    """The two splits of a text as arrays on disk, with what meta.json says of them."""
 
     def __init__(self, folder, meta):
-        self.folder = folder
-        self.name = folder.name
-        self.meta = meta
-        self.vocab_size = meta["vocab_size"]
+        self.set_up(folder, meta)
         self.bytes_per_token = meta["val_bytes"] / meta["val_tokens"]  # of the validation split, for bits per byte
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        self.train = open_tokens(folder / "train.bin", meta["train_tokens"], dtype, self.vocab_size)
-        self.val = open_tokens(folder / "val.bin", meta["val_tokens"], dtype, self.vocab_size)
+        self.cells = {"val": [None]}  # a text is of one difficulty
+        self.train, self.val = self.open("train.bin", meta["train_tokens"]), self.open("val.bin", meta["val_tokens"])
+
+    def set_up(self, folder, meta):
+        self.folder, self.name, self.meta, self.vocab_size = folder, folder.name, meta, meta["vocab_size"]
+
+    def open(self, file, n):
+        return open_tokens(self.folder / file, n, np.dtype(self.meta["dtype"]).newbyteorder("<"), self.vocab_size)
+
+    def size(self):
+        return f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate"
 
     @functools.cached_property
     def tokenizer(self):
@@ -133,3 +157,52 @@ class Dataset:
         if whole and rest:
             window = torch.from_numpy(tokens[-rest - 1:].astype(np.int64))[None]  # (1, rest + 1)
             yield window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+    def eval_batches(self, split, block_size, rows, max_tokens=None):
+        """What an evaluation on a split reads: yields x, y and the number of the difficulty cell that they belong to."""
+        for x, y in self.val_batches(block_size, rows, max_tokens):
+            yield x, y, 0
+
+
+class Rows(Dataset):
+    """Rows with answers: tokens (rows, row length) of each split on disk, and beside each token the answer due there, or 0.
+
+    Evaluation goes through them cell by cell, where a cell is all rows of one difficulty; `cells` names those of each split."""
+    bytes_per_token = None
+
+    def __init__(self, folder, meta):
+        self.set_up(folder, meta)
+        self.sizes = read_cells(folder, meta)  # {split: [(name, length, rows)]}
+        self.cells = {split: [name for name, _, _ in cells] for split, cells in self.sizes.items()}
+        self.splits = {}
+        for split, cells in self.sizes.items():
+            shape = -1, max(length for _, length, _ in cells)
+            self.splits[split] = [self.open(file, meta[f"{split}_tokens"]).reshape(shape) for file in (f"{split}.bin", f"{split}_targets.bin")]
+        self.train, self.val = self.splits["train"][0], self.splits["val"][0]
+
+    def size(self):
+        return f"{len(self.train):,} rows of {self.meta['row_length']} tokens to train on, {len(self.val):,} to validate"
+
+    def rows(self, split, which, length=None):
+        """Inputs x and targets y, -1 where no answer is due, both int64 (B, length), of the rows numbered or sliced `which`."""
+        x, y = (torch.from_numpy(array.view(np.ndarray)[which, :length].astype(np.int64)) for array in self.splits[split])
+        return x, torch.where(y == 0, -1, y)
+
+    def batch(self, seed, step, n, block_size):
+        """n random rows to train on: x and y, both int64 (n, row_length). They depend on seed and step alone."""
+        return self.rows("train", np.random.default_rng([seed, step]).integers(len(self.train), size=n))
+
+    def eval_batches(self, split, block_size, rows, max_tokens=None):
+        """The rows of a split: yields x, y, both (B, the cell's length), B <= rows, and the cell's number. If that is more than
+        max_tokens: the same share of each cell, at least a row, always the same."""
+        share = min(1, (max_tokens or math.inf) / sum(length * n for _, length, n in self.sizes[split]))
+        first = 0
+        for number, (_, length, n) in enumerate(self.sizes[split]):
+            end = first + max(1, int(share * n))
+            for i in range(first, end, rows):
+                yield *self.rows(split, slice(i, min(i + rows, end)), length), number
+            first += n
+
+    def val_batches(self, block_size, rows, max_tokens=None):
+        for x, y, _ in self.eval_batches("val", block_size, rows, max_tokens):
+            yield x, y

@@ -71,12 +71,27 @@ def read_json(path, remedy):
     return content
 
 
-def write_dataset(folder, splits, tokenizer, source_sha256, made_by):
-    """Write {"train": (token ids, bytes of UTF-8), "val": ...} with its tokenizer into data/<name>, a folder.
+def write_folder(folder, arrays, tokenizer, meta):
+    """Write {"train.bin": token ids, ...}, the tokenizer and `meta` (dict) into data/<name>, a folder.
 
     meta.json comes last and an old one that differs goes first: a folder with a meta.json is whole. One that says the
     same stays, so that a second process preparing the same data does not pull it from under the first.
     """
+    meta_json = json.dumps(meta, indent=2).encode()
+    meta_path = folder / "meta.json"
+    with writing(meta_path):
+        if meta_path.exists() and meta_path.read_bytes() != meta_json:
+            meta_path.unlink()
+    for name, ids in arrays.items():
+        write_file(folder / name, np.asarray(ids).astype(np.dtype(meta["dtype"]).newbyteorder("<")).tobytes())
+    write_file(folder / "tokenizer.json", tokenizer.to_json().encode())
+    write_file(meta_path, meta_json)
+    counts = ", ".join(f"{meta[f'{split}_tokens']:,} {split} tokens" for split in ("train", "val", "test") if f"{split}_tokens" in meta)
+    print(f"wrote data/{folder.name}: {tokenizer.vocab_size:,} symbols, {counts}", flush=True)
+
+
+def write_dataset(folder, splits, tokenizer, source_sha256, made_by):
+    """Write {"train": (token ids, bytes of UTF-8), "val": ...} with its tokenizer into data/<name>, a folder."""
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     meta = {"vocab_size": tokenizer.vocab_size, "dtype": dtype}
     for split, (ids, n_bytes) in splits.items():
@@ -84,18 +99,7 @@ def write_dataset(folder, splits, tokenizer, source_sha256, made_by):
     meta |= {"tokenizer": tokenizer.name, "source_sha256": source_sha256, "made_by": made_by}
     if tokenizer.name == "char":
         meta["alphabet"] = tokenizer.alphabet
-    meta_json = json.dumps(meta, indent=2).encode()
-
-    meta_path = folder / "meta.json"
-    with writing(meta_path):
-        if meta_path.exists() and meta_path.read_bytes() != meta_json:
-            meta_path.unlink()
-    for split, (ids, _) in splits.items():
-        write_file(folder / f"{split}.bin", np.asarray(ids).astype(np.dtype(dtype).newbyteorder("<")).tobytes())
-    write_file(folder / "tokenizer.json", tokenizer.to_json().encode())
-    write_file(meta_path, meta_json)
-    counts = ", ".join(f"{len(ids):,} {split} tokens" for split, (ids, _) in splits.items())
-    print(f"wrote data/{folder.name}: {tokenizer.vocab_size:,} symbols, {counts}", flush=True)
+    write_folder(folder, {f"{split}.bin": ids for split, (ids, _) in splits.items()}, tokenizer, meta)
 
 
 def write_text_dataset(folder, text, tokenizer, source_sha256, made_by):

@@ -1,4 +1,4 @@
-"""The two tokenizers, characters and GPT-2's BPE. Each saves itself as one JSON file that needs no other and no network.
+"""The tokenizers: characters, GPT-2's BPE and, for recall tasks, plain numbers. Each saves itself as one JSON file that needs no other and no network.
 
     tokenizer = load_tokenizer("data/shakespeare_char/tokenizer.json")
     ids = tokenizer.encode("ROMEO:"); text = tokenizer.decode(ids)
@@ -6,6 +6,7 @@
 import base64
 import functools
 import json
+import re
 from pathlib import Path
 
 from config import BadInput
@@ -77,6 +78,31 @@ class GPT2Tokenizer:
                            "tokens": tokens})
 
 
+class NumberTokenizer:
+    """For sets that are no text: token i is written as the number i and a space."""
+    name = "numbers"
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def encode(self, text):
+        """Token ids. BadInput if the text is no list of numbers below vocab_size."""
+        wrong = [word for word in text.split() if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= self.vocab_size]
+        if wrong or not text.split():
+            raise BadInput(f"{wrong[0] if wrong else text!r} is no token of this model; give numbers from 0 to {self.vocab_size - 1}, "
+                           "separated by spaces")
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids):
+        return "".join(f"{i} " for i in ids)
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
+
+    def to_json(self):
+        return json.dumps({"tokenizer": self.name, "vocab_size": self.vocab_size})
+
+
 def char_tokenizer_of(text):
     return CharTokenizer("".join(sorted(set(text))))
 
@@ -107,6 +133,10 @@ def load_tokenizer(path):
         if isinstance(alphabet, str) and 0 < len(alphabet) == len(set(alphabet)):
             return CharTokenizer(alphabet)
         raise BadInput(f"{path} is damaged: its alphabet is no string of different characters; {remedy}")
+    if kind == "numbers":
+        if type(saved.get("vocab_size")) is int and saved["vocab_size"] > 0:
+            return NumberTokenizer(saved["vocab_size"])
+        raise BadInput(f"{path} is damaged: its vocab_size is {saved.get('vocab_size')!r}, no positive integer; {remedy}")
     if kind == "gpt2":
         try:
             tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
@@ -117,4 +147,4 @@ def load_tokenizer(path):
             return tokenizer
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise BadInput(f"{path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
-    raise BadInput(f"{path} names the tokenizer {kind!r}; have char, gpt2; {remedy}")
+    raise BadInput(f"{path} names the tokenizer {kind!r}; have char, gpt2, numbers; {remedy}")

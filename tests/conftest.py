@@ -75,8 +75,9 @@ def shakespeare_char():
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A copy of the repository with the data sets `letters` (28 symbols) and `digits` (as many others)."""
+    """A copy of the repository with the data sets `letters` (28 symbols), `digits` (as many others) and `recall` (rows)."""
     from data.files import write_text_dataset
+    from data.tasks import mqar, write_task
     from data.tokenizer import char_tokenizer_of
     home = copy_repository(tmp_path_factory.mktemp("home"))
     letters = "abcdefghijklmnopqrstuvwxyz \n"
@@ -87,6 +88,8 @@ def home(tmp_path_factory):
     for name, symbols in (("letters", letters), ("digits", others)):
         same = text.translate(str.maketrans(letters, symbols))
         write_text_dataset(home / "data" / name, same, char_tokenizer_of(same), "0" * 64, "data.text")
+    few, many = dict(length=12, pairs=1), dict(length=12, pairs=3)
+    write_task(home / "data" / "recall", mqar, 16, "tests", [(100, few), (100, many)], *[[(20, few), (20, many)]] * 2)
     return home
 
 

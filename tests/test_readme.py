@@ -1,5 +1,6 @@
 """Every command of the README runs, shortened, in order, in a copy of the repository."""
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,8 +56,7 @@ def test_every_command_runs(folder):
         script = next((name for name in SHORTER if name in command), None)
         # what was shortened to 2 steps goes on for 1 more
         shorter = SHORTER.get(script, "").replace("=2 ", "=3 ") if "--resume" in command else SHORTER.get(script, "")
-        words = re.sub(r"--max_iters=\d+", "", command).split() + shorter.split()
-        words = [word.replace('"', "") for word in words]
+        words = shlex.split(re.sub(r"--max_iters=\d+", "", command)) + shorter.split()
         python = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
         done = subprocess.run([*python, *words[1:]], cwd=folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, (command, done.stdout[-1000:], done.stderr[-2000:])

@@ -1,0 +1,4 @@
+"""python train.py configs/copying.py"""
+from configs.mqar import *
+
+dataset = "copying"

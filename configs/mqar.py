@@ -1,0 +1,23 @@
+"""Multi-query associative recall on a laptop: two layers, 64 channels. The recipe of all recall tasks, for any mixer.
+
+python train.py configs/mqar.py --mixer=lln && python train.py --eval_only --eval_split=test --out_dir=out/mqar_lln
+"""
+dataset = "mqar"
+n_layer = 2        # one to bind a value to its key, one to look it up
+n_head = 2
+n_embd = 64        # 32 channels a head
+ffn_hidden = 128   # 2 C: there is little to compute
+pos = "learned"    # RoPE would leave lln, linear and the reductions without positions
+init_std = 0.1     # about 1 / sqrt(C); from GPT-2's 0.02 softmax has not learnt the task after three times as many steps
+block_size = 64    # the length of a row
+batch_size = 128   # 128 x 64 = 8,192 tokens a step
+max_iters = 800
+learning_rate = 2e-3   # to 2e-4 by cosine
+warmup_iters = 100
+beta2 = 0.99
+weight_decay = 0.1
+grad_clip = 1.0
+dropout = 0.0
+bias = False
+eval_interval = 250
+log_interval = 50

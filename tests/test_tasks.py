@@ -1,0 +1,424 @@
+"""The recall tasks: an oracle that reads each row from its start agrees with every answer; splits share nothing; batches
+are whole rows; accuracy is counted right; the scripts take them as they take a text."""
+import json
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, copy_repository, metrics, run
+
+import train as train_script
+from config import BadInput
+from data import dataset, files, load_dataset, tasks
+from data.tokenizer import NumberTokenizer, load_tokenizer
+from mixers import MIXERS
+from parallel import World
+
+SETS = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py") if "write_task" in path.read_text())
+SMALL = [name for name in SETS if not name.endswith("_paper")]
+TINY = ["--dataset=recall", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=12", "--batch_size=12", "--device=cpu",
+        "--learning_rate=0.01", "--warmup_iters=5"]
+
+
+def draw(task, n=200, seed=0, **cell):
+    return task(np.random.default_rng(seed), n, **cell)
+
+
+# -- the answers ------------------------------------------------------------------------------------------------------
+
+# what is due when these tokens have been read, 0 for nothing: each oracle sees no more than that
+
+def solve_mqar(read, vocab_size, length, pairs):
+    keys, values = read[0:2 * pairs:2], read[1:2 * pairs:2]
+    return dict(zip(keys, values)).get(read[-1], 0) if len(read) > 2 * pairs else 0
+
+
+def solve_induction(read, vocab_size, length):
+    return read[read.index(1) + 1] if read.count(1) == 2 else 0
+
+
+def solve_copying(read, vocab_size, length, symbols):
+    return [token for token in read if token > 2][len(read) - 1 - read.index(1)] if 1 in read else 0
+
+
+def solve_passkey(read, vocab_size, length, depth):
+    return read[read.index(1) + len(read) - read.index(2)] if 2 in read else 0
+
+
+def solve_parity(read, vocab_size, length, asked_from):
+    return [1, 2][read.count(2) % 2] if len(read) >= asked_from else 0
+
+
+CELLS = [
+    (tasks.mqar, solve_mqar, dict(vocab_size=64, length=64, pairs=1)),
+    (tasks.mqar, solve_mqar, dict(vocab_size=64, length=64, pairs=16)),
+    (tasks.mqar, solve_mqar, dict(vocab_size=18, length=33, pairs=8)),
+    (tasks.induction, solve_induction, dict(vocab_size=32, length=64)),
+    (tasks.induction, solve_induction, dict(vocab_size=4, length=3)),
+    (tasks.copying, solve_copying, dict(vocab_size=32, length=16, symbols=8)),
+    (tasks.copying, solve_copying, dict(vocab_size=5, length=40, symbols=7)),
+    (tasks.passkey, solve_passkey, dict(vocab_size=32, length=64, depth=0)),
+    (tasks.passkey, solve_passkey, dict(vocab_size=32, length=32, depth=75)),
+    (tasks.parity, solve_parity, dict(vocab_size=3, length=32, asked_from=1)),
+    (tasks.parity, solve_parity, dict(vocab_size=3, length=32, asked_from=17)),
+]
+
+
+@pytest.mark.parametrize("task, solve, cell", CELLS, ids=[f"{task.__name__}-{i}" for i, (task, *_) in enumerate(CELLS)])
+def test_an_oracle_that_reads_from_the_start_agrees_with_every_answer(task, solve, cell):
+    tokens, targets = draw(task, **cell)
+    assert tokens.shape == targets.shape == (200, cell["length"])
+    assert tokens.min() >= 1 and max(tokens.max(), targets.max()) < cell["vocab_size"] and targets.min() >= 0
+    assert (targets > 0).any(axis=1).all()
+    for row, due in zip(tokens.tolist(), targets.tolist()):
+        assert due == [solve(row[:t + 1], **cell) for t in range(len(row))]
+
+
+@pytest.mark.parametrize("task, solve, cell", CELLS, ids=[f"{task.__name__}-{i}" for i, (task, *_) in enumerate(CELLS)])
+def test_a_seed_gives_the_same_rows_and_another_seed_others(task, solve, cell):
+    first, again, other = draw(task, **cell), draw(task, **cell), draw(task, seed=1, **cell)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_mqar_keys_stand_twice_values_once_each_in_its_half():
+    tokens, targets = draw(tasks.mqar, vocab_size=64, length=64, pairs=8)
+    keys, values = tokens[:, 0:16:2], tokens[:, 1:16:2]
+    assert keys.max() < 32 <= values.min()
+    for row, due, own, answers in zip(tokens, targets, keys, values):
+        assert len(set(own)) == len(set(answers)) == 8
+        assert all((row == key).sum() == 2 for key in own)  # no filler is a live key
+        assert sorted(due[due > 0]) == sorted(answers) and (due > 0).sum() == 8
+    fillers = tokens[:, 16:][targets[:, 16:] == 0]
+    assert set(fillers) == set(range(1, 64))  # yet anything else
+
+
+def test_mqar_gaps_follow_the_power_law():
+    _, targets = draw(tasks.mqar, n=20000, vocab_size=64, length=42, pairs=1)
+    counts = (targets > 0).sum(0)
+    assert counts[:2].sum() == counts[3::2].sum() == 0  # every second place behind the pair
+    weights = np.arange(1, 21) ** -0.99
+    expected = 20000 * weights / weights.sum()
+    assert (np.abs(counts[2::2] - expected) < 5 * np.sqrt(expected)).all()
+
+
+def test_induction_triggers_and_copied_symbols_stand_anywhere():
+    tokens, _ = draw(tasks.induction, n=2000, vocab_size=8, length=12)
+    assert set((tokens[:, :-1] == 1).argmax(1)) == set(range(10))
+    tokens, _ = draw(tasks.copying, n=2000, vocab_size=8, length=12, symbols=3)
+    assert ((tokens[:, :9] > 2).sum(0) > 500).all()  # a third of the rows has one there
+    tokens, _ = draw(tasks.copying, vocab_size=8, length=12, symbols=6)
+    assert (tokens != 2).all()
+
+
+@pytest.mark.parametrize("depth", [0, 25, 50, 75])
+def test_passkeys_stand_at_their_depth(depth):
+    tokens, _ = draw(tasks.passkey, n=2000, vocab_size=32, length=65, depth=depth)
+    starts = (tokens == 1).argmax(1)  # of 55 places
+    assert (tokens == 1).sum() == 2000 and set(starts) == set(range(55 * depth // 100, 55 * (depth + 25) // 100))
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A copy of the repository, in which load_dataset prepares the sets of a laptop's size."""
+    return copy_repository(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def load(prepared, monkeypatch):
+    for module in (files, dataset):
+        monkeypatch.setattr(module, "DATA", prepared / "data")
+    return lambda name: load_dataset(name, 2048)
+
+
+def parts(data, split):
+    """[(length, tokens (rows, length), targets)] of each cell, read from the files and meta.json alone."""
+    read = lambda file: np.fromfile(data.folder / file, "<u2").reshape(-1, max(cell["length"] for cell in data.meta["cells"][split]))
+    tokens, targets, start, found = read(f"{split}.bin"), read(f"{split}_targets.bin"), 0, []
+    for cell in data.meta["cells"][split]:
+        rows, length = slice(start, start + cell["rows"]), cell["length"]
+        assert not tokens[rows, length:].any() and not targets[rows, length:].any()  # padding, and nothing due there
+        found.append((length, tokens[rows, :length], targets[rows, :length]))
+        start += cell["rows"]
+    assert start == len(tokens) and tokens.size == data.meta[f"{split}_tokens"]
+    return found
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_row_to_validate_or_to_test_is_trained_on(name, load):
+    data = load(name)
+    held_out = {(length, row.tobytes()) for split in ("val", "test") for length, tokens, _ in parts(data, split) for row in tokens}
+    lengths = {length for length, _ in held_out}
+    for trained, tokens, _ in parts(data, "train"):
+        for length in lengths:
+            beginnings = {(length, row[:length].tobytes()) for row in tokens} if length <= trained else set()
+            assert not beginnings & held_out
+    rows = {split: {row.tobytes() for _, tokens, _ in parts(data, split) for row in tokens} for split in ("val", "test")}
+    assert not rows["val"] & rows["test"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_sets_hold_what_their_tasks_draw(name, load):
+    data = load(name)
+    task, solve = getattr(tasks, name), globals()[f"solve_{name}"]
+    for split in ("train", "val", "test"):
+        for cell, (length, tokens, targets) in zip(data.meta["cells"][split], parts(data, split)):
+            arguments = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", cell["name"])}
+            assert tokens.min() > 0 and tokens.max() < data.vocab_size
+            for row, due in zip(tokens[:5].tolist(), targets[:5].tolist()):
+                assert due == [solve(row[:t + 1], data.vocab_size, **arguments) for t in range(length)]
+            assert draw(task, 1, vocab_size=data.vocab_size, **arguments)[0].shape == (1, length)
+
+
+def make(name, task, vocab_size, train, val, test):
+    tasks.write_task(files.DATA / name, task, vocab_size, "tests", train, val, test)
+    return load_dataset(name, 2048)
+
+
+@pytest.fixture
+def data(monkeypatch, tmp_path):
+    """An empty data/ of its own for this process."""
+    (tmp_path / "data").mkdir()
+    for module in (files, dataset):
+        monkeypatch.setattr(module, "DATA", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_rows_of_a_small_space_are_kept_apart(data):
+    """128 rows of 7 bits, 40 of them held out: a training row of 7 or 9 bits never begins with one of those."""
+    short, long = dict(length=7, asked_from=1), dict(length=9, asked_from=8)
+    bits = make("bits", tasks.parity, 3, [(300, short), (300, long)], [(20, short)], [(20, short)])
+    held_out = {row.tobytes() for split in ("val", "test") for _, tokens, _ in parts(bits, split) for row in tokens}
+    drawn = {row[:7].tobytes() for _, tokens, _ in parts(bits, "train") for row in tokens}
+    assert 30 <= len(held_out) <= 40 and not held_out & drawn and len(drawn) > 70
+    with pytest.raises(BadInput, match="too few different rows of .*length.* for each split"):
+        make("few", tasks.parity, 3, [(10, dict(length=2, asked_from=1))], [(50, dict(length=2, asked_from=1))], [(50, dict(length=2, asked_from=1))])
+    assert not (data / "few").exists()
+
+
+def test_writing_again_gives_the_same_bytes(data):
+    content = []
+    for name in ("one", "two"):
+        made = make(name, tasks.mqar, 16, [(50, dict(length=12, pairs=2))], [(20, dict(length=12, pairs=2))], [(20, dict(length=12, pairs=2))])
+        content.append({path.name: path.read_bytes() for path in made.folder.iterdir()})
+    assert content[0] == content[1] and len(content[0]) == 8
+    seeds = [made.splits[split][0][:20] for split in ("train", "val", "test")]
+    assert not np.array_equal(seeds[0], seeds[1]) and not np.array_equal(seeds[1], seeds[2])
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def mixed(data):
+    """Rows of 12 and 8 tokens."""
+    cells = [dict(length=12, pairs=2), dict(length=8, pairs=1)]
+    return make("mixed", tasks.mqar, 16, [(60, cell) for cell in cells], [(7, cell) for cell in cells], [(5, cells[0]), (3, dict(length=20, pairs=4))])
+
+
+def test_a_batch_is_whole_rows_from_everywhere(mixed):
+    tokens, targets = (np.fromfile(mixed.folder / file, "<u2").reshape(120, 12) for file in ("train.bin", "train_targets.bin"))
+    number = {row.tobytes(): i for i, row in enumerate(tokens)}
+    x, y = mixed.batch(seed=3, step=7, n=300, block_size=12)
+    assert x.shape == y.shape == (300, 12) and x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+    drawn = [number[row.numpy().astype("<u2").tobytes()] for row in x]
+    assert len(set(drawn)) > 100 and drawn != sorted(drawn) and 60 < sum(i < 60 for i in drawn) < 240
+    assert torch.equal(y, torch.from_numpy(targets[drawn].astype(np.int64)).masked_fill(torch.from_numpy(targets[drawn] == 0), -1))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(mixed):
+    first = mixed.batch(1, 2, 4, 12)[0]
+    mixed.batch(1, 3, 4, 12)
+    assert torch.equal(first, mixed.batch(1, 2, 4, 12)[0])
+    assert not any(torch.equal(first, mixed.batch(seed, step, 4, 12)[0]) for seed, step in ((1, 3), (2, 2), (2, 1)))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_an_evaluation_reads_every_row_once_cell_by_cell_and_no_padding(mixed, rows):
+    for split, lengths in (("val", [12, 8]), ("test", [12, 20])):
+        read = [[], []]
+        for x, y, cell in mixed.eval_batches(split, 12, rows):
+            assert x.shape == y.shape == (len(x), lengths[cell]) and 0 < len(x) <= rows
+            read[cell] += zip(x.tolist(), y.tolist())
+        for found, (_, tokens, targets) in zip(read, parts(mixed, split)):
+            assert found == [(row, [token or -1 for token in due]) for row, due in zip(tokens.tolist(), targets.tolist())]
+    assert [x.tolist() for x, _ in mixed.val_batches(12, rows)] == [x.tolist() for x, _, _ in mixed.eval_batches("val", 12, rows)]
+
+
+def test_a_capped_evaluation_reads_the_same_share_of_every_cell(mixed):
+    count = lambda cap: [sum(len(x) for x, _, cell in mixed.eval_batches("val", 12, 4, cap) if cell == c) for c in (0, 1)]
+    assert (count(140), count(139), count(70), count(1)) == ([7, 7], [6, 6], [3, 3], [1, 1])
+
+
+# -- counting ---------------------------------------------------------------------------------------------------------
+
+class Fixed(torch.nn.Module):
+    """A model that says 5 with probability 0.5, else each of the other 15 alike."""
+
+    def forward(self, idx, targets):
+        logits = torch.full((*idx.shape, 16), 0.0)
+        logits[..., 5] = math.log(15)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def evaluate(data, split="val", block_size=12, pos="learned", eval_tokens=2**20):
+    options = SimpleNamespace(block_size=block_size, pos=pos, eval_tokens=eval_tokens)
+    return train_script.evaluate(Fixed(), data, options, torch.device("cpu"), torch.no_grad(), World(), split)
+
+
+def test_accuracy_and_loss_by_hand(data):
+    """Four answers of two cells, three of them 5: each counts alike, whatever its batch, row or cell."""
+    made = make("mixed", tasks.mqar, 16, [(3, dict(length=6, pairs=1))], [(1, dict(length=6, pairs=1)), (1, dict(length=12, pairs=3))],
+                [(1, dict(length=6, pairs=1))])
+    targets = np.zeros((2, 12), "<u2")
+    targets[0, 4] = 9
+    targets[1, [6, 8, 10]] = 5
+    targets.tofile(made.folder / "val_targets.bin")
+    result = evaluate(load_dataset("mixed", 12))
+    assert result.accuracy == 0.75 and result.by_cell == {"length=6 pairs=1": 0.0, "length=12 pairs=3": 1.0} and result.bpb is None
+    assert result.loss == pytest.approx((3 * math.log(2) + math.log(30)) / 4)
+
+
+def test_rows_that_learned_positions_do_not_reach_are_left_out(mixed):
+    assert evaluate(mixed, "test").by_cell["length=20 pairs=4"] is None
+    assert evaluate(mixed, "test", pos="rope").by_cell["length=20 pairs=4"] is not None
+
+
+# -- the scripts ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def recall(home):
+    """A run on home's data set `recall`."""
+    folder = home / "out" / "recall"
+    done = run(home, "train.py", *TINY, "--max_iters=20", "--eval_interval=10", "--log_interval=5", f"--out_dir={folder}")
+    assert done.returncode == 0 and done.stderr == "", done
+    return folder, done.stdout
+
+
+def test_a_run_logs_its_accuracy(recall, trained):
+    folder, out = recall
+    rows = metrics(folder)
+    for row in rows:
+        assert row["val_bpb"] is None and (row["val_accuracy"] is None) == (row["val_accuracy_by_cell"] is None) == (row["val_loss"] is None)
+    evals = [row for row in rows if row["val_loss"]]
+    assert len(evals) == 2 and all(set(row["val_accuracy_by_cell"]) == {"length=12 pairs=1", "length=12 pairs=3"} for row in evals)
+    assert f"val loss {evals[-1]['val_loss']:.4f} nats per answer | accuracy {evals[-1]['val_accuracy']:.4f}" in out
+    assert f"length=12 pairs=3: {evals[-1]['val_accuracy_by_cell']['length=12 pairs=3']:.4f}" in out
+    assert "recall: 200 rows of 12 tokens to train on, 40 to validate" in out
+    assert all(row["val_accuracy"] is row["val_accuracy_by_cell"] is None for row in metrics(trained))
+
+
+def test_the_test_split_is_evaluated_when_asked_for(recall, train):
+    folder, _ = recall
+    last = metrics(folder)[-1]
+    out = train("--eval_only", f"--out_dir={folder}")
+    assert f"val loss {last['val_loss']:.4f} nats per answer | accuracy {last['val_accuracy']:.4f}" in out
+    out = train("--eval_only", "--eval_split=test", f"--out_dir={folder}")
+    total, cells = re.search(r"test loss [\d.]+ nats per answer \| accuracy ([\d.]+)", out), re.findall(r"^length=12 pairs=(\d) +([\d.]+)$", out, re.MULTILINE)
+    assert [pairs for pairs, _ in cells] == ["1", "3"]
+    assert float(total[1]) == pytest.approx((20 * float(cells[0][1]) + 60 * float(cells[1][1])) / 80, abs=1e-4)
+
+
+def test_the_test_split_of_a_text_and_of_a_training_run(train, recall, trained):
+    assert "data/letters has no test split" in train.refuses("--eval_only", "--eval_split=test", f"--out_dir={trained}")
+    assert "--eval_only" in train.refuses(*TINY, "--eval_split=test", "--out_dir=new")
+
+
+def test_each_answer_counts_alike_in_a_step_of_several_batches(train):
+    """Rows of one pair and of three: the mean over micro-batches is not the mean over answers."""
+    train(*TINY, "--max_iters=5", "--log_interval=1", "--out_dir=whole")
+    train(*TINY, "--max_iters=5", "--log_interval=1", "--batch_size=2", "--gradient_accumulation_steps=6", "--out_dir=parts")
+    losses = [[row["train_loss"] or row["val_loss"] for row in metrics(name)] for name in ("whole", "parts")]
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_every_mixer_trains_on_rows(mixer, train):
+    train(*TINY, f"--mixer={mixer}", "--max_iters=3", "--out_dir=run")
+    assert 0 <= metrics("run")[-1]["val_accuracy"] <= 1
+
+
+def test_rows_are_not_cut(train):
+    line = train.refuses(*TINY, "--block_size=11", "--out_dir=run")
+    assert "data/recall: its rows have 12 tokens" in line and "block_size=12" in line
+
+
+def test_a_run_continues_a_row(recall, sample):
+    folder, _ = recall
+    out = sample(f"--out_dir={folder}", "--start=3 12 3", "--max_new_tokens=2", "--num_samples=1")
+    assert re.fullmatch(r"3 12 3 \d+ \d+ \n---------------\n", out)
+    assert "--start='" in sample.refuses(f"--out_dir={folder}")
+    for start, wrong in (("3 x", "x"), ("3 16", "16"), ("-1", "-1"), (" ", "' '"), ("3 " + "9" * 5000, "999")):
+        line = sample.refuses(f"--out_dir={folder}", f"--start={start}")
+        assert wrong in line and "numbers from 0 to 15" in line
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+def change(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("old, new", [
+    ('"rows": 60', '"rows": 61'), ('"rows": 7', '"rows": -7'), ('"rows": 7', '"rows": "7"'), ('"length": 12', '"length": 6'), ('"val": [', '"valid": ['),
+    ('"name"', '"title"'), ('"cells": {', '"cells": 3, "were": {'), ('"row_length": 12', '"row_length": 11'), ('"row_length": 12', '"row_length": null')])
+def test_damaged_cells(mixed, old, new):
+    change(mixed.folder / "meta.json", old, new)
+    with pytest.raises(BadInput, match="data/mixed/meta.json is damaged: .*prepare it again"):
+        load_dataset("mixed", 12)
+
+
+def test_damaged_rows(mixed):
+    path = mixed.folder / "val_targets.bin"
+    whole = path.read_bytes()
+    for content, message in ((whole[:-2], "val_targets.bin has 334 bytes"), (whole[:-2] + b"\x10\x00", "holds the token 16")):
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=message):
+            load_dataset("mixed", 12)
+    path.unlink()
+    with pytest.raises(BadInput, match="cannot read data/mixed/val_targets.bin"):
+        load_dataset("mixed", 12)
+
+
+def test_the_numbers_of_a_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(NumberTokenizer(16).to_json())
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.vocab_size == 16 and tokenizer.encode(tokenizer.decode([0, 15, 7])) == [0, 15, 7]
+    assert tokenizer.decode_bytes([1]) + tokenizer.decode_bytes([12]) == tokenizer.decode_bytes([1, 12]) == b"1 12 "
+    for wrong in ("null", "0", '"16"', "true"):
+        path.write_text('{"tokenizer": "numbers", "vocab_size": %s}' % wrong)
+        with pytest.raises(BadInput, match="tokenizer.json is damaged: its vocab_size"):
+            load_tokenizer(path)
+
+
+# -- what can be learnt -----------------------------------------------------------------------------------------------
+
+def accuracy_of(cwd, name, *arguments):
+    """Trains configs/<name>.py and returns the accuracy on the test split."""
+    done = run(cwd, "train.py", f"configs/{name}.py", *arguments, "--out_dir=out/learnt", "--overwrite", timeout=400)
+    assert done.returncode == 0, done
+    done = run(cwd, "train.py", "--eval_only", "--eval_split=test", "--out_dir=out/learnt")
+    print(done.stdout)
+    return float(re.search(r"test loss .* accuracy ([\d.]+)", done.stdout)[1])
+
+
+
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mqar", "induction"])
+def test_softmax_recalls(name, prepared):
+    assert accuracy_of(prepared, name) >= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, choices, answers", [("mqar", 32, 28_000), ("induction", 30, 3000)])
+def test_without_a_mixer_there_is_nothing_but_chance(name, choices, answers, prepared):
+    """The question and its position say nothing about the answer, one of `choices` alike: exactly 1 / choices is to be expected."""
+    chance = 1 / choices
+    assert abs(accuracy_of(prepared, name, "--mixer=pelican", "--max_iters=200") - chance) < 5 * math.sqrt(chance / answers)
