@@ -173,8 +173,8 @@ def linear_attention_flops(T, H, D, E):
     """Multiply-adds of the products above, times 2, per token of a sequence of T tokens; the causal half of a chunk counts."""
     N = math.ceil(T / CHUNK)
     c = math.ceil(T / N)
-    within = 2 * (c + 1) / 2 * (D + E)
-    between = 2 * D * E + (2 * D * (E + 1) if N > 1 else 0)  # new_S; phi_q with old_S and old_z
+    within = 2 * (c + 1) / 2 * (D + E + 1)
+    between = 2 * D * (E + 1) * (2 if N > 1 else 1)  # what a chunk adds to the state; what its rows read from it
     return H * (within + between)
 
 

@@ -33,9 +33,9 @@ def masked_half(mixer, T, D=8, H=4, L=64):
     if mixer in ("softmax", "ssa"):
         return 2 * 2 * H * D * pairs(T)
     if mixer in ("lln", "linear", "lln_diag"):
-        return 2 * 2 * H * D * pairs(64) + (2 * 2 * H * D * pairs(D) if mixer == "lln_diag" else 0)
+        return 2 * H * (2 * D + 1) * pairs(64) + (2 * 2 * H * D * pairs(D) if mixer == "lln_diag" else 0)
     if mixer == "performer":
-        return 2 * H * (16 + D) * pairs(64)
+        return 2 * H * (16 + D + 1) * pairs(64)
     if mixer == "linformer":  # and all slots where only those of completed segments are visible
         slots = T // L * 4
         seen = sum(4 * (t // L) for t in range(T)) / T
