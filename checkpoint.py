@@ -99,7 +99,7 @@ def save(out_dir, tensors, optimizer, trainer, config, tokenizer, keep_last):
             write_json(root / "best.json", {"folder": best.name})
         for old in checkpoints(out_dir):
             if old not in kept[-keep_last:] and old != best:
-                shutil.rmtree(old)
+                shutil.rmtree(old.rename(root / f".{old.name}.old"))  # a folder with a checkpoint's name is a whole one
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise BadInput(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are as they were") from error

@@ -292,4 +292,4 @@ def test_tensors_of_the_wrong_shape_are_one_line_although_the_manifest_agrees(ru
 def test_no_source_reads_anything_that_could_run_code():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tools/*.py")]:
         text = path.read_text()
-        assert not re.search(r"\bimport pickle|\btorch\.load\(|allow_pickle=True|\beval\(|\bexec\(", text.replace("model.eval()", "")), path
+        assert not re.search(r"\bimport pickle|\btorch\.load\(|allow_pickle=True|\beval\(|\bexec\(", text.replace(".eval()", "")), path
