@@ -31,12 +31,17 @@ def choose_dtype(name, device, n_embd):
     return torch.bfloat16 if native and n_embd >= 128 else torch.float32
 
 
+def lacks_compiler(device):
+    """Whether torch.compile cannot work there."""
+    return device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
+
+
 def compiled(model, data, options, device, autocast, world):
     """torch.compile(model.loss), or model.loss itself and one line that says why."""
     if options.parallel == "fsdp":
         print("compile: off, it does not go with --parallel=fsdp")
         return model.loss
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+    if lacks_compiler(device):
         print("compile: off, no C++ compiler found")
         return model.loss
     fast = torch.compile(model.loss)
