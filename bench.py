@@ -209,7 +209,7 @@ def main():
     print(f"model      {m['arch']}, {m['n_layer']} layers, {m['n_embd']} channels, {m['n_head']} heads, vocabulary {vocab_size:,} ({whose}), "
           f"positions {m['pos']}, {dtype}{', compiled' if options.compile else ''}")
     ceiling = run(first | {"mode": "ceiling"}).get("ceiling_flops_per_s")
-    print(f"ceiling    {f'{ceiling / 1e9:,.0f} GFLOP/s' if ceiling else 'n/a:'} in the products of {m['mixer']}'s linear layers alone", flush=True)
+    print(f"ceiling    {f'{ceiling / 1e9:,.0f} GFLOP/s' if ceiling else 'not measured'} in the products of {m['mixer']}'s linear layers alone", flush=True)
     table = []
     bar = tqdm(total=len(groups) * len(names) * options.rounds, unit="cell", disable=not sys.stderr.isatty())
     for group in groups:

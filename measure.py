@@ -17,8 +17,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median, quantiles
 
-import numpy as np
 import torch
 import torch.nn as nn
 
@@ -34,15 +34,20 @@ CEILING_ROWS = 8192  # more rows make a matrix product no faster
 
 def run_cell(cell, mixer_file, seconds, cell_seconds):
     """The figures of a cell, measured for about `seconds` by a new process that may live for cell_seconds."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # a process that has only imported, whose forks start at once
+    context.set_forkserver_preload(["torch", "torch._dynamo", "pydantic"])  # dynamo: what an optimiser's first step imports
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=send_figures, args=(cell, mixer_file, seconds, theirs))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for us, who then end the other
     process.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     theirs.close()
     try:
-        return ours.recv() if ours.poll(cell_seconds) else {"status": "timeout"}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if not ours.poll(cell_seconds):
+            return {"status": "timeout"}
+        figures = ours.recv()
+        process.join(5)
+        return figures
     except EOFError:  # it ended without a word: killed for want of memory, or by an error that stands on stderr
         process.join()
         return {"status": "oom" if process.exitcode == -signal.SIGKILL else "error"}
@@ -84,8 +89,8 @@ def figures(cell, seconds):
         timed(step, device, seconds / 4, at_least=1)
         times = timed(step, device, seconds)
         memory = memory_of(step, device, held(device))
-    p20, median, p80 = (1e3 * np.percentile(times, [20, 50, 80])).tolist()
-    return {"ms": median, "ms_p20": p20, "ms_p80": p80, "repeats": len(times), "first_token_ms": first and 1e3 * first, **memory,
+    p20, _, _, p80 = quantiles(times, n=5, method="inclusive")
+    return {"ms": 1e3 * median(times), "ms_p20": 1e3 * p20, "ms_p80": 1e3 * p80, "repeats": len(times), "first_token_ms": first and 1e3 * first, **memory,
             "state_bytes": model.state_bytes(length, dtype), "flops_per_token": flops and flops * (3 if training else 1),
             "ceiling_flops_per_s": ceiling, "parameters": sum(p.numel() for p in model.parameters())}
 
@@ -113,7 +118,7 @@ def matmul_ceiling(model, rows, dtype, device, training, seconds):
         products = lambda: (x @ w.T, dy @ w, dy.T @ x) if training else x @ w.T
         timed(products, device, 0, at_least=2)
         flops += count * 2 * rows * n_in * n_out * (3 if training else 1)
-        total += count * float(np.median(timed(products, device, seconds / len(shapes))))
+        total += count * median(timed(products, device, seconds / len(shapes)))
     return flops / total
 
 
@@ -163,11 +168,12 @@ def decode(model, prefix, seconds, device):
         logits, state = model.step(token, state)
         token = logits.argmax(-1)
 
-    first_token(pieces[:1])  # warm-up
-    next_token()
+    for _ in range(2):  # warm-up
+        first_token(pieces[:1])
+        next_token()
     token = state = None
     before = held(device)
-    first = float(np.median(timed(first_token, device, seconds, at_least=1)))
+    first = median(timed(first_token, device, seconds, at_least=1))
     timed(next_token, device, 0, at_least=4)
     times = timed(next_token, device, seconds, at_most=DECODED)
     return times, first, memory_of(next_token, device, before)
@@ -187,7 +193,8 @@ def limit_memory(device):
 
 
 def held(device):
-    """Bytes that live now: on CUDA in tensors, on Linux resident after malloc has returned what is free; None elsewhere."""
+    """Bytes that live now: on CUDA in tensors, on Linux resident and of no file, after malloc has returned what is free;
+    None elsewhere."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if device.type != "cpu" or not os.access("/proc/self/clear_refs", os.W_OK):
@@ -195,7 +202,7 @@ def held(device):
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc's
         libc.malloc_trim(0)
-    return proc("self/status", "VmRSS")
+    return proc("self/status", "RssAnon")
 
 
 def memory_of(step, device, before):
@@ -206,16 +213,16 @@ def memory_of(step, device, before):
         torch.cuda.reset_peak_memory_stats(device)
         step()
         peak = torch.cuda.max_memory_allocated(device)
-    else:
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # not before: it makes allocating slower
-            M_MMAP_THRESHOLD = -3
-            libc.mallopt(M_MMAP_THRESHOLD, 2**16)
-        held(device)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        step()
-        peak = proc("self/status", "VmHWM")
-    return {"peak_bytes": peak, "rise_bytes": peak - before}
+        return {"peak_bytes": peak, "rise_bytes": peak - before}
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not before: it makes allocating slower
+        M_MMAP_THRESHOLD = -3
+        libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    held(device)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    step()
+    peak = proc("self/status", "VmHWM")
+    return {"peak_bytes": peak, "rise_bytes": peak - proc("self/status", "RssFile") - before}
 
 
 def proc(file, field):

@@ -122,11 +122,14 @@ def plot(path, table, lines, title):
             points = [(cell["length"], cell[key] / scale) for cell in table
                       if cell["mixer"] == line["mixer"] and cell[key] is not None and cell[key] > 0]
             axis.plot(*zip(*points) if points else ((), ()), "o-", markersize=4, color=f"C{i}" if len(lines) <= 10 else plt.cm.tab20(i % 20))
-        axis.set(xscale="log", yscale="log", xlabel="length T (tokens)", ylabel=label)
+        axis.set(xlabel="length T (tokens)", ylabel=label)
+        if not any(len(line.get_xdata()) for line in axis.lines):
+            continue  # nothing here that a logarithmic axis could show
+        axis.set(xscale="log", yscale="log")
         axis.set_xticks(lengths, [f"{T:,}" for T in lengths], rotation=45 if len(lengths) > 5 else 0)
-        axis.minorticks_off()
         axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:,g}")
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     time_of = "step" if table[0]["mode"] == "decode" else "total"
     short = lambda exponent: "n/a" if exponent is None else f"T^{exponent:.2f}"
