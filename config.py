@@ -39,6 +39,11 @@ class BadInput(ValueError):
     """Something the user gave is wrong; the message is one line: the thing, what is wrong with it, what to do."""
 
 
+def is_out_of_memory(error):
+    """Torch has no one type for it."""
+    return isinstance(error, MemoryError) or re.search("(out of|not enough|allocate) memory", str(error)) is not None
+
+
 @contextlib.contextmanager
 def exit_on_bad_input(program):
     """Inside, BadInput ends the program: one line on standard error, exit status 2. So does a lack of memory. Any other
@@ -56,8 +61,8 @@ def exit_on_bad_input(program):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("(out of|not enough|allocate) memory", str(error)):
-            raise  # torch has no one type for it
+        if not is_out_of_memory(error):
+            raise
         print(f"{program}: out of memory ({str(error).splitlines()[0][:200]}); lower batch_size, block_size or the model's sizes", file=sys.stderr)
         sys.exit(2)
 
@@ -245,8 +250,9 @@ def from_text(text, annotation):
     return TypeAdapter(annotation).validate_strings(text)
 
 
-def parse_options(cls, argv, description, with_config_file=True, base={}):
-    """Options from a command line: the defaults, over them the config file, `base` (dict), the command line.
+def parse_options(cls, argv, description, with_config_file=True, base={}, of_config_files=None):
+    """Options from a command line: the defaults, over them the config file, `base` (dict), the command line. A config file
+    sets options of cls, or with of_config_files those of train.py, of which the names in it count.
     Returns (options, config file or None, names set on the command line)."""
     known = {f.name: f.type for f in fields(cls)}
     parser = make_parser(cls, description, with_config_file)
@@ -265,7 +271,8 @@ def parse_options(cls, argv, description, with_config_file=True, base={}):
             given[name] = from_text(text, known[name])
         except ValueError as error:
             raise BadInput(f"--{name}={text}: {complaint(error)[1]}") from error
-    values = read_config_file(config_file, cls) if config_file else {}
+    values = read_config_file(config_file, Options if of_config_files else cls) if config_file else {}
+    values = {name: value for name, value in values.items() if not of_config_files or name in of_config_files}
     for name, value in {**values, **given}.items():
         if isinstance(value, str) and "\0" in value:
             raise BadInput(f"{name} holds a zero byte; leave it out")

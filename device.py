@@ -72,13 +72,18 @@ def ready_to_decode(model, dtype):
     return model
 
 
-def rows_per_pass(options, device, world):
+def rows_per_pass(batch_size, block_size, device, processes=1):
     """Rows of all processes in one forward and backward pass: batch_size, or on a CPU a fraction of it that is as fast as
     can be. The gradients of a step add up all the same."""
-    rows = options.batch_size // world.size
+    rows = batch_size // processes
     if device.type == "cpu":
-        rows = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * options.block_size <= CPU_TOKENS_AT_ONCE))
-    return rows * world.size
+        rows = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * block_size <= CPU_TOKENS_AT_ONCE))
+    return rows * processes
+
+
+def lacks_compiler(device):
+    """Whether torch.compile cannot work there."""
+    return device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
 
 
 def compiled(model, data, options, rows, device, autocast, world):
@@ -86,7 +91,7 @@ def compiled(model, data, options, rows, device, autocast, world):
     if options.parallel == "fsdp":
         print("compile: off, it does not go with --parallel=fsdp")
         return model.loss
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+    if lacks_compiler(device):
         print("compile: off, no C++ compiler found")
         return model.loss
     fast = torch.compile(model.loss)

@@ -176,7 +176,7 @@ def make_optimizer(model, options, device):
 def train(options, config, model, data, device, autocast, saved, world):
     """From the start, or from the checkpoint `saved`, whose weights the model has, to max_iters."""
     forward_flops = model.flops_per_token(options.block_size)
-    rows_at_once = rows_per_pass(options, device, world)
+    rows_at_once = rows_per_pass(options.batch_size, options.block_size, device, world.size)
     loss_fn = compiled(model, data, options, rows_at_once, device, autocast, world) if options.compile else model.loss
     loss_fn = join(model, loss_fn, options, world)
     optimizer = make_optimizer(model, options, device)

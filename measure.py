@@ -1,0 +1,235 @@
+"""The measuring of bench.py: one cell (mixer, mode, batch, length), in a process of its own.
+
+    figures = run_cell(cell, mixer_file=None, seconds=1.0, cell_seconds=120.0)
+
+cell: {"mode": "train", "prefill", "decode" or "ceiling", "batch", "length", "model": a GPTConfig's options, "device", "dtype",
+"compile"}. figures: {"status": "ok", "ms": ..., ...}, or the status alone: "oom", "timeout" or "error".
+
+B batch, T length.
+"""
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+import torch.nn as nn
+
+from config import Options, is_out_of_memory
+from device import choose_device, ready_to_decode, rows_per_pass
+from mixers import load_mixer_file
+from model import GPT, GPTConfig
+from train import make_optimizer
+
+PIECE = 2048         # tokens of a prefix fed at once, over all sequences
+DECODED = 32         # tokens after a prefix, at most: so few that its length stays what the cell says
+CEILING_ROWS = 8192  # more rows make a matrix product no faster
+
+
+def run_cell(cell, mixer_file, seconds, cell_seconds):
+    """The figures of a cell, measured for about `seconds` by a new process that may live for cell_seconds."""
+    context = multiprocessing.get_context("forkserver")  # a process that has only imported, whose forks start at once
+    context.set_forkserver_preload(["torch", "torch._dynamo", "pydantic"])  # dynamo: what an optimiser's first step imports
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=send_figures, args=(cell, mixer_file, seconds, theirs))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for us, who then end the other
+    process.start()
+    theirs.close()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if not ours.poll(cell_seconds):
+            return {"status": "timeout"}
+        figures = ours.recv()
+        process.join(5)
+        return figures
+    except EOFError:  # it ended without a word: killed for want of memory, or by an error that stands on stderr
+        process.join()
+        return {"status": "oom" if process.exitcode == -signal.SIGKILL else "error"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def send_figures(cell, mixer_file, seconds, connection):
+    limit_memory(cell["device"])
+    if mixer_file:
+        load_mixer_file(mixer_file)
+    try:
+        connection.send({"status": "ok", **figures(cell, seconds)})
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        connection.send({"status": "oom"})
+
+
+def figures(cell, seconds):
+    mode, batch, length = cell["mode"], cell["batch"], cell["length"]
+    device, dtype, training = choose_device(cell["device"]), getattr(torch, cell["dtype"]), mode == "train"
+    config = GPTConfig(**cell["model"])
+    torch.manual_seed(0)
+    model = GPT(config).to(device).train(training)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if mode == "ceiling":
+        return {"ceiling_flops_per_s": matmul_ceiling(model, CEILING_ROWS, dtype, device, True, seconds)}
+    tokens = torch.randint(config.vocab_size, (batch, length + 1), device=device)
+    first = flops = ceiling = None
+    if mode == "decode":
+        ready_to_decode(model, dtype)
+        with torch.inference_mode(), autocast():
+            times, first, memory = decode(model, tokens[:, :length], seconds, device)
+    else:
+        ceiling = matmul_ceiling(model, min(batch * length, CEILING_ROWS), dtype, device, training, seconds / 4)
+        flops = model.flops_per_token(length)
+        step = (training_step if training else prefill_step)(model, tokens, autocast, cell["compile"], device)
+        timed(step, device, seconds / 4, at_least=1)
+        times = timed(step, device, seconds)
+        memory = memory_of(step, device, held(device))
+    p20, _, _, p80 = quantiles(times, n=5, method="inclusive")
+    return {"ms": 1e3 * median(times), "ms_p20": 1e3 * p20, "ms_p80": 1e3 * p80, "repeats": len(times), "first_token_ms": first and 1e3 * first, **memory,
+            "state_bytes": model.state_bytes(length, dtype), "flops_per_token": flops and flops * (3 if training else 1),
+            "ceiling_flops_per_s": ceiling, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+def timed(function, device, seconds, at_least=3, at_most=1000):
+    """Seconds of each of several calls, which go on for about `seconds`."""
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < at_least or len(times) < at_most and time.perf_counter() < end:
+        started = time.perf_counter()
+        function()
+        torch.get_device_module(device).synchronize()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def matmul_ceiling(model, rows, dtype, device, training, seconds):
+    """FLOP/s of the products that the model's linear layers make of `rows` tokens, forward and in training both backward
+    ones, in `dtype` and with nothing around them."""
+    shapes = Counter(tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
+    flops = total = 0
+    for (n_out, n_in), count in shapes.items():
+        x, w, dy = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
+        products = lambda: (x @ w.T, dy @ w, dy.T @ x) if training else x @ w.T
+        timed(products, device, 0, at_least=2)
+        flops += count * 2 * rows * n_in * n_out * (3 if training else 1)
+        total += count * median(timed(products, device, seconds / len(shapes)))
+    return flops / total
+
+
+def training_step(model, tokens, autocast, compiled, device):
+    """A step of train.py, on tokens (B, T + 1)."""
+    loss_fn = torch.compile(model.loss) if compiled else model.loss
+    # at a rate of 0 the weights stay as they are: every repeat is the same work
+    optimizer = make_optimizer(model, Options(learning_rate=0.0), device)
+    B, T = len(tokens), tokens.size(1) - 1
+    rows = rows_per_pass(B, T, device)
+
+    def step():
+        for part in tokens.split(rows):
+            with autocast():
+                loss = loss_fn(part[:, :-1], part[:, 1:]) * rows / B
+            loss.backward()
+            loss.item()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.apply_statistics()
+    return step
+
+
+def prefill_step(model, tokens, autocast, compiled, device):
+    """A forward pass over tokens (B, T + 1) but the last, with logits and state."""
+    feed = torch.compile(model.step) if compiled else model.step
+
+    def step():
+        with torch.no_grad(), autocast():
+            feed(tokens[:, :-1])
+    return step
+
+
+def decode(model, prefix, seconds, device):
+    """Seconds per token after the prefix (B, T), one after the other; seconds to the first (median); and the memory."""
+    pieces = prefix.split(max(1, PIECE // len(prefix)), dim=1)
+    token = state = None
+
+    def first_token(pieces=pieces):
+        nonlocal token, state
+        state = None
+        for piece in pieces:
+            logits, state = model.step(piece, state)
+        token = logits[:, -1:].argmax(-1)
+
+    def next_token():
+        nonlocal token, state
+        logits, state = model.step(token, state)
+        token = logits.argmax(-1)
+
+    for _ in range(2):  # warm-up
+        first_token(pieces[:1])
+        next_token()
+    token = state = None
+    before = held(device)
+    first = median(timed(first_token, device, seconds, at_least=1))
+    timed(next_token, device, 0, at_least=4)
+    times = timed(next_token, device, seconds, at_most=DECODED)
+    return times, first, memory_of(next_token, device, before)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+def limit_memory(device):
+    """On Linux, what does not fit into the memory fails here, instead of being swapped or taking another process down."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # should the kernel have to kill something, then this process
+            Path("/proc/self/oom_score_adj").write_text("1000")
+    if device == "cpu" and sys.platform == "linux":
+        available = proc("meminfo", "MemAvailable")
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (available if soft == resource.RLIM_INFINITY else min(soft, available), hard))
+
+
+def held(device):
+    """Bytes that live now: on CUDA in tensors, on Linux resident and of no file, after malloc has returned what is free;
+    None elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type != "cpu" or not os.access("/proc/self/clear_refs", os.W_OK):
+        return None
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
+    return proc("self/status", "RssAnon")
+
+
+def memory_of(step, device, before):
+    """The peak of the bytes that live during step(), and its rise over `before`; None where nobody counts them."""
+    if before is None:
+        return {"peak_bytes": None, "rise_bytes": None}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        peak = torch.cuda.max_memory_allocated(device)
+        return {"peak_bytes": peak, "rise_bytes": peak - before}
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not before: it makes allocating slower
+        M_MMAP_THRESHOLD = -3
+        libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    held(device)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    step()
+    peak = proc("self/status", "VmHWM")
+    return {"peak_bytes": peak, "rise_bytes": peak - proc("self/status", "RssFile") - before}
+
+
+def proc(file, field):
+    """Bytes of a field of /proc/file, which holds lines such as `VmRSS:   1234 kB`."""
+    with open(f"/proc/{file}") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
