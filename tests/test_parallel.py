@@ -71,7 +71,7 @@ def test_a_batch_that_does_not_divide_is_refused(home, tmp_path):
     done = run(home, *TORCHRUN, "train.py", *SHAPE, "--batch_size=5", f"--out_dir={tmp_path}/run")
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     # of either rank, or of both: torchrun ends the other one as soon as one has ended
-    said = {line.replace(" (rank 1)", "") for line in done.stderr.splitlines() if line.startswith("train.py")}
+    said = {line.replace(" (rank 1)", "") for line in done.stderr.splitlines() if line.startswith(("train.py: ", "train.py (rank 1): "))}
     assert said == {"train.py: batch_size 5 is not divisible by the 2 processes; choose a multiple"}
 
 
