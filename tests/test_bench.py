@@ -132,6 +132,7 @@ for cell in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems set no such limit")
 def test_memory_that_runs_out_in_the_middle_of_a_step():
     done = run(ROOT, "-c", LIMITED, json.dumps([cell("train", "pelican", length, n_embd=128) for length in (16, 65536)]))
@@ -174,6 +175,7 @@ def test_a_mixer_of_the_users_that_fails_does_not_stop_the_others(bench, here):
     assert len(rows(here / "o")) == 8
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(bench, home, tmp_path):
     arguments = [*SMALL, "--mixers=softmax,pelican", "--lengths=16", "--mode=prefill", "--rounds=3", "--seconds=0.3", f"--out_dir={tmp_path}"]
     process = subprocess.Popen([sys.executable, "bench.py", *arguments], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
