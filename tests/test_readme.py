@@ -11,11 +11,8 @@ from conftest import ROOT, copy_repository
 from data import load_dataset
 
 SHORTER = {"train.py": "--max_iters=2 --eval_tokens=3000", "sample.py": "--num_samples=1 --max_new_tokens=20",
-<<<<<<< ours
-           "tools.inspect_attention": "--length=16"}
-=======
+           "tools.inspect_attention": "--length=16",
            "bench.py": "--lengths=16,32 --mode=prefill --rounds=1 --seconds=0.01"}
->>>>>>> theirs
 
 
 def blocks(language):
