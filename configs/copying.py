@@ -1,4 +1,5 @@
 """python train.py configs/copying.py"""
 from configs.mqar import *
 
-dataset = "copying"
+dataset = "copying"  # selecting among blanks takes longest
+max_iters = 1000
