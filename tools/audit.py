@@ -1,6 +1,6 @@
-"""Is a mixer real? Checks it and says pass or FAIL, with figures. Run: python -m tools.audit --mixer=lln   (about 10 s on two CPU cores)
+"""Is a mixer real? Checks it and says pass or FAIL, with figures. Run: python -m tools.audit --mixer=lln   (a few seconds on two CPU cores)
 
-    python -m tools.audit --mixer=all                                 every mixer and a table of all, a few minutes
+    python -m tools.audit --mixer=all                                 every mixer and a table of all, about a minute
     python -m tools.audit --mixer_file=mine.py --mixer=mine           a mixer of your own
     python -m tools.audit --out_dir=out/shakespeare_lln               the newest checkpoint of a run, as trained
 
