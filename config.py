@@ -119,7 +119,7 @@ class Options(ModelOptions):
     seed: int = option(1337, "of the weights, the batches and dropout", ge=0, lt=2**63)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the heavy operations; auto: bfloat16 where it is fast")
-    compile: bool = option(False, "torch.compile the training step; needs a C++ compiler on a CPU, pays off on long runs")
+    compile: bool = option(False, "torch.compile the training step; on a CPU it needs a C++ compiler and most of a minute, and gains little")
     parallel: Literal["ddp", "fsdp"] = option("ddp", "under torchrun: each process holds the whole model, or a share of it")
     # data and evaluation
     dataset: str = option("shakespeare_char", "a folder of data/; prepared when missing")
