@@ -25,7 +25,7 @@ TINY = ["--dataset=letters", "--n_layer=1", "--n_head=2", "--n_embd=16", "--bloc
 
 def copy_repository(folder):
     """The sources alone: no runs, no prepared data, nothing of a user's own."""
-    for name in ("configs", "data", "mixers"):
+    for name in ("configs", "data", "mixers", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=CODE)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
