@@ -38,7 +38,8 @@ def check_expressible(config):
         if getattr(config, name) != value:
             raise BadInput(f"{name} {getattr(config, name)!r} has no counterpart in transformers' {config.arch}, whose {name} is {value!r}")
     if config.mlp_activation not in ACTIVATIONS.values():
-        raise BadInput(f"mlp_activation {config.mlp_activation!r} has no counterpart in transformers; have {', '.join(sorted(set(ACTIVATIONS.values())))}")
+        have = ", ".join(sorted(set(ACTIVATIONS.values())))
+        raise BadInput(f"mlp_activation {config.mlp_activation!r} has no counterpart in transformers; have {have}")
 
 
 def hf_config(config, end_of_text):
