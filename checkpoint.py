@@ -30,7 +30,8 @@ from parallel import share_like, whole
 FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "tokenizer.json")
 REMEDY = "use another checkpoint of the run"
 TRAINER = {"iter": (int,), "val_loss": (float, type(None)), "best_val_loss": (float, type(None)), "tokens": (int,),
-           "seconds": (float,), "wandb_id": (str, type(None))}  # what trainer.json holds
+           "seconds": (float,), "wandb_id": (str, type(None)),  # what trainer.json holds
+           "trained": (list, type(None))}  # names of the parameters that are trained; null: all
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -154,12 +155,12 @@ class Checkpoint:
                            f"vocab_size {self.config.get('vocab_size')!r}; {REMEDY}")
 
 
-def read_tensors(path):
+def read_tensors(path, remedy=REMEDY):
     """name -> tensor of a safetensors file; BadInput if it is none."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path} is damaged: {error}; {REMEDY}") from error
+        raise BadInput(f"{path} is damaged: {error}; {remedy}") from error
 
 
 def load(out_dir, which="newest", fall_back=False):
@@ -208,19 +209,23 @@ def load_model(model, tensors, source):
 
 def init_model(model, tensors, source):
     """Starts from another model's weights, name -> tensor. They may lack what a mixer adds to that model without changing
-    what it computes (SSA's temperatures, on a softmax model). BadInput as for load_model."""
-    own, tensors = model_tensors(model), dict(tensors)
+    what it computes (SSA's temperatures, on a softmax model). Returns the names of the parameters that they lack. BadInput as
+    for load_model."""
+    own, tensors, lacking = model_tensors(model), dict(tensors), set()
     for i, block in enumerate(model.blocks):
         if hasattr(block.mixer, "be_neutral"):
             added = {f"blocks.{i}.mixer.{name}" for name in block.mixer.be_neutral()}
             if not added & tensors.keys():
                 tensors |= {name: own[name] for name in added}
+                lacking |= added
     load_model(model, tensors, source)
+    return [name for name, _ in model.named_parameters() if name in lacking]
 
 
 def load_optimizer(model, optimizer, tensors, source):
     """Gives AdamW its moments back. BadInput if they are of another model."""
-    own = {f"{key}.{name}": (p, key) for name, p in model.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")}
+    own = {f"{key}.{name}": (p, key) for name, p in model.named_parameters() if p.requires_grad
+           for key in ("step", "exp_avg", "exp_avg_sq")}
     odd = [f"+{name}" for name in tensors if name not in own]
     odd += [f"-{name}" for name in own if tensors and name not in tensors]  # none at all before the first step
     odd += [name for name, (p, key) in own.items() if name in tensors and key != "step" and tensors[name].shape != p.shape]

@@ -7,7 +7,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import checkpoint
-from config import BadInput, Options, parse_options
+import pretrained
+from config import BadInput, Options, parse_options, read_config_file
 from data.files import read_json
 from mixers import load_mixer_file
 
@@ -26,7 +27,7 @@ def read_options(argv, description):
         out_dir = f"out/{Path(config_file).stem if config_file else options.dataset}"
         if "mixer" in given or not config_file:
             out_dir += "_" + options.mixer.replace(",", "+")
-    saved = None
+    saved, own = None, {}
     if options.resume and options.overwrite:
         raise BadInput("--resume goes on with the run and --overwrite clears it; leave one of them out")
     if options.eval_split != "val" and not options.eval_only:
@@ -46,6 +47,11 @@ def read_options(argv, description):
         options, *_ = parse(own)
     elif holds_run(out_dir) and not options.overwrite:
         raise BadInput(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or clear it with --overwrite")
+    if options.train_only == "mixer_new" and not options.init_from:
+        raise BadInput("--train_only=mixer_new trains what the weights of --init_from lack; name these, or leave it out")
+    if not saved and options.init_from and pretrained.is_pretrained(options.init_from):
+        in_file = read_config_file(config_file, Options) if config_file else {}
+        options = pretrained.take_architecture(options, given | in_file.keys() | own.keys())
     default = lambda value, otherwise: otherwise if value is None else value
     options = replace(options, out_dir=out_dir, min_lr=default(options.min_lr, options.learning_rate / 10),
                       lr_decay_iters=default(options.lr_decay_iters, options.max_iters))
@@ -75,6 +81,9 @@ def compare_with(saved, options, config):
                if getattr(old, f.name) != getattr(config, f.name) and f.name != "dropout"]
     if changed:
         raise BadInput(f"{saved.folder} is of another model: {', '.join(changed)}; leave these as they were or start a new run")
+    if options.train_only != saved.config.get("train_only", "all"):
+        raise BadInput(f"{saved.folder} was trained with train_only {saved.config.get('train_only', 'all')!r}, not {options.train_only!r}; leave it as "
+                       "it was, or start a new run with --init_from")
     for name, value in asdict(options).items():
         if name in saved.config and saved.config[name] != value and name not in OF_ONE_COMMAND:
             print(f"changed since {saved.folder.name}: {name} {saved.config[name]} -> {value}")
@@ -85,6 +94,32 @@ def check_tokenizer(saved, data):
     if saved.tokenizer.to_json() != data.tokenizer.to_json():
         raise BadInput(f"{saved.folder} was trained on other symbols than those of data set {data.name}; choose the --dataset it was "
                        "trained on, or one with the same alphabet")
+
+
+def start_from(options, model, data):
+    """Gives the model the weights that init_from names. Returns the names of the parameters to train, or None: all.
+    BadInput if they do not fit, or with train_only=mixer_new if they lack none."""
+    if pretrained.is_pretrained(options.init_from):
+        new = checkpoint.init_model(model, pretrained.load(options.init_from, model.config), options.init_from)
+    else:
+        start = checkpoint.load(options.init_from)
+        check_tokenizer(start, data)
+        new = checkpoint.init_model(model, start.model, start.folder)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    count, total = sum(sizes[name] for name in new), sum(sizes.values())
+    print(f"{'new':10} {count:>12,} parameters {100 * count / total:8.3f} % that {options.init_from} lacks"
+          + ("; only these are trained" if options.train_only == "mixer_new" else ""), flush=True)
+    if options.train_only == "all":
+        return None
+    if not new:
+        raise BadInput(f"train_only 'mixer_new': mixer {options.mixer!r} adds no parameters to {options.init_from}; leave it out, or choose --mixer=ssa")
+    return new
+
+
+def train_alone(model, names):
+    """Freezes every other parameter; None: none."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(names is None or name in names)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from device import choose_device, choose_dtype, compiled, rows_per_pass
 from metrics import Metrics
 from model import GPT
 from parallel import World, join, synchronise_gradients
-from run import check_tokenizer, compare_with, prepared_folder, read_options
+from run import check_tokenizer, compare_with, prepared_folder, read_options, start_from, train_alone
 
 EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more is no faster and needs memory
 
@@ -55,10 +55,9 @@ def main():
     describe(options, model, data, device, dtype, world)
     if saved:
         checkpoint.load_model(model, saved.model, saved.folder)
+        train_alone(model, saved.trainer.get("trained"))
     elif options.init_from:
-        start = checkpoint.load(options.init_from)
-        check_tokenizer(start, data)
-        checkpoint.init_model(model, start.model, start.folder)
+        train_alone(model, start_from(options, model, data))
     refuse_leaks(model, options)
     if options.eval_only:
         if options.eval_split not in data.cells:
@@ -180,6 +179,7 @@ def train(options, config, model, data, device, autocast, saved, world):
     loss_fn = compiled(model, data, options, rows_at_once, device, autocast, world) if options.compile else model.loss
     loss_fn = join(model, loss_fn, options, world)
     optimizer = make_optimizer(model, options, device)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
     step, best, tokens, seconds, wandb_id = 0, None, 0, 0.0, None
     if saved:
         checkpoint.load_optimizer(model, optimizer, saved.optimizer, saved.folder)
@@ -202,7 +202,7 @@ def train(options, config, model, data, device, autocast, saved, world):
         if metrics:
             metrics.sync()
             trainer = dict(iter=step, val_loss=val_loss, best_val_loss=best, tokens=tokens, seconds=time.perf_counter() - started,
-                           wandb_id=metrics.wandb_id)
+                           wandb_id=metrics.wandb_id, trained=None if options.train_only == "all" else trained)
             checkpoint.save(options.out_dir, weights, moments, trainer, asdict(options) | {"vocab_size": config.vocab_size},
                             data.tokenizer.to_json(), options.keep_last)
         world.wait()

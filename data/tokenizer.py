@@ -107,16 +107,20 @@ def char_tokenizer_of(text):
     return CharTokenizer("".join(sorted(set(text))))
 
 
+def printable_bytes():
+    """byte -> the character that GPT-2's files write it as: printable bytes as themselves, the other 68 as chr(256), chr(257), ..."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
 def gpt2_tokenizer(vocab_bpe):
     """GPT-2's tokenizer from the text of its vocab.bpe: a version line, then one merge `left right` a line, first merge first.
 
-    The file writes each byte as a printable character: printable bytes as themselves, the other 68 as chr(256), chr(257), ...
-    The single bytes, in that order, are the first 256 tokens.
+    The single bytes, in printable_bytes' order, are the first 256 tokens.
     """
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-    tokens = [bytes([b]) for b in printable + others]
+    byte_of = {character: byte for byte, character in printable_bytes().items()}
+    tokens = [bytes([b]) for b in byte_of.values()]
     for merge in vocab_bpe.split("\n")[1:-1]:
         tokens.append(bytes(byte_of[c] for c in merge.replace(" ", "")))
     return GPT2Tokenizer(tokens, {"<|endoftext|>": len(tokens)})
