@@ -162,9 +162,9 @@ def test_one_thread_or_many_and_any_batch(texts, folder, tmp_path, monkeypatch):
     source = write_parquet(tmp_path / "a.parquet", texts, row_group_size=333)
     prepare(source, folder, workers=1)
     first = content(folder)
-    for workers, batch in ((4, 2**22), (3, 999), (2, 1)):
+    for workers, batch in ((4, 2**22), (3, 9999), (2, 2000)):
         monkeypatch.setattr(cosmopedia, "BATCH", batch)
-        prepare(source, folder, workers=workers, limit=None)
+        prepare(source, folder, workers=workers)
         assert content(folder) == first
 
 
@@ -304,7 +304,7 @@ def test_the_hub_by_its_library(clone, texts, tmp_path):
     folder = tmp_path / "cosmopedia"
     folder.mkdir()
     by_file = prepare(tmp_path / "hub", folder)
-    assert {k for k in meta if meta[k] != by_file[k]} == {"source_sha256"} and meta["source_sha256"] == meta["documents_sha256"]
+    assert {k for k in meta if meta[k] != by_file[k]} == {"source", "source_sha256"} and meta["source_sha256"] == meta["documents_sha256"]
     assert content(folder)["train.bin"] == (script.parent / "train.bin").read_bytes()
 
 

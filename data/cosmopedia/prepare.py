@@ -3,7 +3,7 @@
     python data/cosmopedia/prepare.py                 (from the hub, which takes: pip install datasets)
     python data/cosmopedia/prepare.py --source PATH   (a .parquet or .jsonl file, or a folder of them, with a `text` column)
 
-About 5 MB of text a second and core. train.py runs the first by itself when needed. After an interruption the same command goes
+About 5 to 10 MB of text a second and core. train.py runs the first by itself when needed. After an interruption the same command goes
 on behind the last batch written. Memory holds one batch of documents, or the largest document.
 """
 import contextlib
