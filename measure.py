@@ -26,7 +26,8 @@ from config import Options, is_out_of_memory
 from device import choose_device, ready_to_decode, rows_per_pass
 from mixers import load_mixer_file
 from model import GPT, GPTConfig
-from train import make_optimizer
+from parallel import World
+from train import backward, make_optimizer
 
 PIECE = 2048         # tokens of a prefix fed at once, over all sequences
 DECODED = 32         # tokens after a prefix, at most: so few that its length stays what the cell says
@@ -129,15 +130,11 @@ def training_step(model, tokens, autocast, compiled, device):
     loss_fn = torch.compile(model.loss) if compiled else model.loss
     # at a rate of 0 the weights stay as they are: every repeat is the same work
     optimizer = make_optimizer(model, Options(learning_rate=0.0), device)
-    B, T = len(tokens), tokens.size(1) - 1
-    rows = rows_per_pass(B, T, device)
+    x, y = tokens[:, :-1].cpu(), tokens[:, 1:].cpu()  # from where train.py takes its batches
+    rows, world = rows_per_pass(*x.shape, device), World()
 
     def step():
-        for part in tokens.split(rows):
-            with autocast():
-                loss = loss_fn(part[:, :-1], part[:, 1:]) * rows / B
-            loss.backward()
-            loss.item()
+        backward(model, loss_fn, x, y, rows, device, autocast(), world)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad()

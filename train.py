@@ -172,6 +172,21 @@ def make_optimizer(model, options, device):
                              fused=device.type in ("cpu", "cuda"))
 
 
+def backward(model, loss_fn, x, y, rows_at_once, device, autocast, world):
+    """Adds the gradients of the mean loss over the targets y != -1 of x and y (rows of all processes, T), in passes of
+    rows_at_once rows. Returns the loss of this process's rows, such that its mean over the processes is that of all rows."""
+    targets, total = (y != -1).sum().item(), 0.0
+    for start in range(0, len(x), rows_at_once):
+        synchronise_gradients(loss_fn, model, on=start + rows_at_once == len(x))
+        own_x, own_y = (world.rows(t[start:start + rows_at_once]) for t in (x, y))
+        share = (own_y != -1).sum().item() * world.size / targets  # so that each target counts alike
+        with autocast:
+            loss = loss_fn(own_x.to(device), own_y.to(device)) * share
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def train(options, config, model, data, device, autocast, saved, world):
     """From the start, or from the checkpoint `saved`, whose weights the model has, to max_iters."""
     forward_flops = model.flops_per_token(options.block_size)
@@ -215,16 +230,7 @@ def train(options, config, model, data, device, autocast, saved, world):
                 group["lr"] = lr
             torch.manual_seed(seed_of(options.seed, step, world.rank))
             x, y = data.batch(options.seed, step, rows_per_step, options.block_size)
-            targets = (y != -1).sum().item()
-            train_loss = 0.0
-            for start in range(0, rows_per_step, rows_at_once):
-                synchronise_gradients(loss_fn, model, on=start + rows_at_once == rows_per_step)
-                own_x, own_y = (world.rows(t[start:start + rows_at_once]) for t in (x, y))
-                share = (own_y != -1).sum().item() * world.size / targets  # so that each target counts alike
-                with autocast:
-                    loss = loss_fn(own_x.to(device), own_y.to(device)) * share
-                loss.backward()
-                train_loss += loss.item()
+            train_loss = backward(model, loss_fn, x, y, rows_at_once, device, autocast, world)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf).item()
             train_loss, stopping = world.total([train_loss / world.size, bool(stop)], device)
             if not math.isfinite(train_loss + norm):
