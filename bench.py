@@ -41,7 +41,7 @@ from config import BadInput, ModelOptions, Options, checked, exit_on_bad_input, 
 from data.files import check_name, write_file, writing
 from device import choose_device, choose_dtype, lacks_compiler
 from measure import run_cell
-from mixers import MIXERS, layer_mixers, load_mixer_file, mechanism_of
+from mixers import MIXERS, has_effect, layer_mixers, load_mixer_file, mechanism_of
 from scaling import TABLE_HEAD, plot, scaling, scaling_line, summary, table_line, write_csv
 
 BATCHES = {"train": "4", "prefill": "4", "decode": "1,32"}  # the modes, and their batches unless set
@@ -92,15 +92,9 @@ def mixer_names(options):
         raise BadInput(f"--mixers={options.mixers or options.mixer}: {error}") from error
 
 
-def without_effect(mixer, n_layer):
-    """The options that are named after mechanisms which this mixer has not."""
-    used = layer_mixers(mixer, n_layer)
-    return {f.name for f in fields(ModelOptions) if mechanism_of(f.name) and not any(m.startswith(mechanism_of(f.name)) for m in used)}
-
-
 def model_of(options, mixer, length, vocab_size):
     """All options of a GPTConfig, as a dict."""
-    values = {f.name: getattr(options, f.name) for f in fields(ModelOptions) if f.name not in without_effect(mixer, options.n_layer)}
+    values = {f.name: getattr(options, f.name) for f in fields(ModelOptions) if has_effect(f.name, mixer, options.n_layer)}
     values |= {"mixer": mixer, "block_size": length, "pos": "none" if options.pos == "none" else "rope", "vocab_size": vocab_size}
     return asdict(model_config(values, "options"))
 
@@ -124,7 +118,7 @@ def machine_of(device):
 
 def code_of(mixer_file):
     """A checksum of all code that is measured: figures of other code do not count."""
-    files = [*sorted((ROOT / "mixers").glob("*.py")), *(ROOT / f"{name}.py" for name in ("measure", "model", "train")), *([mixer_file] if mixer_file else [])]
+    files = [*sorted((ROOT / "mixers").glob("*.py")), *(ROOT / f"{name}.py" for name in ("device", "measure", "model", "train")), *([mixer_file] if mixer_file else [])]
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -186,8 +180,9 @@ def main():
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
     names, lengths = mixer_names(options), listed("lengths", options.lengths)
-    for name in given.intersection(*(without_effect(mixer, options.n_layer) for mixer in names)):
-        raise BadInput(f"--{name} has no effect: none of {', '.join(names)} is {mechanism_of(name)}; leave it out")
+    for name in given:
+        if not any(has_effect(name, mixer, options.n_layer) for mixer in names):
+            raise BadInput(f"--{name} has no effect: none of {', '.join(names)} is {mechanism_of(name)}; leave it out")
     batches = {mode: listed("batch", options.batch or BATCHES[mode]) for mode in listed("mode", options.mode, BATCHES)}
     device = choose_device(options.device)
     if options.compile and lacks_compiler(device):

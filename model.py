@@ -17,7 +17,7 @@ from pydantic import Field
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelOptions, checked
-from mixers import MIXERS, layer_mixers, mechanism_of
+from mixers import MIXERS, has_effect, layer_mixers, mechanism_of
 from mixers.causal_reduction import causal_reduce, reduction_state_bytes
 
 
@@ -56,9 +56,8 @@ class GPTConfig(ModelOptions):
         if self.tie_head and self.embed_rank:
             raise ValueError(f"embed_rank {self.embed_rank} leaves no full embedding for tie_head to share; set tie_head=False")
         for f in fields(ModelOptions):
-            mechanism = mechanism_of(f.name)
-            if mechanism and getattr(self, f.name) != f.default.default and not any(m.startswith(mechanism) for m in used):
-                raise ValueError(f"{f.name} has no effect: no layer of mixer {self.mixer!r} is {mechanism}; leave it out")
+            if getattr(self, f.name) != f.default.default and not has_effect(f.name, self.mixer, self.n_layer):
+                raise ValueError(f"{f.name} has no effect: no layer of mixer {self.mixer!r} is {mechanism_of(f.name)}; leave it out")
 
 
 class Dropout(nn.Dropout):

@@ -68,6 +68,12 @@ def layer_mixers(mixer, n_layer=None):
     return [pattern[i % len(pattern)] for i in range(n_layer or len(pattern))]
 
 
+def has_effect(option, mixer, n_layer):
+    """Whether an option matters to a model: not if it is named after a mechanism that none of its layers has."""
+    mechanism = mechanism_of(option)
+    return mechanism is None or any(name.startswith(mechanism) for name in layer_mixers(mixer, n_layer))
+
+
 def load_mixer_file(path):
     """Runs a user's file, which registers its mixer in MIXERS. BadInput if it does not run or registers none."""
     if not is_file(path):
