@@ -71,8 +71,9 @@ def read_json(path, remedy):
     return content
 
 
-def write_folder(folder, arrays, tokenizer, meta):
-    """Write {"train.bin": token ids, ...}, the tokenizer and `meta` (dict) into data/<name>, a folder.
+@contextlib.contextmanager
+def whole_with_meta(folder, tokenizer, meta):
+    """Inside, put the token files into data/<name>, a folder; behind it come the tokenizer and `meta` (dict).
 
     meta.json comes last and an old one that differs goes first: a folder with a meta.json is whole. One that says the
     same stays, so that a second process preparing the same data does not pull it from under the first.
@@ -82,10 +83,16 @@ def write_folder(folder, arrays, tokenizer, meta):
     with writing(meta_path):
         if meta_path.exists() and meta_path.read_bytes() != meta_json:
             meta_path.unlink()
-    for name, ids in arrays.items():
-        write_file(folder / name, np.asarray(ids).astype(np.dtype(meta["dtype"]).newbyteorder("<")).tobytes())
+    yield
     write_file(folder / "tokenizer.json", tokenizer.to_json().encode())
     write_file(meta_path, meta_json)
+
+
+def write_folder(folder, arrays, tokenizer, meta):
+    """Write {"train.bin": token ids, ...}, the tokenizer and `meta` (dict) into data/<name>, a folder."""
+    with whole_with_meta(folder, tokenizer, meta):
+        for name, ids in arrays.items():
+            write_file(folder / name, np.asarray(ids).astype(np.dtype(meta["dtype"]).newbyteorder("<")).tobytes())
     counts = ", ".join(f"{meta[f'{split}_tokens']:,} {split} tokens" for split in ("train", "val", "test") if f"{split}_tokens" in meta)
     print(f"wrote data/{folder.name}: {tokenizer.vocab_size:,} symbols, {counts}", flush=True)
 

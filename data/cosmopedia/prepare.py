@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `config` and `data`
 
 from config import BadInput, Parser, exit_on_bad_input
-from data.files import read_json, shown, write_file, writing
+from data.files import read_json, shown, whole_with_meta, write_file, writing
 from data.sources import gpt2
 
 HUB = "HuggingFaceTB/cosmopedia-100k"
@@ -290,18 +290,14 @@ def left_out(done):
 
 
 def finish(source, limit, tokenizer, folder, progress):
-    """Put the new files in place of the old ones. meta.json goes first, if it will differ, and comes last."""
+    """Put the new files in place of the old ones."""
     documents_sha256 = progress.digest.hexdigest()
     meta = {"vocab_size": tokenizer.vocab_size, "dtype": "uint16"} | {name: progress.done[name] for name in COUNTS}
     meta |= {"tokenizer": tokenizer.name, "source": source.name, "limit": limit, "source_sha256": source.sha256() or documents_sha256,
              "documents_sha256": documents_sha256, "made_by": "data/cosmopedia/prepare.py"}
-    meta_path, meta_json = folder / "meta.json", json.dumps(meta, indent=2).encode()
-    if meta_path.exists() and meta_path.read_bytes() != meta_json:
-        meta_path.unlink()
-    for split, path in progress.bins.items():
-        os.replace(path, folder / f"{split}.bin")
-    write_file(folder / "tokenizer.json", tokenizer.to_json().encode())
-    write_file(meta_path, meta_json)
+    with whole_with_meta(folder, tokenizer, meta):
+        for split, path in progress.bins.items():
+            os.replace(path, folder / f"{split}.bin")
     progress.remove()
 
 
