@@ -4,6 +4,7 @@ import torch
 
 from mixers import MIXERS, layer_mixers
 from model import GPT, GPTConfig
+from tools.audit import tensors
 
 T = 130  # no multiple of anything a mixer cuts time into, and longer than each
 SKELETONS = {
@@ -25,13 +26,6 @@ def make(mixer, skeleton="gpt2", **options):
 
 def tokens(rows=2, n=T):
     return torch.randint(31, (rows, n), generator=torch.Generator().manual_seed(1))
-
-
-def tensors(state):
-    """All tensors within a state, however it is nested."""
-    if isinstance(state, torch.Tensor):
-        return [state]
-    return [t for part in state for t in tensors(part)] if isinstance(state, (tuple, list)) else []
 
 
 every_mixer = pytest.mark.parametrize("mixer", sorted(MIXERS))
