@@ -1,4 +1,4 @@
-"""Speed and memory over the sequence length, for each mixer. Run: python bench.py   (about 15 minutes on two CPU cores)
+"""Speed and memory over the sequence length, for each mixer. Run: python bench.py   (about ten minutes on two CPU cores)
 
     python bench.py configs/shakespeare.py --mixers=softmax,lln --lengths=256,1024 --mode=train     a minute or two
     python bench.py --mixers=all --mode=decode --batch=1 --lengths=256,2048,16384 --n_embd=256      any model option
@@ -9,10 +9,11 @@ keeps logits and state. decode: a prefix of that length, fed in pieces of bounde
 the state. Tokens are random; positions are RoPE or none, so that the length adds no parameters.
 
 Every cell (mixer, mode, batch, length) is measured in `rounds` rounds, each time in a process of its own, and the mixers of a
-length take turns: a machine changes its speed within minutes. Times are medians over the rounds of medians over
-synchronised repeats after a warm-up; the ratio to softmax pairs rounds close in time. Memory is that of one step after
-all the timing: its peak, and the rise over what was held before (decode: before the prefix). On CUDA the allocator counts; on Linux the
-resident memory does, with malloc told to return every freed block from 64 KiB up at once, so that only what lives counts.
+length take turns: a machine changes its speed within minutes, and from process to process. Times are median, p20 and p80 of
+synchronised repeats after a warm-up, of all rounds, each weighing the same; the ratio to softmax is the median over pairs of rounds
+close in time. Memory is that of one step after all the timing: its peak, and the rise over what was held before (decode:
+before the prefix). On CUDA the allocator counts; on Linux the resident memory does (files mapped into it in the peak only), with malloc
+told to return every freed block from 64 KiB up at once, so that only what lives counts.
 FLOPs are the mixer's own formula, three times that in training (decode: n/a, as it is an average over a sequence); the
 ceiling is the rate of the model's own matrix products alone, measured in the same process just before.
 
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 import data.dataset
 from checkpoint import model_config
-from config import BadInput, ModelOptions, Options, checked, exit_on_bad_input, option, parse_options
+from config import BadInput, ModelOptions, checked, exit_on_bad_input, option, parse_options
 from data.files import check_name, write_file, writing
 from device import choose_device, choose_dtype, lacks_compiler
 from measure import run_cell
@@ -52,12 +53,12 @@ ROOT = Path(__file__).resolve().parent
 
 @checked
 class BenchOptions(ModelOptions):
-    mixers: Optional[str] = option(None, "names, patterns over layers joined by + (softmax,softmax+lln), or all [default: one of each kind, and the config's]")
-    lengths: str = option("256,1024,4096", "sequence lengths in tokens")
+    mixers: Optional[str] = option(None, "names, layer patterns joined by + (softmax,softmax+lln), or all [default: one of each kind, and the config's]")
+    lengths: str = option("256,512,1024,2048", "sequence lengths in tokens")
     mode: str = option("train,prefill,decode", "what to measure")
     batch: Optional[str] = option(None, "sequences at once [default: 4; for decode 1,32]")
-    rounds: int = option(3, "times each cell is measured", ge=1)
-    seconds: float = option(1.0, "of timing in each cell and round, after the warm-up", gt=0)
+    rounds: int = option(5, "times each cell is measured", ge=1)
+    seconds: float = option(0.5, "of timing in each cell and round, after the warm-up", gt=0)
     cell_seconds: float = option(120.0, "most seconds for a cell and round, with start and warm-up", gt=0)
     out_dir: str = option("out/bench", "the folder of the results", min_length=1)
     overwrite: bool = option(False, "clear the results that out_dir already holds")
@@ -118,7 +119,8 @@ def machine_of(device):
 
 def code_of(mixer_file):
     """A checksum of all code that is measured: figures of other code do not count."""
-    files = [*sorted((ROOT / "mixers").glob("*.py")), *(ROOT / f"{name}.py" for name in ("device", "measure", "model", "train")), *([mixer_file] if mixer_file else [])]
+    files = [*sorted((ROOT / "mixers").glob("*.py")), *(ROOT / f"{name}.py" for name in ("device", "measure", "model", "train"))]
+    files += [mixer_file] if mixer_file else []
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -212,8 +214,8 @@ def main():
             bar.write(f"\n{group[0]['mode']}, batch {group[0]['batch']}\n{TABLE_HEAD}", file=sys.stdout)
         for round in range(options.rounds):
             for cell in to_measure(group, round, results, options):
-                started = time.time()
-                results.add({"cell": cell, "round": round, "time": started, "cell_seconds": options.cell_seconds, **run(cell)})
+                row = {"cell": cell, "round": round, "time": time.time(), "cell_seconds": options.cell_seconds}
+                results.add(row | run(cell))
             bar.update(len(group))
         softmax = next((results.of(cell) for cell in group if cell["mixer"] == "softmax"), [])
         for cell in group:

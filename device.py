@@ -1,7 +1,9 @@
 """Where and how to compute, chosen by what the machine has."""
 import copy
 import ctypes
+import resource
 import shutil
+import sys
 
 import torch
 import torch.nn as nn
@@ -35,6 +37,13 @@ def keep_freed_memory():
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def peak_memory(device):
+    """Bytes: on CUDA the most that tensors have held, elsewhere the most resident memory this process has had, code included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def choose_dtype(name, device, n_embd):

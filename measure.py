@@ -92,9 +92,10 @@ def figures(cell, seconds):
         timed(step, device, seconds / 4, at_least=1)
         times = timed(step, device, seconds)
         memory = memory_of(step, device, held(device))
-    p20, _, _, p80 = quantiles(times, n=5, method="inclusive")
-    return {"ms": 1e3 * median(times), "ms_p20": 1e3 * p20, "ms_p80": 1e3 * p80, "repeats": len(times), "first_token_ms": first and 1e3 * first, **memory,
-            "state_bytes": model.state_bytes(length, dtype), "flops_per_token": flops and flops * (3 if training else 1),
+    ms = [1e3 * t for t in times]
+    return {"ms": median(ms), "ms_quantiles": quantiles(ms, n=20, method="inclusive"), "repeats": len(times),
+            "first_token_ms": first and 1e3 * first, **memory, "state_bytes": model.state_bytes(length, dtype),
+            "flops_per_token": flops and flops * (3 if training else 1),
             "ceiling_flops_per_s": ceiling, "parameters": sum(p.numel() for p in model.parameters())}
 
 

@@ -2,7 +2,9 @@
 
 One JSON object per log line and per evaluation, absent values null:
 iter (optimiser updates done), train_loss and val_loss (nats per token), val_bpb (bits per byte), val_accuracy and
-val_accuracy_by_cell (share of right answers, and {difficulty: share}; for recall tasks), lr, tokens (read in training), flops (of training, by each mixer's own formula), tokens_per_s, seconds (of training and evaluation, over resumes).
+val_accuracy_by_cell (share of right answers, and {difficulty: share}; for recall tasks), lr, tokens (read in training),
+flops (of training, by each mixer's own formula), tokens_per_s, seconds (of training and evaluation, over resumes),
+peak_bytes (the most memory so far; see device.peak_memory).
 """
 import json
 import os
@@ -10,7 +12,8 @@ from pathlib import Path
 
 from config import BadInput
 
-KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "val_accuracy", "val_accuracy_by_cell", "lr", "tokens", "flops", "tokens_per_s", "seconds")
+KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "val_accuracy", "val_accuracy_by_cell", "lr", "tokens", "flops", "tokens_per_s", "seconds",
+        "peak_bytes")
 
 
 class Metrics:
@@ -18,7 +21,10 @@ class Metrics:
         """Goes on with out_dir/metrics.jsonl after `iteration`, and with the wandb run wandb_id if there is one."""
         drop_lines_after(iteration, options.out_dir)
         self.file = open(Path(options.out_dir) / "metrics.jsonl", "a")
-        self.wandb = start_wandb(options, wandb_id) if options.wandb_log else None
+        self.wandb = None
+        if options.wandb_log:
+            self.wandb = start_wandb(options.wandb_project, options.wandb_run_name or Path(options.out_dir).name, options.out_dir, id=wandb_id,
+                                     resume="allow", config=vars(options), tags=[options.mixer[:64], f"seed {options.seed}"])
         self.wandb_id = self.wandb.id if self.wandb else wandb_id
 
     def log(self, **values):
@@ -51,13 +57,12 @@ def drop_lines_after(iteration, out_dir):
     aside.replace(path)
 
 
-def start_wandb(options, wandb_id):
-    """A wandb run; without an account or a network an offline one, and one line that says so."""
+def start_wandb(project, name, folder, **more):
+    """A wandb run that keeps its files in `folder`; without an account or a network an offline one, and one line that says so."""
     import wandb  # takes half a second: only for those who ask
-    start = dict(project=options.wandb_project, name=options.wandb_run_name or Path(options.out_dir).name,
-                 id=wandb_id, resume="allow", dir=options.out_dir, config=vars(options), settings=wandb.Settings(silent=True, init_timeout=20))
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    start = dict(project=project, name=name, dir=folder, settings=wandb.Settings(silent=True, init_timeout=20), **more)
     try:
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         run = wandb.init(mode=mode, **start)
     except wandb.Error:
         run = wandb.init(mode="offline", **start)

@@ -172,7 +172,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T == 0:
             raise ValueError("no tokens: idx must be (B, T) with T >= 1")
-        h = self.embed(idx)
+        h = self.embed(idx).to(self.norm.weight.dtype)  # in bfloat16 the low-rank embedding's product would make all of h so
         if self.pos_embed is not None:
             if n + T > self.config.block_size:
                 raise ValueError(f"{n + T} tokens, but the model has learned positions for block_size {self.config.block_size} only")

@@ -11,15 +11,18 @@ import numpy as np
 
 FITTED = 3  # the longest lengths; at short ones what does not depend on T dominates
 
-MEASURED = ("ms", "ms_p20", "ms_p80", "first_token_ms", "peak_bytes", "rise_bytes", "ceiling_flops_per_s")
+MEASURED = ("first_token_ms", "peak_bytes", "rise_bytes", "ceiling_flops_per_s")
 KNOWN = ("state_bytes", "flops_per_token", "parameters")
-COLUMNS = ("mode", "batch", "length", "mixer", "status", "rounds", *MEASURED, *KNOWN, "ms_of_rounds", "tokens_per_s", "ms_per_token", "of_softmax", "of_ceiling")
+COLUMNS = ("mode", "batch", "length", "mixer", "status", "rounds", "ms", "ms_p20", "ms_p80", "ms_of_rounds", *MEASURED, *KNOWN,
+           "tokens_per_s", "ms_per_token", "of_softmax", "of_ceiling")
 TABLE_HEAD = (f"{'length':>7}  {'mixer':<20} {'ms':>9} {'[p20, p80]':>19} {'of softmax':>10} {'tokens/s':>10} {'first ms':>9} "
               f"{'peak MiB':>9} {'rise MiB':>9} {'state KiB':>9} {'MFLOP/tok':>9} {'of ceiling':>10}")
 
 
 def summary(cell, rows, softmax_rows):
-    """One cell's line of the results, from its rows of all rounds: medians over them. What is not known is None."""
+    """One cell's line of the results, from its rows of all rounds. What is not known is None.
+
+    Times are quantiles of the repeats of all rounds, each round weighing the same, everything else is a median over rounds."""
     measured = [row for row in rows if row["status"] == "ok"]
     softmax_rows = [row for row in softmax_rows if row["status"] == "ok"]
     line = dict.fromkeys(COLUMNS) | {key: cell[key] for key in ("mode", "batch", "length", "mixer")}
@@ -30,8 +33,10 @@ def summary(cell, rows, softmax_rows):
     line |= {key: None if measured[0][key] is None else median(row[key] for row in measured) for key in MEASURED}
     decoding = cell["mode"] == "decode"
     tokens = cell["batch"] * (1 if decoding else cell["length"])  # of one measured step
-    line |= {"ms_of_rounds": [row["ms"] for row in measured], "tokens_per_s": 1e3 * tokens / line["ms"],
-             "ms_per_token": line["ms"] if decoding else line["ms"] / tokens}  # decoding: what a reader of one sequence waits for
+    p20, ms, p80 = np.percentile([ms for row in measured for ms in row["ms_quantiles"]], [20, 50, 80]).tolist()
+    line |= {"ms": ms, "ms_p20": p20, "ms_p80": p80, "ms_of_rounds": [row["ms"] for row in measured]}
+    line |= {"tokens_per_s": 1e3 * tokens / ms,
+             "ms_per_token": ms if decoding else ms / tokens}  # decoding: what a reader of one sequence waits for
     if softmax_rows:  # each round against the one of softmax that was measured nearest in time
         nearest = [min(softmax_rows, key=lambda other: abs(other["time"] - row["time"])) for row in measured]
         line["of_softmax"] = median(row["ms"] / other["ms"] for row, other in zip(measured, nearest))
@@ -80,7 +85,8 @@ def scaling(table):
     """A line for each mode, batch and mixer: how its time and memory go with the length, and where it passes softmax."""
     lines = []
     for mode, batch, mixer in dict.fromkeys((line["mode"], line["batch"], line["mixer"]) for line in table):
-        own = {line["length"]: line for line in table if (line["mode"], line["batch"], line["mixer"]) == (mode, batch, mixer) and line["status"] == "ok"}
+        own = {line["length"]: line for line in table
+               if (line["mode"], line["batch"], line["mixer"], line["status"]) == (mode, batch, mixer, "ok")}
         time_exponent, time_lengths = exponent({T: line["ms"] for T, line in own.items()})
         memory_exponent, memory_lengths = exponent({T: line["rise_bytes"] for T, line in own.items()})
         ratios = {T: line["of_softmax"] for T, line in own.items() if line["of_softmax"]}

@@ -24,7 +24,7 @@ import checkpoint
 from causality import find_leak
 from config import BadInput, ModelOptions, exit_on_bad_input
 from data import load_dataset
-from device import choose_device, choose_dtype, compiled, rows_per_pass
+from device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
 from metrics import Metrics
 from model import GPT
 from parallel import World, join, synchronise_gradients
@@ -257,7 +257,8 @@ def train(options, config, model, data, device, autocast, saved, world):
                 raise not_finite(f"validation loss {val_loss}", step, options)
             is_best = best is None or val_loss < best
             best = val_loss if is_best else best
-            log(val_loss=val_loss, val_bpb=result.bpb, val_accuracy=result.accuracy, val_accuracy_by_cell=result.by_cell)
+            log(val_loss=val_loss, val_bpb=result.bpb, val_accuracy=result.accuracy, val_accuracy_by_cell=result.by_cell,
+                peak_bytes=peak_memory(device))
             bar.write(f"step {step:6}/{options.max_iters} | val loss {result.words()}" + (" | the best so far" if is_best else ""), file=sys.stdout)
             if result.by_cell:
                 bar.write("accuracy    " + " | ".join(f"{cell}: {shown(value)}" for cell, value in result.by_cell.items()), file=sys.stdout)

@@ -2,4 +2,4 @@
 from configs.mqar import *
 
 dataset = "induction"
-max_iters = 600
+max_iters = 700

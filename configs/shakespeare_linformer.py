@@ -2,3 +2,4 @@
 from configs.shakespeare import *
 
 mixer = "linformer"
+linformer_segment = 16  # a segment as long as the block would make it softmax attention

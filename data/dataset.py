@@ -25,7 +25,8 @@ def load_dataset(name, block_size):
     meta = read_meta(folder)
     if "row_length" in meta:
         if block_size < meta["row_length"]:
-            raise BadInput(f"data/{name}: its rows have {meta['row_length']} tokens and must not be cut; set block_size={meta['row_length']}, not {block_size}")
+            raise BadInput(f"data/{name}: its rows have {meta['row_length']} tokens and must not be cut; "
+                           f"set block_size={meta['row_length']}, not {block_size}")
         return Rows(folder, meta)
     for split in ("train", "val"):
         n = meta[f"{split}_tokens"]

@@ -40,8 +40,8 @@ def mqar(rng, n, vocab_size, length, pairs, power=0.01):
 
 
 def induction(rng, n, vocab_size, length):
-    """Induction heads (Olsson et al. 2022, arXiv 2209.11895; as a task Dao et al. 2022, arXiv 2212.14052): the trigger, token 1, stands once among random
-    symbols 2 .. V - 1 and again at the end, when the symbol that followed it is due."""
+    """Induction heads (Olsson et al. 2022, arXiv 2209.11895; as a task Dao et al. 2022, arXiv 2212.14052): the trigger,
+    token 1, stands once among random symbols 2 .. V - 1 and again at the end, when the symbol that followed it is due."""
     tokens, targets, row = rng.integers(2, vocab_size, (n, length)), np.zeros((n, length), int), np.arange(n)
     trigger = rng.integers(length - 2, size=n)
     tokens[row, trigger] = tokens[:, -1] = 1

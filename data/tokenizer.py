@@ -1,4 +1,6 @@
-"""The tokenizers: characters, GPT-2's BPE and, for recall tasks, plain numbers. Each saves itself as one JSON file that needs no other and no network.
+"""The tokenizers: characters, GPT-2's BPE and, for recall tasks, plain numbers.
+
+Each saves itself as one JSON file that needs no other and no network.
 
     tokenizer = load_tokenizer("data/shakespeare_char/tokenizer.json")
     ids = tokenizer.encode("ROMEO:"); text = tokenizer.decode(ids)

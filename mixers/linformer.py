@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn as nn
 
-from mixers.attention import QKV, into_blocks, merge_heads, qkv_flops, repeat_heads, rotate
+from mixers.attention import QKV, causal_attention, into_blocks, merge_heads, qkv_flops, repeat_heads, rotate
 
 
 class Linformer(nn.Module):
@@ -36,11 +36,14 @@ class Linformer(nn.Module):
         if self.rope_base:
             q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
         k, v = torch.cat([segment_k, k], dim=2), torch.cat([segment_v, v], dim=2)
+        if T == 1:  # sees all there is; in blocks, every step would have products of another shape, whose kernels take long to build
+            y = causal_attention(q, torch.cat([slots_k, k], dim=2), torch.cat([slots_v, v], dim=2))
         whole = k.size(2) // L * L  # tokens in segments that are now complete
         new_k, new_v = ((self.E @ k[:, :, :whole].unflatten(2, (-1, L))).flatten(2, 3),
                         (self.F @ v[:, :, :whole].unflatten(2, (-1, L))).flatten(2, 3))
         slots_k, slots_v = torch.cat([slots_k, new_k], dim=2), torch.cat([slots_v, new_v], dim=2)
-        y = self.attend(q, k, v, slots_k, slots_v, n % L, n // L)
+        if T > 1:
+            y = self.attend(q, k, v, slots_k, slots_v, n % L, n // L)
         state = n + T, slots_k, slots_v, k[:, :, whole:].clone(), v[:, :, whole:].clone()  # not views of all keys and values
         return self.c_proj(merge_heads(y)), state
 

@@ -52,7 +52,7 @@ def metrics(out_dir):
 
 def untimed(rows):
     """Rows of metrics without what differs from one run to the next."""
-    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s", "peak_bytes")} for row in rows]
 
 
 def content(folder):

@@ -73,7 +73,8 @@ def test_every_cell_is_in_the_table_the_csv_the_json_and_the_plots(finished):
 def test_the_header_says_on_what_and_the_ceiling_comes_before_the_cells(finished):
     _, out = finished
     head, _, _ = out.partition("train, batch 2")
-    for word in ("machine ", "threads 1", f"torch {torch.__version__}", "git ", "vocabulary 28 (that of data/letters)", "positions rope", "float32", "GFLOP/s"):
+    for word in ("machine ", "threads 1", f"torch {torch.__version__}", "git ", "vocabulary 28 (that of data/letters)", "positions rope",
+                 "float32", "GFLOP/s"):
         assert word in head, word
     assert result(out)["ceiling_flops_per_s"] > 0
 
@@ -178,7 +179,8 @@ def test_a_mixer_of_the_users_that_fails_does_not_stop_the_others(bench, here):
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(bench, home, tmp_path):
     arguments = [*SMALL, "--mixers=softmax,pelican", "--lengths=16", "--mode=prefill", "--rounds=3", "--seconds=0.3", f"--out_dir={tmp_path}"]
-    process = subprocess.Popen([sys.executable, "bench.py", *arguments], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "bench.py", *arguments], cwd=home, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     file = tmp_path / "cells.jsonl"
     while not (file.exists() and file.read_text()):
         assert process.poll() is None
@@ -216,7 +218,7 @@ def test_results_that_are_damaged_are_refused(bench, here):
 def test_every_mixer_in_every_mode(mixer, mode, monkeypatch):
     monkeypatch.setattr(measure, "memory_of", lambda step, device, before: step() or {})  # leaves this process's malloc as it is
     found = measure.figures(cell(mode, mixer, length=70), seconds=0)
-    assert 0 < found["ms_p20"] <= found["ms"] <= found["ms_p80"] and found["repeats"] == 3
+    assert found["ms"] > 0 and found["ms_quantiles"] == sorted(found["ms_quantiles"]) and found["repeats"] == 3
 
 
 @pytest.mark.parametrize("pos, expected", [(None, "rope"), ("learned", "rope"), ("rope", "rope"), ("none", "none")])
@@ -273,7 +275,7 @@ def test_decoding_goes_on_from_the_whole_prefix(monkeypatch):
     with torch.no_grad():
         times, first, _ = measure.decode(model, prefix, 0, torch.device("cpu"))
     n = len(times) + 4 + 4  # the prefix in four pieces, and four tokens before the clock
-    last, fed = fed[-n:], None
+    last = fed[-n:]
     assert [idx.shape[1] for idx in last] == [3, 3, 3] + [1] * (n - 3) and torch.equal(torch.cat(last[:4], dim=1), prefix)
     assert first > 0
     monkeypatch.undo()
@@ -353,7 +355,7 @@ def test_a_crossover_is_interpolated_in_logarithms():
 
 
 def row(ms, time, **more):
-    return {"status": "ok", "round": 0, "time": time, "ms": ms, "ms_p20": ms, "ms_p80": ms, "first_token_ms": None, "peak_bytes": 1, "rise_bytes": 1,
+    return {"status": "ok", "round": 0, "time": time, "ms": ms, "ms_quantiles": [ms] * 19, "first_token_ms": None, "peak_bytes": 1, "rise_bytes": 1,
             "ceiling_flops_per_s": 1e9, "state_bytes": 8, "flops_per_token": 1e3, "parameters": 5} | more
 
 
@@ -364,6 +366,11 @@ def test_the_ratio_pairs_what_was_measured_close_in_time():
     assert line["of_softmax"] == 2 and line["ms"] == 21 and line["ms_of_rounds"] == [20, 60, 21] and line["rounds"] == 3
     assert line["tokens_per_s"] == pytest.approx(16 / 21e-3) and line["of_ceiling"] == pytest.approx(16 * 1e3 / 21e-3 / 1e9)
     assert summary(cell("train", "lln"), [row(20, 10)], [])["of_softmax"] is None
+
+
+def test_quantiles_are_of_all_rounds_each_weighing_the_same():
+    line = summary(cell("train", "lln"), [row(10, 0, ms_quantiles=[9.0] * 10 + [11.0] * 9), row(30, 0, repeats=3), row(20, 0, repeats=999)], [])
+    assert (line["ms_p20"], line["ms"], line["ms_p80"]) == (11, 20, 30)
 
 
 def test_a_cell_that_failed_once_and_was_measured_then_is_measured():

@@ -106,6 +106,15 @@ def test_a_low_rank_embedding_has_its_parameters_and_its_scale():
     assert model.embed(torch.arange(3000)).std().item() == pytest.approx(0.02, rel=0.1)
 
 
+def test_behind_a_low_rank_embedding_hidden_states_are_float32_as_behind_a_whole_one():
+    for options in (dict(), dict(embed_rank=4, tie_head=False)):
+        model, seen = GPT(GPTConfig(vocab_size=31, block_size=16, n_embd=32, arch="llama", **options)), []
+        model.blocks[1].register_forward_pre_hook(lambda block, args, seen=seen: seen.append(args[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randint(31, (2, 16)))
+        assert seen == [torch.float32]
+
+
 def test_initialisation_is_gpt2s():
     model = GPT(GPTConfig(vocab_size=500, n_embd=256, n_head=4, n_layer=8))
     for name, p in model.named_parameters():

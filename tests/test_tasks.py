@@ -207,8 +207,13 @@ def test_writing_again_gives_the_same_bytes(data):
         made = make(name, tasks.mqar, 16, [(50, dict(length=12, pairs=2))], [(20, dict(length=12, pairs=2))], [(20, dict(length=12, pairs=2))])
         content.append({path.name: path.read_bytes() for path in made.folder.iterdir()})
     assert content[0] == content[1] and len(content[0]) == 8
-    seeds = [made.splits[split][0][:20] for split in ("train", "val", "test")]
-    assert not np.array_equal(seeds[0], seeds[1]) and not np.array_equal(seeds[1], seeds[2])
+
+
+def test_every_cell_of_every_split_has_a_seed_of_its_own(data, monkeypatch):
+    states, draw = [], tasks.draw
+    monkeypatch.setattr(tasks, "draw", lambda task, rng, *more, **cell: states.append(str(rng.bit_generator.state)) or draw(task, rng, *more, **cell))
+    make("two", tasks.mqar, 16, *[[(9, dict(length=12, pairs=2)), (9, dict(length=12, pairs=3))]] * 3)
+    assert len(states) == len(set(states)) == 6
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -319,7 +324,7 @@ def test_the_test_split_is_evaluated_when_asked_for(recall, train):
     assert f"val loss {last['val_loss']:.4f} nats per answer | accuracy {last['val_accuracy']:.4f}" in out
     out = train("--eval_only", "--eval_split=test", f"--out_dir={folder}")
     total, cells = re.search(r"test loss [\d.]+ nats per answer \| accuracy ([\d.]+)", out), re.findall(r"^length=12 pairs=(\d) +([\d.]+)$", out, re.MULTILINE)
-    assert [pairs for pairs, _ in cells] == ["1", "3"]
+    assert [pairs for pairs, _ in cells] == ["1", "3"] and "changed" not in out
     assert float(total[1]) == pytest.approx((20 * float(cells[0][1]) + 60 * float(cells[1][1])) / 80, abs=1e-4)
 
 

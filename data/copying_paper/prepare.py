@@ -1,6 +1,6 @@
 """Selective copying in the size of MAD's (Poli et al. 2024, arXiv 2403.17844): 16 symbols in 256 tokens, a vocabulary of 16.
 
-Run: python data/copying_paper/prepare.py    (seconds; train.py does it by itself when needed)
+Run: python data/copying_paper/prepare.py    (train.py does it by itself when needed)
 """
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Induction heads as Gu and Dao 2023 (arXiv 2312.00752) have them: 256 tokens of 16 symbols, tests up to 16 times as long.
 
-Run: python data/induction_paper/prepare.py    (seconds; train.py does it by itself when needed)
+Run: python data/induction_paper/prepare.py    (train.py does it by itself when needed)
 """
 import sys
 from pathlib import Path

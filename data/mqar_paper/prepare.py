@@ -3,7 +3,7 @@
 As many rows of each difficulty to train and to test as in its mqar_example_configs/original_mqar_configs.py; the rows to
 validate, apart from both, are ours, and so are the fillers, which are never a key of the row.
 
-Run: python data/mqar_paper/prepare.py    (a minute; train.py does it by itself when needed)
+Run: python data/mqar_paper/prepare.py    (train.py does it by itself when needed)
 """
 import sys
 from pathlib import Path
