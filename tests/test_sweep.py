@@ -1,0 +1,412 @@
+"""tools/sweep.py, score.py and compare.py on real runs; the statistics against values known otherwise."""
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, metrics, one_line, run
+from scipy import stats
+
+import checkpoint
+from config import BadInput, Options
+from mixers import MIXERS, has_effect, load_mixer_file
+from run import read_options
+from tools import compare, runs
+from tools import sweep as sweeping
+from tools.matching import TOLERANCE, matched, size
+from tools.score import STRIDE, score
+
+SHORT = [a for a in TINY if not a.startswith("--learning_rate")] + ["--max_iters=4", "--eval_interval=2", "--log_interval=1"]
+ALONE = {"WANDB_MODE": "offline"}
+
+
+def sweep(home, *more, **options):
+    return run(home, "-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--keep_last=1", *more, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def swept(home, tmp_path_factory):
+    """A sweep of two mixers and two seeds, with wandb; what it printed is in swept.log beside it."""
+    folder = tmp_path_factory.mktemp("sweeps") / "swept"
+    done = sweep(home, "--mixers=softmax,pelican", "--learning_rates=3e-2", "--seeds=2", "--wandb_log", f"--out_dir={folder}", env=ALONE)
+    assert done.returncode == 0, done
+    folder.with_suffix(".log").write_text(done.stdout)
+    return folder
+
+
+def scores(folder):
+    return json.loads((folder / "scores.json").read_text())
+
+
+def test_a_sweep_runs_every_mixer_with_every_seed(swept):
+    record = json.loads((swept / "sweep.json").read_text())
+    assert sorted(record["runs"]) == sorted(f"{mixer}-lr0.03-seed{seed}" for mixer in ("softmax", "pelican") for seed in (1, 2))
+    assert record["failed"] == {} and all(metrics(swept / run)[-1]["iter"] == 4 for run in record["runs"])
+    assert swept.with_suffix(".log").read_text().count("min left") >= 2
+
+
+@pytest.mark.slow
+def test_each_mixer_gets_the_rate_of_the_lower_select_loss_and_its_seeds_run_at_it(home, tmp_path):
+    """Of two rates the lower learns nothing, and the run that a rate is chosen by is not among those that are compared."""
+    folder = tmp_path / "s"
+    done = sweep(home, "--mixers=softmax,pelican", "--learning_rates=1e-9,3e-2", "--seeds=1", f"--out_dir={folder}")
+    assert done.returncode == 0 and "the edge of what was tried" in done.stdout, done
+    record = json.loads((folder / "sweep.json").read_text())
+    for mixer in ("softmax", "pelican"):
+        low, high = (scores(folder / f"{mixer}-lr{rate}-seed0")["select"]["loss"] for rate in ("1e-09", "0.03"))
+        assert high < low and record["chosen"][mixer] == 0.03
+    assert sorted(record["runs"]) == ["pelican-lr0.03-seed1", "softmax-lr0.03-seed1"]
+    assert not (folder / "softmax-lr1e-09-seed1").exists()
+
+
+def test_a_sweep_goes_on_where_it_was(home, swept, tmp_path):
+    """Finished runs are left alone, and --dry_run names what is missing."""
+    folder = shutil.copytree(swept, tmp_path / "swept")
+    shutil.rmtree(folder / "pelican-lr0.03-seed2")
+    (folder / "pelican-lr0.03-seed1/scores.json").write_text("{}")  # damaged: it is made again
+    same = "--mixers=softmax,pelican", "--learning_rates=3e-2", "--seeds=2", f"--out_dir={folder}"
+    done = sweep(home, *same, "--dry_run")
+    assert done.returncode == 0 and done.stdout.count("finished") == 2 and done.stdout.count("would run") == 2, done
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl") if path.parent.name != "pelican-lr0.03-seed1"}
+    done = sweep(home, *same)
+    assert done.returncode == 0 and done.stdout.count("finished before") == 2, done
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    assert metrics(folder / "pelican-lr0.03-seed2")[-1]["iter"] == 4 and "report" in scores(folder / "pelican-lr0.03-seed1")
+
+
+@pytest.mark.parametrize("ran, wanted, words", [
+    ([], ["--n_head=1"], "n_head 2, not 1"), (["--ffn_hidden=8"], [], "ffn_hidden 8, not 64"), (["--min_lr=1e-4"], [], "min_lr 0.0001, not 0.001"),
+    (["--max_iters=3"], [], "max_iters 3, not 4"), (["--wandb_log", "--keep_last=3"], [], None), (["--lr_decay_iters=9"], ["--lr_decay_iters=9", "--max_iters=3"], None)])
+def test_only_a_run_of_the_same_options_is_finished(home, swept, here, tmp_path, ran, wanted, words):
+    """Also where an option is left out and train.py chooses it."""
+    def arguments(more):
+        return tuple(SHORT + ["--mixer=softmax", "--learning_rate=0.01"] + more)
+    config = vars(read_options(list(arguments(ran)), "")[0]) | {"out_dir": "there"}
+    config |= asdict(checkpoint.model_config(config | {"vocab_size": 1}, "test"))
+    folder = shutil.copytree(swept / "softmax-lr0.03-seed1", tmp_path / "run")
+    (folder / "config.json").write_text(json.dumps(config))
+    run = runs.Run(str(folder), arguments(wanted))
+    if words:
+        with pytest.raises(BadInput, match=words):
+            run.finished()
+    else:
+        assert run.finished()
+
+
+def test_a_failed_run_is_listed_with_its_error_and_the_others_run(home, tmp_path):
+    (tmp_path / "mine.py").write_text("from mixers import MIXERS\ndef broken(config, layer): raise ValueError('no such thing')\nMIXERS['broken'] = broken\n")
+    done = sweep(home, "--mixers=broken,pelican", f"--mixer_file={tmp_path}/mine.py", "--seeds=1", "--at_once=2", f"--out_dir={tmp_path}/s")
+    assert done.returncode == 1, done
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("failed")]
+    assert "broken-lr0.001-seed1" in line and "no such thing" in line
+    assert json.loads((tmp_path / "s" / "sweep.json").read_text())["runs"] == ["pelican-lr0.001-seed1"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_saves_its_runs_and_goes_on(home, tmp_path):
+    same = ["-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--max_iters=100000", "--mixers=softmax,pelican", "--seeds=1", "--at_once=2", f"--out_dir={tmp_path}/s"]
+    process = subprocess.Popen([sys.executable, *same], cwd=home, stderr=subprocess.PIPE, text=True)
+    folders = [tmp_path / "s" / f"{mixer}-lr0.001-seed1" for mixer in ("softmax", "pelican")]
+    deadline = time.monotonic() + 90
+    while not all(checkpoint.checkpoints(folder) for folder in folders):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
+    reached = [int(checkpoint.checkpoints(folder)[-1].name) for folder in folders]
+    assert all("stopped by a signal" in Path(f"{folder}.log").read_text() for folder in folders)
+    longest = max(reached) + 4
+    for folder in folders:  # what max_iters says may change, so that this test ends
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"max_iters": longest, "lr_decay_iters": longest}))
+    done = run(home, *same, f"--max_iters={longest}")
+    assert done.returncode == 0, done
+    assert all(int(checkpoint.checkpoints(folder)[-1].name) == longest for folder in folders)
+
+
+@pytest.mark.slow
+def test_the_rehearsal_of_a_cluster_runs_the_same(home, swept, tmp_path):
+    done = sweep(home, "--mixers=softmax", "--learning_rates=3e-2", "--seeds=1", "--cluster=local", "--cluster_options=timeout_min=5", f"--out_dir={tmp_path}/s")
+    assert done.returncode == 0, done
+    assert scores(tmp_path / "s" / "softmax-lr0.03-seed1")["report"] == scores(swept / "softmax-lr0.03-seed1")["report"]
+
+
+@pytest.fixture
+def refuses(here, monkeypatch, capsys):
+    """refuses(tool, *arguments): the one line of a command that ended with status 2, and wrote nothing but a log."""
+    def call(tool, *arguments):
+        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            tool.main()
+        line = capsys.readouterr().err
+        assert exit.value.code == 2 and line.count("\n") == 1, line
+        assert not list(here.iterdir())
+        return line
+    return call
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--learning_rate=1"], "--learning_rates"), (["--seed=3"], "--seeds"), (["--resume"], "goes on by itself"), (["--mixers=softmax,nope"], "have"),
+    (["--learning_rates=fast"], "--learning_rates=fast"), (["--learning_rates=-1"], "above 0"), (["--seeds=0"], "seeds"), (["--match=size"], "match"),
+    (["--ssa_share=False"], "--ssa_share has no effect"), (["--mixers="], "mixers"), (["--baseline=lln"], "--baseline is for --match"), (["--cluster=local", "--cluster_options=nonsense=1"], "nonsense")])
+def test_bad_options_are_one_line(refuses, tmp_path, arguments, words):
+    assert words in refuses(sweeping, *SHORT, f"--out_dir={tmp_path}/s", *arguments)
+    assert not list(tmp_path.glob("s/*seed*"))
+
+
+# -- scores ---------------------------------------------------------------------------------------------------------------
+
+def test_scores_are_those_of_the_two_halves_of_the_windows(home, swept, here):
+    """Against one forward pass over every window, halved by hand."""
+    from data import load_dataset
+    folder = swept / "softmax-lr0.03-seed1"
+    model, data = checkpoint.build_model(checkpoint.load(folder)), load_dataset("letters", 16)
+    losses = []
+    with torch.no_grad():
+        for x, y in data.val_batches(16, 1):
+            losses.append(F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), reduction="none"))
+    half = len(losses) // 2
+    of = scores(folder)
+    for part, mine in (("select", losses[:half]), ("report", losses[half:])):
+        assert of[part]["loss"] == pytest.approx(torch.cat(mine).mean().item(), abs=1e-5)
+        assert of[part]["bpb"] == pytest.approx(of[part]["loss"] / math.log(2) / data.bytes_per_token)
+    whole = torch.stack([loss for loss in losses[half:] if len(loss) == 16]).mean(0)
+    assert np.abs(np.array(of["by_position"])[-1] - whole[-1].item()) < 1e-5
+    assert torch.cat(losses).mean().item() == pytest.approx(metrics(folder)[-1]["val_loss"], abs=1e-5)
+
+
+def test_the_example_leaks_and_is_scored_in_its_last_position(home, tmp_path):
+    """The option's figure is that of windows cut by hand; the example is refused without --allow_leak."""
+    folder = tmp_path / "run"
+    done = run(home, "train.py", *SHORT, "--mixer_file=" + str(ROOT / "examples/leaky_context.py"), "--mixer=causal_max_leak", f"--out_dir={folder}")
+    assert "--allow_leak" in one_line(done)
+    done = run(home, "train.py", *SHORT, "--mixer_file=" + str(ROOT / "examples/leaky_context.py"), "--mixer=causal_max_leak", f"--out_dir={folder}", "--allow_leak")
+    assert done.returncode == 0, done
+    done = run(home, "-m", "tools.score", f"--out_dir={folder}", "--last_position", "--mixer_file=" + str(ROOT / "examples/leaky_context.py"))
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("in the last position")]
+    load_mixer_file(str(ROOT / "examples/leaky_context.py"))
+    try:
+        model = checkpoint.build_model(checkpoint.load(folder))
+    finally:
+        for name in ("causal_max_leak", "causal_min_leak"):
+            MIXERS.pop(name)
+    val = np.fromfile(home / "data/letters/val.bin", dtype="<u2").astype(np.int64)
+    val = torch.from_numpy(val[len(val) // 2:])
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(val[None, i:i + 16])[0][0, -1], val[i + 16]).item() for i in range(0, len(val) - 16, STRIDE)]
+    assert float(line.split()[-2]) == pytest.approx(mean(losses), abs=1e-4)
+
+
+def test_one_window_cannot_be_halved(home, trained, here, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    [*_, last] = checkpoint.checkpoints(folder)
+    config = json.loads((last / "config.json").read_text()) | {"eval_tokens": 1}
+    (last / "config.json").write_text(json.dumps(config))
+    (last / "manifest.json").write_text(json.dumps({name: checkpoint.sha256(last / name) for name in checkpoint.FILES}))
+    with pytest.raises(BadInput, match="two are needed"):
+        score(folder, torch.device("cpu"))
+
+
+def test_a_recall_task_is_chosen_by_its_val_split_and_reported_on_its_test_split(home, tmp_path):
+    folder = tmp_path / "run"
+    done = run(home, "train.py", *[a for a in SHORT if not a.startswith("--dataset")], "--dataset=recall", f"--out_dir={folder}")
+    assert done.returncode == 0, done
+    assert run(home, "-m", "tools.score", f"--out_dir={folder}").returncode == 0
+    of = scores(folder)
+    assert of["select"]["loss"] == pytest.approx(metrics(folder)[-1]["val_loss"], abs=1e-4)
+    done = run(home, "train.py", "--eval_only", "--eval_split=test", f"--out_dir={folder}")
+    assert f"{of['report']['loss']:.4f}" in done.stdout and f"{of['report']['accuracy']:.4f}" in done.stdout
+    assert all(f"{value:.4f}" in done.stdout for value in of["by_cell"].values()) and len(of["by_cell"]) == 2
+
+
+# -- comparison -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def compared(home, swept):
+    done = run(home, "-m", "tools.compare", swept, "--wandb_log", f"--keep={swept.parent / 'kept'}", env=ALONE)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def test_the_table_has_what_the_runs_have(swept, compared):
+    with open(swept / "compare" / "table.csv") as file:
+        lines = {line["mixer"]: line for line in csv.DictReader(file)}
+    assert set(lines) == {"softmax", "pelican"}
+    for mixer, line in lines.items():
+        losses = [scores(swept / f"{mixer}-lr0.03-seed{seed}")["report"]["loss"] for seed in (1, 2)]
+        assert float(line["loss"]) == pytest.approx(mean(losses))
+        low, high = stats.t.interval(0.95, 1, loc=mean(losses), scale=stats.sem(losses))
+        assert float(line["loss_interval"]) == pytest.approx((high - low) / 2)
+        model = checkpoint.build_model(checkpoint.load(swept / f"{mixer}-lr0.03-seed1"))
+        assert int(line["parameters"]) == sum(p.numel() for p in model.parameters())
+        assert int(line["state_bytes"]) == model.state_bytes(16, torch.float32)
+        assert float(line["peak_bytes"]) > 2**27
+        assert f"{mean(losses):.4f}" in compared
+    assert lines["softmax"]["verdict"] == "baseline"
+    assert (swept / "compare" / "table.md").read_text() in compared
+    assert all((swept / "compare" / name).read_bytes().startswith(b"\x89PNG") for name in ("verdicts.png", "loss.png", "state.png", "position.png"))
+
+
+def test_the_records_alone_give_the_same_table(home, swept, compared):
+    kept = swept.parent / "kept"
+    assert not list(kept.glob("*/checkpoints"))
+    done = run(home, "-m", "tools.compare", kept, f"--out_dir={swept.parent / 'again'}")
+    assert done.returncode == 0 and (swept.parent / "again" / "table.md").read_text() == (swept / "compare" / "table.md").read_text(), done
+
+
+def test_single_runs_compare_too_and_what_is_not_equal_is_said(home, swept, compared):
+    a, b = swept / "softmax-lr0.03-seed1", changed(swept.parent / "kept/softmax-lr0.03-seed2", swept.parent / "b", learning_rate=0.01)
+    done = run(home, "-m", "tools.compare", a, b, "--baseline=softmax learning_rate=0.03", f"--out_dir={swept.parent / 'two'}")
+    assert done.returncode == 0, done
+    assert "one seed" in done.stdout and "not equal: learning_rate is 0.01 for softmax learning_rate=0.01; 0.03 for" in done.stdout
+
+
+def test_what_cannot_be_compared_is_one_line(refuses, swept, trained, tmp_path):
+    refuse = lambda *arguments: refuses(compare, *arguments, f"--out_dir={tmp_path}/c")
+    assert "no run in" in refuse(tmp_path)
+    assert "no run in nothing" in refuse()
+    assert "have pelican, softmax" in refuse(swept, "--baseline=lln")
+    run = swept / "softmax-lr0.03-seed1"
+    assert "differ in" in refuse(swept, changed(run, tmp_path / "other", "config.json", block_size=8))
+    assert "same run twice" in refuse(run, changed(run, tmp_path / "twin"))
+    assert "has not reached its 9 steps" in refuse(run, changed(run, tmp_path / "shorter", "config.json", max_iters=9))
+    assert "same name, or are there already" in refuse(swept, f"--keep={swept}")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("config.json", "{}", "it lacks mixer"), ("metrics.jsonl", "3\n", "cannot be read"), ("metrics.jsonl", '{"val_loss": 1}\n', "cannot be read"),
+    ("sweep.json", '{"runs": null}', "sweep.json is damaged"), ("scores.json", "{}", "no checkpoint in")])
+def test_a_damaged_record_is_one_line(refuses, swept, compared, tmp_path, file, content, words):
+    folder = shutil.copytree(swept.parent / "kept", tmp_path / "kept")
+    (folder / ("" if file == "sweep.json" else "softmax-lr0.03-seed1") / file).write_text(content)
+    assert words in refuses(compare, folder, f"--out_dir={tmp_path}/c")
+
+
+def test_failed_and_leaking_runs_are_named(home, swept, tmp_path):
+    folder = shutil.copytree(swept.parent / "kept", tmp_path / "kept")
+    for path in folder.glob("pelican*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"allow_leak": True}))
+    (folder / "sweep.json").write_text(json.dumps({"runs": [path.name for path in folder.glob("*/")], "failed": {"lln-seed1": "loss nan"}}))
+    done = run(home, "-m", "tools.compare", folder)
+    assert "not in the table: lln-seed1: loss nan" in done.stdout and "losses may not be compared: pelican" in done.stdout, done
+
+
+def changed(source, folder, file="config.json", **values):
+    """A copy of a run with other values in one of its files."""
+    shutil.copytree(source, folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+    return folder
+
+
+def test_holms_adjustment():
+    """The example of Holm's procedure by hand: 0.01 x 4, 0.02 x 3, 0.03 x 2 (below the one before it, so as that), 0.9 x 1."""
+    assert compare.holm({"c": 0.03, "a": 0.01, "d": 0.9, "b": 0.02}) == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.9})
+    assert compare.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+
+
+def welch(a, b):
+    """p of Welch's test from its definition."""
+    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
+    freedom = (va + vb)**2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    return 2 * stats.t.sf(abs(np.mean(a) - np.mean(b)) / math.sqrt(va + vb), freedom)
+
+
+def test_verdicts_are_welchs_with_holms_correction():
+    losses = {"base": [1.00, 1.01, 0.99], "low": [0.90, 0.91, 0.895], "same": [1.00, 1.02, 0.99], "high": [1.2, 1.3, 1.25], "lone": [0.5]}
+    found = compare.verdicts(losses, "base")
+    assert {label: row["verdict"] for label, row in found.items()} == {
+        "base": "baseline", "low": "better", "same": "inside the seed noise", "high": "worse", "lone": "one seed"}
+    adjusted = compare.holm({label: welch(losses[label], losses["base"]) for label in ("low", "same", "high")})
+    assert {label: found[label]["p"] for label in adjusted} == pytest.approx(adjusted)
+    assert found["low"]["difference_low"] < found["low"]["difference"] < found["low"]["difference_high"] < 0
+
+
+def test_chance_alone_is_rarely_called_a_difference():
+    """13 mixers that are all the baseline: in at most one table of twenty any of them is said to differ."""
+    draw = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(300):
+        losses = {str(i): draw.normal(1.8, 0.01, 5).tolist() for i in range(14)}
+        wrong += any(row["verdict"] in ("better", "worse") for row in compare.verdicts(losses, "0").values())
+    assert wrong / 300 < 0.08  # 0.05, and two and a half standard deviations of 300 draws
+
+
+# -- equal sizes ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("what, baseline", [("params", "softmax"), ("flops", "softmax"), ("flops", "performer")])
+def test_matching_brings_every_mixer_to_the_baselines_size(what, baseline):
+    """With options of two mechanisms set, which must count for these and not for the others."""
+    options = asdict(Options(n_layer=1, n_head=4, n_embd=64, block_size=64, performer_features=256, linformer_segment=16))
+    own = lambda mixer: {name: value for name, value in options.items() if has_effect(name, mixer, 1)} | {"mixer": mixer, "vocab_size": 65}
+    for mixer in MIXERS:
+        found, reached, target = matched(options, mixer, baseline, what, 65)
+        changed = {name: value for name, (_, value) in found.items()}
+        assert target == size(checkpoint.model_config(own(baseline), "test"), what)
+        assert abs(reached / target - 1) <= TOLERANCE, (mixer, reached, target)
+        config = checkpoint.model_config(own(mixer) | changed, "test")
+        assert size(config, what) == reached
+        assert set(changed) <= {"n_embd", "ffn_hidden"} and (changed or mixer not in ("pelican", "causal_max"))
+        assert all(before == getattr(checkpoint.model_config(own(mixer), "test"), name) for name, (before, _) in found.items())
+
+
+def test_sizes_that_cannot_be_matched_are_said_so():
+    """One channel a head already, and attention over 4,096 tokens costs more than the whole of pelican."""
+    options = asdict(Options(n_layer=1, n_head=16, n_embd=16, ffn_hidden=8, block_size=4096))
+    with pytest.raises(BadInput, match="cannot be brought"):
+        matched(options, "softmax", "pelican", "flops", 65)
+
+
+# -- wandb ----------------------------------------------------------------------------------------------------------------
+
+def records(path):
+    """The records of a .wandb file: 7 bytes, then blocks of 32 KiB that hold pieces, each with 4 bytes of checksum, 2 of length
+    and its type: whole, first, middle or last."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    content, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 2**15 - at % 2**15 < 7:  # the rest of a block too short for a piece
+            at += 2**15 - at % 2**15
+            continue
+        length, kind = int.from_bytes(content[at + 4:at + 6], "little"), content[at + 6]
+        whole += content[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def recorded(folder):
+    """Of each offline wandb run below a folder: its record, and the keys and last values of its history."""
+    for path in sorted(folder.glob("**/offline-run-*/*.wandb")):
+        history, own = {}, None
+        for record in records(path):
+            own = record.run if record.HasField("run") and own is None else own
+            for item in record.history.item:
+                history[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        yield own, history
+
+
+def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(swept, compared):
+    runs = list(recorded(swept))
+    trainings = [(own, history) for own, history in runs if own.job_type != "comparison"]
+    assert {own.run_group for own, _ in runs} == {"swept"}
+    assert sorted(tuple(own.tags) for own, _ in trainings) == sorted(
+        (mixer, f"seed {seed}") for mixer in ("softmax", "pelican") for seed in (1, 2))
+    for own, history in trainings:
+        assert history["val_loss"] == metrics(swept / own.display_name)[-1]["val_loss"]
+    [(_, history)] = [entry for entry in runs if entry not in trainings]
+    assert (history["comparison/_type"], history["loss/_type"]) == ("table-file", "image-file")

@@ -1,0 +1,167 @@
+"""Mixers x learning rates x seeds over one recipe. Run: python -m tools.sweep configs/shakespeare.py --mixers=softmax,lln --seeds=3
+
+    python -m tools.sweep configs/shakespeare.py --mixers=all --learning_rates=5e-4,1e-3,2e-3 --seeds=5 --at_once=2 --dry_run
+    python -m tools.sweep configs/shakespeare.py --mixers=softmax,lln --match=params --n_layer=2            any option of train.py
+    python -m tools.sweep configs/shakespeare.py --mixers=all --cluster=slurm --cluster_options=slurm_partition=gpu,timeout_min=600
+    python -m tools.compare out/sweeps/shakespeare                                                          what came out
+
+Every run is an ordinary run of train.py in out_dir/<mixer>-lr<rate>-seed<seed>, its output in the .log file beside it. What is finished
+is left alone and what was interrupted goes on, so the same command continues a sweep; a run that failed is listed with its error.
+
+With several learning rates each mixer gets the one whose run ends with the lowest loss on the *select* data (see tools/score.py). Those
+runs have seed 0 and are not compared themselves: one that was chosen for being low is too low. The seeds 1, 2, ... then run at that
+rate alone. sweep.json holds the choice and names the runs to compare.
+
+--match changes the other mixers' n_embd in steps of n_head channels (two a head where RoPE pairs them), then ffn_hidden, until their
+parameters, or their FLOPs per token, are within 2 % of the baseline's; it says what it changed.
+"""
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Literal, Optional
+
+from bench import mixer_names
+from config import BadInput, Options, checked, exit_on_bad_input, option, parse_options
+from data import load_dataset
+from data.files import write_file
+from mixers import has_effect, load_mixer_file, mechanism_of
+from tools.matching import matched
+from tools.runs import Run, carry_out, cluster, end_like_ctrl_c
+from tools.score import read_scores
+
+
+@checked
+class SweepOptions(Options):
+    mixers: str = option("softmax,pelican", "names, layer patterns joined by + (softmax,softmax+lln), or all", min_length=1)
+    learning_rates: Optional[str] = option(None, "rates to choose from for each mixer [default: the config's alone]")
+    seeds: int = option(3, "runs of each mixer, with the seeds 1, 2, ...", ge=1)
+    match: Optional[Literal["params", "flops"]] = option(None, "give all mixers as many parameters, or FLOPs per token, as the baseline")
+    baseline: str = option("softmax", "the mixer that --match goes by")
+    at_once: int = option(1, "runs at a time on this machine, which share its cores", ge=1)
+    cluster: Optional[Literal["slurm", "local"]] = option(None, "hand the runs to SLURM through submitit (pip install submitit); local: a rehearsal of that")
+    cluster_options: str = option("", "of submitit, which ends a job after 5 minutes unless told: timeout_min=600,slurm_partition=gpu,gpus_per_node=1")
+    dry_run: bool = option(False, "only say what would run")
+
+
+OWN = {f.name for f in fields(SweepOptions)} - {f.name for f in fields(Options)} | {"out_dir"}
+ONE_RUN = {"mixer": "--mixers", "learning_rate": "--learning_rates", "seed": "--seeds", "resume": None, "overwrite": None, "eval_only": None, "eval_split": None}
+
+
+def rates_of(options):
+    text = options.learning_rates or str(options.learning_rate)
+    try:
+        rates = sorted({float(rate) for rate in text.split(",")})
+    except ValueError as error:
+        raise BadInput(f"--learning_rates={text}: {error}; write 5e-4,1e-3") from error
+    if not all(0 < rate < math.inf for rate in rates):
+        raise BadInput(f"--learning_rates={text}: rates must be above 0")
+    return rates
+
+
+class Sweep:
+    """The runs of a sweep by (mixer, rate, seed), and what became of them."""
+
+    def __init__(self, options, config_file, given, mixers):
+        self.options, self.rates, self.mixers = options, rates_of(options), mixers
+        self.folder = Path(options.out_dir or f"out/sweeps/{Path(config_file).stem if config_file else options.dataset}")
+        self.common = ([config_file] if config_file else []) + [f"--{name}={getattr(options, name)}" for name in sorted(given - OWN)]
+        self.given, self.changed, self.failed = given, {}, {}
+        if options.match:
+            self.match()
+
+    def match(self):
+        vocab_size = load_dataset(self.options.dataset, self.options.block_size).vocab_size
+        for mixer in self.mixers:
+            changed, size, target = matched(asdict(self.options), mixer, self.options.baseline, self.options.match, vocab_size)
+            what = ", ".join(f"{name} {before} -> {value}" for name, (before, value) in changed.items())
+            self.changed[mixer] = {name: value for name, (_, value) in changed.items()}
+            print(f"{mixer:20} {size:>14,.0f} {self.options.match}, {size / target - 1:+.1%} of {self.options.baseline}: {what or 'as it is'}")
+
+    def run(self, mixer, rate, seed):
+        own = [f"--{name}={value}" for name, value in self.changed.get(mixer, {}).items()]
+        common = [a for a in self.common if not a.startswith("--") or has_effect(a[2:].split("=")[0], mixer, self.options.n_layer)]
+        name = f"{mixer.replace(',', '+')}-lr{rate:g}-seed{seed}"
+        return Run(str(self.folder / name), (*common, f"--mixer={mixer.replace('+', ',')}", f"--learning_rate={rate}", f"--seed={seed}", *own))
+
+    def to_choose_by(self):
+        """The runs that the rates are chosen by; none where there is one rate."""
+        return [self.run(mixer, rate, 0) for rate in self.rates for mixer in self.mixers] if len(self.rates) > 1 else []
+
+    def to_compare(self, chosen):
+        return [self.run(mixer, rate, seed) for seed in range(1, self.options.seeds + 1) for mixer, rate in chosen.items()]
+
+    def choose(self):
+        """{mixer: rate} by the loss on the select data; a mixer without a finished run is left out."""
+        if len(self.rates) == 1:
+            return dict.fromkeys(self.mixers, self.rates[0])
+        chosen = {}
+        for mixer in self.mixers:
+            runs = {rate: self.run(mixer, rate, 0) for rate in self.rates}
+            losses = {rate: read_scores(run.folder)["select"]["loss"] for rate, run in runs.items() if run.finished()}
+            if losses:
+                rate = chosen[mixer] = min(losses, key=losses.get)
+                edge = " - the edge of what was tried" if rate in (self.rates[0], self.rates[-1]) else ""
+                tried = ", ".join(f"{rate:g}: {f'{losses[rate]:.4f}' if rate in losses else 'failed'}" for rate in self.rates)
+                print(f"{mixer:20} {tried} -> learning rate {rate:g}{edge}")
+        return chosen
+
+    def carry_out(self, runs, still_to_come):
+        """Runs them, says how each ended and how long the rest of the sweep will take."""
+        options = self.options
+        executor = cluster(options.cluster, self.folder, options.cluster_options) if options.cluster else None
+        started, done = time.perf_counter(), 0
+        already = sum(run.finished() for run in runs)
+        for number, (run, error) in enumerate(carry_out(runs, options.at_once, executor, self.folder.name), start=1):
+            line = f"[{number}/{len(runs)}] {Path(run.folder).name}: "
+            if error:
+                self.failed[run.folder] = error
+            if number <= already:
+                print(line + "finished before")
+                continue
+            done += 1
+            left = (time.perf_counter() - started) / done * (len(runs) - number + still_to_come) / 60
+            outcome = f"failed: {error}" if error else f"report loss {read_scores(run.folder)['report']['loss']:.4f}"
+            print(f"{line}{outcome} | about {left:.0f} min left" if left else line + outcome, flush=True)
+
+
+@exit_on_bad_input("tools.sweep")
+def main():
+    end_like_ctrl_c()
+    options, config_file, given = parse_options(SweepOptions, sys.argv[1:], __doc__.splitlines()[0])
+    for name in sorted(given & ONE_RUN.keys()):
+        raise BadInput(f"--{name} is of one run; " + (f"give {ONE_RUN[name]} instead" if ONE_RUN[name] else "leave it out: a sweep goes on by itself"))
+    if options.mixer_file:
+        load_mixer_file(options.mixer_file)
+    mixers = mixer_names(options)
+    for name, needed in (("baseline", "match"), ("cluster_options", "cluster")):
+        if name in given and not getattr(options, needed):
+            raise BadInput(f"--{name} is for --{needed}; leave it out" + (", and give it to tools.compare" if name == "baseline" else ""))
+    for name in given:
+        if not any(has_effect(name, mixer, options.n_layer) for mixer in mixers):
+            raise BadInput(f"--{name} has no effect: none of {', '.join(mixers)} is {mechanism_of(name)}; leave it out")
+    sweep = Sweep(options, config_file, given, mixers)
+    if options.dry_run:
+        for run in sweep.to_choose_by() or sweep.to_compare(sweep.choose()):
+            print(("finished   " if run.finished() else "would run  ") + "python " + " ".join(run.command()))
+        if len(sweep.rates) > 1:
+            print(f"then {options.seeds * len(mixers)} runs: seeds 1 to {options.seeds} of each mixer at the rate chosen for it")
+        return
+    load_dataset(options.dataset, options.block_size)  # prepared once, not by several runs at the same time
+    sweep.carry_out(sweep.to_choose_by(), still_to_come=options.seeds * len(mixers))
+    chosen = sweep.choose()
+    runs = sweep.to_compare(chosen)
+    sweep.carry_out(runs, still_to_come=0)
+    record = {"config": config_file, "mixers": mixers, "learning_rates": sweep.rates, "seeds": options.seeds, "match": options.match, "chosen": chosen,
+              "runs": [Path(run.folder).name for run in runs if run.finished()], "failed": sweep.failed}
+    write_file(sweep.folder / "sweep.json", (json.dumps(record, indent=1) + "\n").encode())
+    for folder, error in sweep.failed.items():
+        print(f"failed: {folder}: {error}")
+    print(f"{len(record['runs'])} runs to compare: python -m tools.compare {sweep.folder}")
+    sys.exit(1 if sweep.failed else 0)
+
+
+if __name__ == "__main__":
+    main()
