@@ -1,0 +1,4 @@
+"""python train.py configs/cosmopedia_linear.py"""
+from configs.cosmopedia import *
+
+mixer = "linear"

@@ -1,0 +1,4 @@
+"""python train.py configs/cosmopedia_lln.py"""
+from configs.cosmopedia import *
+
+mixer = "lln"

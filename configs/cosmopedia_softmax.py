@@ -1,0 +1,4 @@
+"""python train.py configs/cosmopedia_softmax.py"""
+from configs.cosmopedia import *
+
+mixer = "softmax"
