@@ -6,13 +6,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, copy_repository
 
 from data import load_dataset
+from mixers import MIXERS
+from tools import compare
 
 SHORTER = {"train.py": "--max_iters=2 --eval_tokens=3000", "sample.py": "--num_samples=1 --max_new_tokens=20",
-           "tools.inspect_attention": "--length=16",
+           "tools.inspect_attention": "--length=16", "tools.sweep": "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,pelican --learning_rates=1e-3",
+           "tools.pelican_figure": "--dataset=shakespeare_char --max_iters=1 --batch_size=1 --eval_tokens=1000",
            "bench.py": "--lengths=16,32 --mode=prefill --rounds=1 --seconds=0.01"}
+
+
+MINUTES = "tools.pelican_figure"  # four trainings and evaluations, however short
 
 
 def blocks(language):
@@ -30,7 +37,6 @@ def test_the_two_commands_for_newcomers_are_there():
 
 
 def test_every_mixer_and_every_file_named_is_there():
-    from mixers import MIXERS
     text = (ROOT / "README.md").read_text()
     assert not [name for name in re.findall(r"(?:configs|mixers|tools)/\w+\.py", text) if not (ROOT / name).exists()]
     table = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
@@ -38,19 +44,62 @@ def test_every_mixer_and_every_file_named_is_there():
     assert listed == set(MIXERS)
 
 
+def tables(first_cell):
+    """The tables of the README whose header begins with first_cell: each a list of {column: cell}."""
+    for header, body in re.findall(rf"^\| ({first_cell} \|.*) \|\n\|[-|: ]+\|\n((?:\|.*\n)+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        names = [name.strip() for name in header.split("|")]
+        yield [dict(zip(names, (cell.strip() for cell in line.strip("|").split("|")))) for line in body.splitlines()]
+
+
+def records(name):
+    return [compare.Record(folder, torch.device("cpu")) for folder in compare.run_folders([ROOT / "results" / name])]
+
+
+def test_the_results_are_those_of_the_records():
+    groups, _ = compare.grouped(records("shakespeare"))
+    tests = compare.verdicts({label: [record.scores["report"]["loss"] for record in group] for label, group in groups.items()}, "softmax")
+    lines = {label: compare.figures(label, group) | tests[label] for label, group in groups.items()}
+    [rows] = tables("mixer")
+    assert {row["mixer"] for row in rows} == set(lines) == set(MIXERS)
+    for row in rows:
+        assert row == {name: compare.COLUMNS[name](lines[row["mixer"]]) for name in row}
+
+
+def test_the_recall_table_is_that_of_the_records():
+    [rows] = tables("recall")
+    for task in set(rows[0]) - {"recall"}:
+        groups, _ = compare.grouped(records(task))
+        shown = {row["recall"]: row[task] for row in rows}
+        for label, group in groups.items():
+            values = sorted(record.scores["report"]["accuracy"] for record in group)
+            spread = f" ({values[0]:.2f} to {values[-1]:.2f})" if len(values) > 1 else ", one seed"
+            assert shown[label] == f"{sum(values) / len(values):.2f}{spread}", (task, label)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = copy_repository(tmp_path_factory.mktemp("readme"))
     load_dataset("shakespeare_char", 64)
     shutil.copytree(ROOT / "data" / "shakespeare_char", folder / "data" / "shakespeare_char", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "results", folder / "results")
     (folder / "mine.py").write_text(blocks("python")[0])
     (folder / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen.\n" * 40)
     return folder
 
 
 def test_every_command_runs(folder):
+    assert run_all(folder, [command for command in commands() if MINUTES not in command]) >= 12
+
+
+@pytest.mark.slow
+def test_every_long_command_runs(folder):
+    assert run_all(folder, [command for command in commands() if MINUTES in command]) >= 1
+
+
+def run_all(folder, some):
+    """Runs commands in `folder`, shortened; returns how many."""
     ran = []
-    for command in commands():
+    for command in some:
         if command.startswith("pip install"):
             assert all((ROOT / name).exists() for name in re.findall(r"-r (\S+)", command))
             continue
@@ -62,4 +111,4 @@ def test_every_command_runs(folder):
         done = subprocess.run([*python, *words[1:]], cwd=folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, (command, done.stdout[-1000:], done.stderr[-2000:])
         ran.append(command)
-    assert len(ran) >= 12
+    return len(ran)
