@@ -119,7 +119,7 @@ def machine_of(device):
 
 def code_of(mixer_file):
     """A checksum of all code that is measured: figures of other code do not count."""
-    files = [*sorted((ROOT / "mixers").glob("*.py")), *(ROOT / f"{name}.py" for name in ("device", "measure", "model", "train"))]
+    files = [*sorted((ROOT / "mixers").glob("*.py")), *(ROOT / f"{name}.py" for name in ("device", "loss", "measure", "model", "train"))]
     files += [mixer_file] if mixer_file else []
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
 

@@ -14,14 +14,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import Field
-from torch.utils.checkpoint import checkpoint
 
 from config import ModelOptions, checked
+from loss import cross_entropy, head_loss
 from mixers import MIXERS, has_effect, layer_mixers, mechanism_of
 from mixers.causal_reduction import causal_reduce, reduction_state_bytes
-
-
-LOGITS_AT_ONCE = 2**24  # 64 MB in float32
 
 
 @checked
@@ -190,15 +187,8 @@ class GPT(nn.Module):
         return logits, None if targets is None else cross_entropy(logits.flatten(0, 1), targets)
 
     def loss(self, idx, targets):
-        """The loss alone, in nats per target; what training uses. Many logits are formed in pieces, and again in the
-        backward pass, so that they are never all there at once."""
-        h, rows = self.hidden(idx)[0].flatten(0, 1), max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        if len(h) <= 2 * rows:
-            return cross_entropy(self.head(h), targets)
-        piece = lambda h, targets: cross_entropy(self.head(h), targets, reduction="sum")
-        total = sum(checkpoint(piece, *part, use_reentrant=False, preserve_rng_state=False)
-                    for part in zip(h.split(rows), targets.flatten().split(rows)))
-        return total / (targets != -1).sum()
+        """The loss alone, in nats per target; what training uses. Many logits are never all there at once."""
+        return head_loss(self.hidden(idx)[0], self.head, targets)
 
     def step(self, idx, state=None):
         """Feeds idx (B, T), T >= 1, on top of `state` (None: the start). Returns logits (B, T, V) and the new state.
@@ -259,12 +249,6 @@ class GPT(nn.Module):
             part = next((part for part in name.split(".") if part in ("mixer", "mlp", "head")), None)
             groups[part or ("embedding" if "embed" in name else "norms")] += p.numel()
         return groups
-
-
-def cross_entropy(logits, targets, reduction="mean"):
-    """Mean (or sum) over targets (B, T) != -1 of -log softmax(logits (B T, V)), in nats, in at least float32."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=reduction)
 
 
 def sample(logits, temperature, top_k, generator):

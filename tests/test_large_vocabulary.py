@@ -1,18 +1,19 @@
 """The loss over a large vocabulary never holds all of its logits at once."""
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 
-import model as model_module
+import loss as loss_module
 from model import GPT, GPTConfig
 
 PEAK = """
-import resource, sys, torch, model
+import loss, resource, sys, torch
 from model import GPT, GPTConfig
 if sys.argv[1] == "plain":
-    model.LOGITS_AT_ONCE = 2**40
+    loss.LOGITS_AT_ONCE = 2**40
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(vocab_size=50304, block_size=128, n_layer=1, n_head=2, n_embd=32, arch="llama"))
 x = torch.randint(50304, (32, 128))
@@ -24,7 +25,7 @@ print(peak() - before)
 
 
 def loss_and_gradients(at_once, monkeypatch, tie_head, compiled=False):
-    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=101, block_size=16, n_layer=1, n_head=2, n_embd=16, tie_head=tie_head)).double()
     idx, targets = torch.randint(101, (3, 16)), torch.randint(101, (3, 16))
@@ -43,6 +44,36 @@ def test_loss_and_gradients_in_pieces_are_those_of_the_whole(rows, tie_head, com
     assert pieces == pytest.approx(whole, rel=1e-12)
     for a, b in zip(gradients, gradients_of_pieces):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_in_bfloat16_it_is_as_near_to_float64_as_autograd_is(frozen, monkeypatch):
+    torch.manual_seed(0)
+    h, head, targets = torch.randn(2, 30, 24), torch.nn.Linear(24, 501, bias=False).requires_grad_(not frozen), torch.randint(501, (2, 30))
+    targets[:, ::7] = -1
+
+    def gradients(at_once, dtype, autocast):
+        monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+        x, layer = h.detach().to(dtype).requires_grad_(), copy.deepcopy(head).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_module.head_loss(x, layer, targets)
+        (2 * loss).backward()
+        assert x.grad.dtype == dtype
+        return [loss.item(), x.grad] + ([] if frozen else [layer.weight.grad])
+
+    exact, whole, pieces = gradients(2**40, torch.float64, False), gradients(2**40, torch.float32, True), gradients(8 * 501, torch.float32, True)
+    assert pieces[0] == pytest.approx(exact[0], rel=1e-3)
+    error = lambda ours: [((a - b).norm() / b.norm()).item() for a, b in zip(ours[1:], exact[1:])]
+    assert all(ours < 1.2 * theirs < 0.02 for ours, theirs in zip(error(pieces), error(whole)))
+
+
+def test_without_gradients_none_are_formed(monkeypatch):
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 101)
+    products = []
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda *args: products.append(1))
+    with torch.no_grad():
+        loss_module.head_loss(torch.randn(1, 5, 8), torch.nn.Linear(8, 101, bias=False), torch.zeros(1, 5, dtype=int))
+    assert not products
 
 
 @pytest.mark.slow
