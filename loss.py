@@ -2,7 +2,8 @@
 import torch
 import torch.nn.functional as F
 
-LOGITS_AT_ONCE = 2**24  # 64 MB in float32
+LOGITS_AT_ONCE = 2**23  # 32 MB in float32: more leave a CPU's cache
+ON_A_GPU = 8            # times as many there, where adding each piece's share to the weight's gradient would take longest
 
 
 def cross_entropy(logits, targets):
@@ -12,7 +13,8 @@ def cross_entropy(logits, targets):
 
 def head_loss(h, head, targets):
     """cross_entropy(head(h), targets) of h (B, T, C) and an nn.Linear without bias. Many logits are formed in pieces."""
-    h, targets, rows = h.flatten(0, 1), targets.flatten(), max(1, LOGITS_AT_ONCE // head.out_features)
+    h, targets = h.flatten(0, 1), targets.flatten()
+    rows = max(1, LOGITS_AT_ONCE * (1 if h.device.type == "cpu" else ON_A_GPU) // head.out_features)
     if len(h) <= 2 * rows:
         return cross_entropy(head(h), targets)
     return InPieces.apply(h, head.weight, targets, rows, torch.is_grad_enabled()) / (targets != -1).sum()
@@ -32,7 +34,8 @@ class InPieces(torch.autograd.Function):
             x, w = h.to(dtype), weight.to(dtype)
             total, dh, dw = 0.0, torch.empty_like(x), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
             for i in range(0, len(x), rows):
-                known, y = targets[i:i + rows, None] != -1, targets[i:i + rows, None].clamp(min=0)
+                y = targets[i:i + rows, None]
+                known, y = y != -1, y.clamp(min=0)
                 logits = F.linear(x[i:i + rows], w)
                 log_p = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
                 total = total - (log_p.gather(1, y) * known).sum()
