@@ -63,6 +63,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().bfloat16())
         self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
 

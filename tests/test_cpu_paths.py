@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
+from mixers import MIXERS
 from mixers.cpu_attention import BLOCK, BlockedAttention
 from model import GPT, Dropout, GPTConfig
 
@@ -75,7 +76,8 @@ def test_a_packed_layer_is_the_layer_in_bfloat16(rows, bias):
 
 
 @needs_mkldnn
-@pytest.mark.parametrize("options", [dict(), dict(arch="llama", n_kv_head=2), dict(embed_rank=4, tie_head=False), dict(mixer="lln_diag")])
+@pytest.mark.parametrize("options", [*(dict(mixer=mixer) for mixer in sorted(MIXERS)), dict(arch="llama", n_kv_head=2),
+                                     dict(embed_rank=4, tie_head=False), dict(mlp_activation="causal_max_context")])
 def test_decoding_with_packed_weights_is_autocast(options):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**dict(vocab_size=31, block_size=32, n_layer=2, n_head=4, n_embd=32) | options)).eval()
@@ -89,6 +91,7 @@ def test_decoding_with_packed_weights_is_autocast(options):
             new, state = packed.step(piece, state)
             logits.append(new)
     assert relative(torch.cat(logits, dim=1), expected.double()) < 0.02
+    assert packed.state_bytes(20, torch.bfloat16) == model.state_bytes(20, torch.bfloat16) and packed.flops_per_token(20) == model.flops_per_token(20)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
