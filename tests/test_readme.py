@@ -79,7 +79,8 @@ def folder(tmp_path_factory):
     folder = copy_repository(tmp_path_factory.mktemp("readme"))
     load_dataset("shakespeare_char", 64)
     shutil.copytree(ROOT / "data" / "shakespeare_char", folder / "data" / "shakespeare_char", dirs_exist_ok=True)
-    shutil.copytree(ROOT / "results", folder / "results")
+    for name in ("results", "examples"):
+        shutil.copytree(ROOT / name, folder / name)
     (folder / "mine.py").write_text(blocks("python")[0])
     (folder / "my.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen.\n" * 40)
     return folder
