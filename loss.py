@@ -32,7 +32,9 @@ class InPieces(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         with torch.autocast(device, enabled=False):  # the weight would be cast for each piece anew
             x, w = h.to(dtype), weight.to(dtype)
-            total, dh, dw = 0.0, torch.empty_like(x), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            total, dh, dw = 0.0, None, None
+            if with_gradients:
+                dh, dw = torch.empty_like(x), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
             for i in range(0, len(x), rows):
                 y = targets[i:i + rows, None]
                 known, y = y != -1, y.clamp(min=0)
@@ -44,7 +46,8 @@ class InPieces(torch.autograd.Function):
                     dh[i:i + rows] = d @ w
                     if dw is not None:
                         dw += d.T @ x[i:i + rows]
-        ctx.save_for_backward(dh.to(h.dtype), dw)
+        if with_gradients:
+            ctx.save_for_backward(dh.to(h.dtype), dw)
         return total
 
     @staticmethod
