@@ -1,10 +1,11 @@
 """Does an output see what it must not: a later token, another sequence of the batch, an earlier call, the length?
 
-    found = find_leak(model)            # None, or what leaks where, in words; train.py asks before it reports a loss
+    found = find_leak(model, dtype)     # None, or what leaks where, in words; train.py asks before it reports a loss
     sizes = leaks(module, x, cuts)      # every kind with its figure; tools/audit.py asks at many lengths
 
-Everything is measured in float64 on the CPU, on a copy: of the model itself nothing changes, and neither do torch's
-random numbers. B batch, T time, C channels.
+Everything is measured on the CPU, on a copy: of the model itself nothing changes, and neither do torch's random numbers. Mostly in
+float64, where rounding hides nothing, but also in the precision of training, for which a mixer may have other code. B batch, T time,
+C channels.
 """
 import copy
 import math
@@ -27,21 +28,30 @@ KINDS = {
 }
 
 
-def leaking(sizes):
+def limit(kind, precision=torch.float64):
+    """What a size of that kind may be in a precision: also 8 roundings, as a scale that cancels may come from later tokens."""
+    return max(KINDS[kind][1], 8 * torch.finfo(precision).eps)
+
+
+def leaking(sizes, precision=torch.float64):
     """The kinds of `sizes` (kind -> size) that are over their limit; NaN is."""
-    return [kind for kind in sizes if not sizes[kind] <= KINDS[kind][1]]
+    return [kind for kind in sizes if not sizes[kind] <= limit(kind, precision)]
 
 
 def bare_copy(model, noise=0.1):
     """A float64 copy of a GPT on the CPU that reads hidden states (B, T, C) in place of tokens and ends before the head.
 
-    noise: the standard deviation of what is added to every parameter: one that starts at zero would hide what it scales."""
+    noise: the standard deviation of what is added to every parameter: one that starts at zero would hide what it scales. Statistics
+    are then collected and applied once, for what they change may leak too. noise=0 copies the model as it is."""
     outside = {id(model.embed): nn.Identity(), id(model.head): nn.Identity()}  # the large tables see one token at a time
     bare = copy.deepcopy(model, outside).cpu().double().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for p in bare.parameters():
         p += noise * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return bare
+    if noise:
+        call(bare.train(), torch.randn(2, min(64, bare.config.block_size), bare.config.n_embd, generator=generator, dtype=torch.float64))
+        bare.apply_statistics()
+    return bare.train(model.training)
 
 
 def parts(model):
@@ -66,7 +76,7 @@ def difference(a, b):
 
 
 def leaks(module, x, cuts, lengths=True, huge=True):
-    """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T, C), float64.
+    """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T, C).
 
     Row i + 1 changes from token cuts[i] on, row 0 nowhere; so two calls tell what all rows, before their cuts, depend on.
     lengths: also whether beginnings of row 0 alone are those of the whole; not where dropout would differ.
@@ -98,17 +108,27 @@ def leaks(module, x, cuts, lengths=True, huge=True):
     return sizes
 
 
-def find_leak(model):
-    """What leaks in a GPT, "mixer lln: an output depends on a later token", or None. A sequence of a chunk of 64 and a bit,
-    if block_size lets it; in training mode with noise on the weights, in evaluation mode with the weights as they are."""
+def find_leak(model, dtype=torch.float32):
+    """What leaks in a GPT, "mixer lln: an output depends on a later token", or None. dtype: of its heavy operations.
+
+    In float64 a sequence of a chunk of 64 and a bit, if block_size lets it; in training mode with noise on the weights, in
+    evaluation mode with the weights as they are. Then, of the parts, one of block_size tokens in the precision of the run."""
     config = model.config
     T = min(config.block_size, 71)
     borders = {config.n_embd // config.n_head, 64, T // 2, T - 1}
-    cuts = sorted(t for t in borders if 0 < t < T) or [T]
-    x = torch.randn(1 + len(cuts), T, config.n_embd, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = {}  # kind -> where
+
+    def look(modules, T, borders, precision, **which):
+        cuts = sorted(t for t in borders if 0 < t < T) or [T]
+        x = torch.randn(1 + len(cuts), T, config.n_embd, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            for where, module in modules:
+                sizes = leaks(module, x.to(torch.promote_types(precision, torch.float32)), cuts, **which)
+                found.update({kind: where for kind in leaking(sizes, precision)})
+
     for training in (True, False):
         bare = bare_copy(model, noise=0.1 if training else 0).train(training)
-        for where, module in (("the model", bare), *parts(bare).items()):  # a part is named rather than the model around it
-            found |= {kind: where for kind in leaking(leaks(module, x, cuts, lengths=not training, huge=module is not bare))}
+        look([("the model", bare)], T, borders, torch.float64, lengths=not training, huge=False)
+        look(parts(bare).items(), T, borders, torch.float64, lengths=not training)  # a part is named rather than the model around it
+        look(parts(bare.float()).items(), config.block_size, {config.block_size // 2, config.block_size - 1}, dtype, lengths=False, huge=False)
     return next((f"{found[kind]}: {what}" for kind, (what, _) in KINDS.items() if kind in found), None)

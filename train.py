@@ -77,9 +77,10 @@ def main():
 def refuse_leaks(model, options):
     """BadInput if an output of the model sees what it must not: its losses would mean nothing. With allow_leak, one line."""
     try:
-        leak = find_leak(model)
+        leak = find_leak(model, getattr(torch, options.dtype))
     except Exception as error:  # of a mixer for GPUs alone, say
         if not options.allow_leak:
+            error.add_note(f"mixer {options.mixer} could not be checked for leaks, in float64 on the CPU; --allow_leak trains it unchecked")
             raise
         leak = f"mixer {options.mixer} could not be checked, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if leak and not options.allow_leak:

@@ -110,6 +110,58 @@ class TrainingOnly(WholeMean):
         return super().mix(x, state) if self.training else (x, state)
 
 
+class DropoutOnly(WholeMean):
+    """Leaks in training with dropout alone: the path beside the fused one."""
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.dropout = config.dropout
+
+    def mix(self, x, state):
+        return super().mix(x, state) if self.training and self.dropout else (x, state)
+
+
+class Float32Only(WholeMean):
+    """The fast path, of float32, leaks; the reference, of all else, does not."""
+    def mix(self, x, state):
+        return super().mix(x, state) if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") else (x, state)
+
+
+class AutocastOnly(Honest):
+    """Under autocast to bfloat16 gradients come from the future."""
+    def mix(self, x, state):
+        mean = x.mean(1, keepdim=True)
+        return x + mean - mean.detach() if torch.is_autocast_enabled("cpu") else x, state
+
+
+class LongOnly(WholeMean):
+    """Leaks in long sequences: those of two chunks and more."""
+    def mix(self, x, state):
+        return super().mix(x, state) if x.size(1) >= 128 else (x, state)
+
+
+class DeepOnly(WholeMean):
+    """The third layer leaks."""
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.layer = layer
+
+    def mix(self, x, state):
+        return super().mix(x, state) if self.layer == 2 else (x, state)
+
+
+class Late(WholeMean):
+    """Leaks from the second step of training on."""
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def apply_statistics(self):
+        self.steps += 1
+
+    def mix(self, x, state):
+        return super().mix(x, state) if self.steps > 0 else (x, state)
+
+
 class Statistics(Honest):
     """Applies what it collects in the forward pass: a batch sees the one before it."""
     def __init__(self, config, layer):
@@ -145,6 +197,15 @@ class Hoard(Honest):
     """A state of one token that is a view of all."""
     def mix(self, x, state):
         return x, x[:, -1:]
+
+
+class InDict(Honest):
+    """All tokens so far, in a dict, and declares nothing."""
+    def mix(self, x, state):
+        return x, {"x": x if state is None else torch.cat([state["x"], x], dim=1)}
+
+    def state_bytes(self, T, dtype):
+        return 0
 
 
 class Coarse(Honest):
@@ -191,10 +252,17 @@ PLANTED = {
     "hidden": (Hidden, "gradient split"),
     "length": (Length, "length split"),
     "training_only": (TrainingOnly, "suffix gradient"),
+    "dropout_only": (DropoutOnly, "suffix gradient"),
+    "float32_only": (Float32Only, "suffix gradient"),
+    "autocast_only": (AutocastOnly, "gradient"),
+    "long_only": (LongOnly, "suffix gradient"),
+    "deep_only": (DeepOnly, "suffix gradient"),
+    "late": (Late, "suffix gradient"),
     "statistics": (Statistics, "repeat"),
     "in_place": (InPlace, "branch split"),
     "boast": (Boast, "bytes"),
     "hoard": (Hoard, "storage"),
+    "in_dict": (InDict, "bytes"),
     "coarse": (Coarse, "bfloat16"),
     "overflow": (Overflow, "finite"),
     "explosive": (Explosive, "depth"),

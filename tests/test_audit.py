@@ -28,7 +28,7 @@ def planted():
 
 
 def shorter_causality(subject):
-    return audit.causality(subject, lengths=(66,))
+    return audit.causality(subject, lengths=(66,), rough_lengths=(130,))
 
 
 def shorter_split(subject):
@@ -133,7 +133,7 @@ def test_what_a_mixer_raises_fails_the_check_and_the_others_go_on(planted):
 # -- train.py ---------------------------------------------------------------------------------------------------------
 
 LEAKS = {"whole_mean": "suffix", "batch_std": "rows", "off_by_one": "suffix", "chunk_end": "suffix", "chunk_max": "huge", "zero_gate": "suffix",
-         "training_only": "suffix", "hidden": "gradient", "length": "length", "statistics": "repeat"}
+         "training_only": "suffix", "hidden": "gradient", "length": "length", "statistics": "repeat", "float32_only": "suffix", "late": "suffix"}
 
 
 @pytest.mark.parametrize("mixer", LEAKS)
@@ -169,8 +169,9 @@ def test_a_mixer_that_cannot_be_checked_trains_only_if_allowed(train, planted):
             return super().forward(x, state)
 
     MIXERS["single_only"] = SingleOnly
-    with pytest.raises(TypeError, match="float64"):
+    with pytest.raises(TypeError, match="float64") as raised:
         train.call([*TINY, "--mixer=single_only", "--max_iters=1"])
+    assert "--allow_leak" in raised.value.__notes__[0]
     assert "could not be checked" in train(*TINY, "--mixer=single_only", "--max_iters=1", "--allow_leak", "--out_dir=run")
 
 
@@ -196,6 +197,19 @@ def test_the_check_leaves_the_model_and_the_random_numbers_alone(mixer):
     assert find_leak(model) is None
     assert all(map(torch.equal, tensors(), before)) and all(module.training for module in model.modules())
     assert all(p.requires_grad and p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_leak_of_the_runs_own_length_or_precision_is_found(planted):
+    assert find_leak(make("long_only", block_size=100)) is None
+    assert "mixer long_only: an output depends on a later token" in find_leak(make("long_only", block_size=128))
+    assert find_leak(make("autocast_only"), torch.float32) is None
+    assert "mixer autocast_only: an output's gradient" in find_leak(make("autocast_only"), torch.bfloat16)
+
+
+def test_a_state_that_cannot_be_looked_into_fails():
+    assert len(audit.tensors(({"a": torch.ones(1)}, [None, 3, torch.ones(2)]))) == 2
+    with pytest.raises(TypeError, match="list_iterator in a state"):
+        audit.tensors((1, iter([torch.ones(1)])))
 
 
 def test_a_leak_in_the_ffn_is_named(monkeypatch):

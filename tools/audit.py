@@ -5,14 +5,15 @@
     python -m tools.audit --out_dir=out/shakespeare_lln               the newest checkpoint of a run, as trained
 
 Named mixers are built into two small models (GPT-2's and LLaMA's skeleton, the latter with RoPE and grouped heads) with noise
-on all weights; everything runs on the CPU, in float64 unless a check is about another dtype. Exit status 1 if anything fails.
+on all weights; everything runs on the CPU, in float64 unless a check is about another dtype. Model options such as
+--lln_diag_mode are audited in a run that has them, of two steps perhaps. Exit status 1 if anything fails.
 
-    repeat rows suffix gradient length huge     what an output must not depend on, see causality.py
+    repeat rows suffix gradient length huge     what an output must not depend on, see causality.py; the first four in every dtype
     split     a sequence in pieces of any lengths, down to single tokens, is the whole: outputs and gradients
     branch    stepping on from a state leaves the state as it was
     bytes     state_bytes(T, dtype) is the size of the real state (n/a where a mixer does not say)
     storage   a state of constant size does not hold on to storage that grows with T
-    bfloat16  a bfloat16 model, and float32 weights under autocast, stay near float64
+    bfloat16  a bfloat16 model, float32 weights under autocast, and without, stay near float64
     finite    no infinity, no NaN in outputs or gradients at inputs of 1,000 times the usual size, in no dtype
     depth     gradient norms of the layers of a fresh model of 12, largest over smallest
     learns    every parameter gets a gradient
@@ -28,16 +29,19 @@ from typing import Callable, NamedTuple, Optional
 import torch
 
 import checkpoint
-from causality import KINDS, bare_copy, difference, leaking, leaks, parts
+from causality import KINDS, bare_copy, difference, leaks, limit, parts
 from config import BadInput, checked, exit_on_bad_input, option, parse_options
 from mixers import MIXERS, layer_mixers, load_mixer_file
+from mixers.attention import Room
 from model import GPT, GPTConfig
 
-SKELETONS = (dict(pos="none"), dict(arch="llama", n_kv_head=2))
-LENGTHS = (2, 64, 130, 200)
+SKELETONS = (dict(pos="none"), dict(arch="llama", n_kv_head=2, dropout=0.1))
+LENGTHS = (2, 64, 130, 200, 256)
+ROUGH_LENGTHS = (130, 520)  # in the precisions of training
 SPLITS = ([64, 66], [7, 1, 1, 9, 1, 90, 21], [104] + [1] * 26, [1] * 130)
 SPLIT_LIMIT = KINDS["length"][1]  # of the largest output or gradient
 BFLOAT16_LIMIT = 16  # root mean square error over that of the output, in units of bfloat16's eps
+FLOAT32_LIMIT = 0.1  # in the same units
 LARGE = 1e3
 DEPTH_LIMIT = 100
 VERDICT = {True: "pass", False: "FAIL", None: "n/a"}
@@ -56,14 +60,14 @@ class Subject(NamedTuple):
     build: Callable
     noise: float
 
-    def bare(self):
-        return [bare_copy(model, self.noise) for model in self.build()]
+    def bare(self, n_layer=None):
+        return [bare_copy(model, self.noise) for model in self.build(n_layer)]
 
 
 def named(mixer):
     def build(n_layer=None):
         torch.manual_seed(0)
-        n_layer = n_layer or max(2, len(layer_mixers(mixer)))
+        n_layer = max(n_layer or 2, len(layer_mixers(mixer)))
         sizes = dict(vocab_size=31, block_size=64, n_head=4, n_embd=32, n_layer=n_layer, mixer=mixer)
         return [GPT(GPTConfig(**sizes, **skeleton)).eval() for skeleton in SKELETONS]
     return Subject(mixer, build, noise=0.2)
@@ -96,22 +100,32 @@ def tokens(model, B, T):
 
 # The checks: subject -> rows -----------------------------------------------------------------------------------------
 
-def causality(subject, lengths=LENGTHS):
-    worst = dict.fromkeys(KINDS, (0.0, ""))
-    for model in subject.bare():
-        C, D = model.config.n_embd, model.config.n_embd // model.config.n_head
+def causality(subject, lengths=LENGTHS, rough_lengths=ROUGH_LENGTHS):
+    worst = dict.fromkeys(KINDS, (0.0, 0.0, 0.0, ""))  # kind -> size over its limit, size, limit, where
+
+    def look(model, T, borders, dtype, lengths=False, huge=False, autocast=False):
+        cuts = sorted(t for t in borders if 0 < t < T)
+        x = normal(1 + len(cuts), T, model.config.n_embd).to(dtype)
+        for where, module in (("model", model), *parts(model).items()):
+            for training in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    found = leaks(module.train(training), x, cuts, lengths and not (training and model.config.dropout), huge)
+                at = f"{where}, {T} tokens, {'training' if training else 'evaluation'}, {'autocast' if autocast else str(dtype)[6:]}"
+                for kind, size in found.items():
+                    most = limit(kind, torch.bfloat16 if autocast else dtype)
+                    worst[kind] = max(worst[kind], (size / most, size, most, at))
+
+    for model in subject.bare(n_layer=3):
+        D = model.config.n_embd // model.config.n_head
         for T in lengths:
-            cuts = sorted(t for t in {1, D - 1, D, D + 1, 63, 64, 65, T // 2, 128, T - 1} if 0 < t < T)
-            x = normal(1 + len(cuts), T, C)
-            for where, module in (("model", model), *parts(model).items()):
-                for training in (False, True):
-                    found = leaks(module.train(training), x, cuts, lengths=not training or model.config.dropout == 0)
-                    at = f"{where}, {T} tokens, {'training' if training else 'evaluation'}"
-                    worst |= {kind: max(worst[kind], (size, at)) for kind, size in found.items()}
-    for kind, (what, limit) in KINDS.items():
-        size, at = worst[kind]
-        bad = bool(leaking({kind: size}))
-        yield Row(kind, not bad, f"{size:.0e} of the largest at most, limit {limit:.0e}" + (f" ({at}): {what}" if bad else ""))
+            look(model, T, {1, D - 1, D, D + 1, 63, 64, 65, T // 2, 128, T - 1}, torch.float64, lengths=True, huge=True)
+        for T in sorted({*rough_lengths, model.config.block_size}):
+            for dtype, autocast in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+                look(model.to(dtype), T, {1, 64, 128, T // 2, T - 1}, dtype, autocast=autocast)
+    for kind, (what, strictest) in KINDS.items():
+        over, size, most, at = worst[kind]
+        figures = f"{size:.0e} of the largest at most, limit {most or strictest:.0e}"
+        yield Row(kind, over <= 1, figures if over <= 1 else f"{figures} ({at}): {what}")
 
 
 def gradients(y, inputs):
@@ -138,10 +152,14 @@ def split(subject, splits=SPLITS):
 
 
 def tensors(state):
-    """All tensors within a state, however it is nested."""
+    """All tensors within a state, however it is nested. TypeError for what cannot be looked into."""
     if isinstance(state, torch.Tensor):
         return [state]
-    return [t for part in state for t in tensors(part)] if isinstance(state, (tuple, list)) else []
+    if state is None or isinstance(state, (int, float, Room)):  # the tensors beside a Room are views of it
+        return []
+    if not isinstance(state, (tuple, list, dict)):
+        raise TypeError(f"a {type(state).__name__} in a state hides what it holds; use tensors, numbers, tuples, lists and dicts")
+    return [t for part in (state.values() if isinstance(state, dict) else state) for t in tensors(part)]
 
 
 def branch(subject):
@@ -200,8 +218,9 @@ def dtypes(subject):
             errors[name] = max(errors[name], error.sqrt().nan_to_num(nan=math.inf).item() / torch.finfo(torch.bfloat16).eps)
             bad |= {f"{where} in {name}" for where, y in ys.items()
                     if not (y.isfinite().all() and torch.autograd.grad(y.double().sum(), large)[0].isfinite().all())}
-    passed = max(errors["bfloat16"], errors["autocast"]) <= BFLOAT16_LIMIT
-    yield Row("bfloat16", passed, f"error {errors['bfloat16']:.1f} eps, under autocast {errors['autocast']:.1f} eps, limit {BFLOAT16_LIMIT}")
+    passed = max(errors["bfloat16"], errors["autocast"]) <= BFLOAT16_LIMIT and errors["float32"] <= FLOAT32_LIMIT
+    yield Row("bfloat16", passed, f"error {errors['bfloat16']:.1f} eps, under autocast {errors['autocast']:.1f}, limit {BFLOAT16_LIMIT}; "
+                                  f"in float32 {errors['float32']:.0e}, limit {FLOAT32_LIMIT}")
     yield Row("finite", not bad, f"inputs {LARGE:,.0f} times the usual size" + (f": not finite in {', '.join(sorted(bad))}" if bad else ""))
 
 
