@@ -21,6 +21,7 @@ Without touching this folder: a file of your own with `from mixers import MIXERS
 """
 import runpy
 from functools import partial
+from pathlib import Path
 
 from config import BadInput, is_file
 
@@ -51,6 +52,7 @@ MIXERS = {
     "performer": Performer,
     "linformer": Linformer,
 }
+loaded = set()  # files that have registered theirs
 
 
 def mechanism_of(option):
@@ -83,5 +85,6 @@ def load_mixer_file(path):
         runpy.run_path(path)
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, they need the place and the reason
         raise BadInput(f"mixer_file {path}: {type(error).__name__}: {error}") from error
-    if MIXERS == before:
+    if MIXERS == before and Path(path).resolve() not in loaded:  # a class that the file imports is the same when it runs once more
         raise BadInput(f'mixer_file {path} registers no mixer; end it with: MIXERS["name"] = YourClass')
+    loaded.add(Path(path).resolve())

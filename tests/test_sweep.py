@@ -68,6 +68,32 @@ def test_each_mixer_gets_the_rate_of_the_lower_select_loss_and_its_seeds_run_at_
         assert high < low and record["chosen"][mixer] == 0.03
     assert sorted(record["runs"]) == ["pelican-lr0.03-seed1", "softmax-lr0.03-seed1"]
     assert not (folder / "softmax-lr1e-09-seed1").exists()
+    done = sweep(home, "--mixers=pelican", "--learning_rates=3e-2", "--seeds=1", f"--out_dir={folder}")  # a later one leaves the others in
+    assert sorted(json.loads((folder / "sweep.json").read_text())["runs"]) == ["pelican-lr0.03-seed1", "softmax-lr0.03-seed1"], done
+    done = sweep(home, "--mixers=pelican", "--learning_rates=2e-2", "--seeds=1", f"--out_dir={folder}", "--dry_run")
+    assert done.stdout.count("would run") == 1, done
+    done = sweep(home, "--mixers=softmax,pelican", "--learning_rates=1e-9,3e-2", "--seeds=2", f"--out_dir={folder}", "--dry_run")
+    assert done.stdout.count("would run") == 2 and done.stdout.count("finished   ") == 6, done  # the second stage, as the first has chosen
+
+
+def test_a_sweep_that_has_not_ended_shows_no_run_that_chose(home, swept, tmp_path):
+    """sweep.json is there from the start, and grows with each run."""
+    folder = shutil.copytree(swept, tmp_path / "swept")
+    record = json.loads((folder / "sweep.json").read_text())
+    last = record["runs"].pop()
+    (folder / "sweep.json").write_text(json.dumps(record | {"missing": [last]}))
+    done = run(home, "-m", "tools.compare", folder)
+    assert done.returncode == 0 and "the sweep has not ended, 1 runs are missing" in done.stdout and f"| {1:>5} |" in done.stdout, done
+    (folder / "sweep.json").write_text(json.dumps(record | {"runs": [], "missing": [last]}))
+    assert "no run to compare" in one_line(run(home, "-m", "tools.compare", folder))
+
+
+def test_the_mixer_file_may_stand_in_the_config_and_register_an_imported_class(home, tmp_path):
+    (tmp_path / "mine.py").write_text("from mixers import MIXERS\nfrom mixers.softmax import Softmax\nMIXERS['mine'] = Softmax\n")
+    (tmp_path / "config.py").write_text(f"mixer_file = {str(tmp_path / 'mine.py')!r}\n")
+    same = ["-m", "tools.sweep", tmp_path / "config.py", *SHORT, "--keep_last=1", "--mixers=mine", "--seeds=1", f"--out_dir={tmp_path}/s"]
+    assert (done := run(home, *same, timeout=300)).returncode == 0, done
+    assert (done := run(home, *same, "--dry_run")).returncode == 0 and done.stdout.startswith("finished"), done
 
 
 def test_a_sweep_goes_on_where_it_was(home, swept, tmp_path):
@@ -81,6 +107,7 @@ def test_a_sweep_goes_on_where_it_was(home, swept, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl") if path.parent.name != "pelican-lr0.03-seed1"}
     done = sweep(home, *same)
     assert done.returncode == 0 and done.stdout.count("finished before") == 2, done
+    assert len(json.loads((folder / "sweep.json").read_text())["runs"]) == 4
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
     assert metrics(folder / "pelican-lr0.03-seed2")[-1]["iter"] == 4 and "report" in scores(folder / "pelican-lr0.03-seed1")
 
@@ -159,7 +186,8 @@ def refuses(here, monkeypatch, capsys):
 @pytest.mark.parametrize("arguments, words", [
     (["--learning_rate=1"], "--learning_rates"), (["--seed=3"], "--seeds"), (["--resume"], "goes on by itself"), (["--mixers=softmax,nope"], "have"),
     (["--learning_rates=fast"], "--learning_rates=fast"), (["--learning_rates=-1"], "above 0"), (["--seeds=0"], "seeds"), (["--match=size"], "match"),
-    (["--ssa_share=False"], "--ssa_share has no effect"), (["--mixers="], "mixers"), (["--baseline=lln"], "--baseline is for --match"), (["--cluster=local", "--cluster_options=nonsense=1"], "nonsense")])
+    (["--ssa_share=False"], "--ssa_share has no effect"), (["--mixers="], "mixers"), (["--baseline=lln"], "--baseline is for --match"), (["--match=params", "--baseline=foo"], "--baseline=foo: mixer 'foo'"), (["--n_head=3"], "n_embd"),
+    (["--min_lr=1"], "min_lr 1.0 is above learning_rate"), (["--cluster=local", "--cluster_options=nonsense=1"], "nonsense")])
 def test_bad_options_are_one_line(refuses, tmp_path, arguments, words):
     assert words in refuses(sweeping, *SHORT, f"--out_dir={tmp_path}/s", *arguments)
     assert not list(tmp_path.glob("s/*seed*"))
@@ -274,20 +302,22 @@ def test_single_runs_compare_too_and_what_is_not_equal_is_said(home, swept, comp
 
 def test_what_cannot_be_compared_is_one_line(refuses, swept, trained, tmp_path):
     refuse = lambda *arguments: refuses(compare, *arguments, f"--out_dir={tmp_path}/c")
-    assert "no run in" in refuse(tmp_path)
-    assert "no run in nothing" in refuse()
+    assert "no run to compare in" in refuse(tmp_path) and "no run to compare" in refuse()
+    assert "no run to compare in nowhere" in refuse(swept, "nowhere")
     assert "have pelican, softmax" in refuse(swept, "--baseline=lln")
     run = swept / "softmax-lr0.03-seed1"
     assert "differ in" in refuse(swept, changed(run, tmp_path / "other", "config.json", block_size=8))
     assert "same run twice" in refuse(run, changed(run, tmp_path / "twin"))
     assert "has not reached its 9 steps" in refuse(run, changed(run, tmp_path / "shorter", "config.json", max_iters=9))
     assert "same name, or are there already" in refuse(swept, f"--keep={swept}")
+    changed(run, tmp_path / "kept" / run.name, "config.json", max_iters=9)
+    assert "is of another run" in refuse(swept, f"--keep={tmp_path / 'kept'}")
     assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("file, content, words", [
     ("config.json", "{}", "it lacks mixer"), ("metrics.jsonl", "3\n", "cannot be read"), ("metrics.jsonl", '{"val_loss": 1}\n', "cannot be read"),
-    ("sweep.json", '{"runs": null}', "sweep.json is damaged"), ("scores.json", "{}", "no checkpoint in")])
+    ("sweep.json", '{"runs": null}', "sweep.json is damaged"), ("scores.json", "{}", "no checkpoint in"), ("sweep.json", "[]", "sweep.json is damaged")])
 def test_a_damaged_record_is_one_line(refuses, swept, compared, tmp_path, file, content, words):
     folder = shutil.copytree(swept.parent / "kept", tmp_path / "kept")
     (folder / ("" if file == "sweep.json" else "softmax-lr0.03-seed1") / file).write_text(content)
@@ -301,6 +331,8 @@ def test_failed_and_leaking_runs_are_named(home, swept, tmp_path):
     (folder / "sweep.json").write_text(json.dumps({"runs": [path.name for path in folder.glob("*/")], "failed": {"lln-seed1": "loss nan"}}))
     done = run(home, "-m", "tools.compare", folder)
     assert "not in the table: lln-seed1: loss nan" in done.stdout and "losses may not be compared: pelican" in done.stdout, done
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("| pelican")]
+    assert "leaks" in line and "worse" not in line and "better" not in line
 
 
 def changed(source, folder, file="config.json", **values):

@@ -38,7 +38,7 @@ from mixers import has_effect, load_mixer_file
 from model import GPT
 from run import holds_run
 from tools import comparison_plots as plots
-from tools.runs import ASIDE
+from tools.runs import ASIDE, read_sweep
 from tools.score import scores_of
 
 SIGNIFICANT = 0.05
@@ -64,20 +64,21 @@ def run_folders(names):
     for name in names:
         folder = Path(name)
         if holds_run(folder):
-            found.append(folder)
+            these = [folder]
         elif (folder / "sweep.json").exists():
-            sweep = read_json(folder / "sweep.json", "run the same tools.sweep once more")
-            try:
-                found += [folder / run for run in sweep["runs"]]
-                failed = dict(sweep["failed"])
-            except (KeyError, TypeError) as error:
-                raise BadInput(f"{folder}/sweep.json is damaged ({error!r}); run the same tools.sweep once more") from error
-            for run, wrong in failed.items():
+            sweep = read_sweep(folder)
+            these = [folder / run for run in sweep["runs"]]
+            for run, wrong in sweep["failed"].items():
                 print(f"not in the table: {run}: {wrong}")
+            if unfinished := len(set(sweep["missing"]) - {Path(run).name for run in sweep["failed"]}):
+                print(f"{folder}: the sweep has not ended, {unfinished} runs are missing")
         else:
-            found += sorted(path for path in folder.glob("*/") if holds_run(path))
+            these = sorted(path for path in folder.glob("*/") if holds_run(path))
+        if not these:
+            raise BadInput(f"no run to compare in {name}; name run folders, or a sweep: python -m tools.compare out/sweeps/shakespeare")
+        found += these
     if not found:
-        raise BadInput(f"no run in {' '.join(names) or 'nothing'}; name run folders, or a sweep: python -m tools.compare out/sweeps/shakespeare")
+        raise BadInput("no run to compare; name run folders, or a sweep: python -m tools.compare out/sweeps/shakespeare")
     return list(dict.fromkeys(found))
 
 
@@ -243,15 +244,22 @@ def main():
     names, kept_in = {record.folder.name for record in records}, {record.folder.parent.resolve() for record in records}
     if options.keep and (len(names) < len(records) or Path(options.keep).resolve() in kept_in):
         raise BadInput(f"--keep={options.keep}: two runs have the same name, or are there already; choose another folder")
+    for record in records if options.keep else []:
+        there = Path(options.keep) / record.folder.name / "config.json"
+        if there.exists() and there.read_bytes() != (record.folder / "config.json").read_bytes():
+            raise BadInput(f"--keep={options.keep}: {there.parent} is of another run; choose another folder, or move it away")
     baseline = options.baseline or ("softmax" if "softmax" in groups else next(iter(groups)))
     if baseline not in groups:
         raise BadInput(f"--baseline={baseline}: not among the runs; have {', '.join(groups)}")
-    tests = verdicts({label: [record.scores["report"]["loss"] for record in records] for label, records in groups.items()}, baseline)
+    losses = {label: [record.scores["report"]["loss"] for record in records] for label, records in groups.items()}
+    leaking = [label for label, records in groups.items() if records[0].config.get("allow_leak")]
+    tests = verdicts({label: of_label for label, of_label in losses.items() if label == baseline or label not in leaking}, baseline)
+    for label in set(leaking) - {baseline}:  # its losses say nothing, and may not weigh on the others' p either
+        tests[label] = verdicts({label: losses[label], baseline: losses[baseline]}, baseline)[label] | {"p": None, "verdict": "leaks"}
     lines = sorted((figures(label, records) | tests[label] for label, records in groups.items()), key=lambda line: line["loss"])
     first = lines[0]
-    leaking = [label for label, records in groups.items() if records[0].config.get("allow_leak")]
     text = "\n".join([table(lines), "", f"{first['steps']} steps; against {baseline}: Welch's test over the seeds, p adjusted by Holm, intervals not",
-                      *differences(unequal), *([f"trained with --allow_leak, losses may not be compared: {', '.join(leaking)}"] if leaking else [])])
+                      "tokens/s, peak MiB and seconds are as the machine was then; for speed see bench.py", *differences(unequal), *([f"trained with --allow_leak, losses may not be compared: {', '.join(leaking)}"] if leaking else [])])
     print(text)
     out = Path(options.out_dir or Path(words[0]) / "compare")
     with writing(out):

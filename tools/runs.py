@@ -37,22 +37,35 @@ class Run:
     def command(self):
         return ["train.py", *self.arguments, f"--out_dir={self.folder}"]
 
+    def options(self):
+        """As train.py would have them. BadInput for what it would refuse."""
+        options, _ = read_options([*self.command()[1:], "--overwrite"], "")  # or it would refuse the folder
+        return asdict(options) | asdict(checkpoint.model_config(asdict(options) | {"vocab_size": 1}, "options"))
+
     def finished(self):
         """Whether its last checkpoint and its scores are there. BadInput if the folder holds a run of other options."""
         path = Path(self.folder) / "config.json"
         if not path.exists():
             return False
-        options, _ = read_options([*self.command()[1:], "--overwrite"], "")  # or it would refuse the folder
-        wanted, ran = asdict(options), read_json(path, "move the run away")
-        wanted |= asdict(checkpoint.model_config(wanted | {"vocab_size": 1}, "options"))
+        wanted, ran = self.options(), read_json(path, "move the run away")
         aside = ASIDE | {"vocab_size"}
-        if options.lr_decay_iters == ran.get("lr_decay_iters"):  # then a shorter run is the beginning of a longer one
+        if wanted["lr_decay_iters"] == ran.get("lr_decay_iters"):  # then a shorter run is the beginning of a longer one
             aside.add("max_iters")
         for name, value in wanted.items():
             if value != "auto" and name not in aside and ran.get(name, value) != value:
                 raise BadInput(f"{self.folder} was run with {name} {ran[name]}, not {value}; choose another --out_dir, or move it away")
         scores = read_scores(self.folder)
-        return bool(checkpoint.checkpoints(self.folder)) and scores is not None and scores["iter"] >= options.max_iters
+        return bool(checkpoint.checkpoints(self.folder)) and scores is not None and scores["iter"] >= wanted["max_iters"]
+
+
+def read_sweep(folder):
+    """The sweep.json of a folder: "runs" to compare, "missing" ones and "failed" {run: error}. BadInput if it is damaged."""
+    remedy = "run the same tools.sweep once more"
+    sweep = read_json(Path(folder) / "sweep.json", remedy)
+    try:
+        return {"runs": list(sweep["runs"]), "missing": list(sweep.get("missing", [])), "failed": dict(sweep["failed"])}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{folder}/sweep.json is damaged ({error!r}); {remedy}") from error
 
 
 def train_and_score(run, threads=None, group=None):

@@ -145,8 +145,9 @@ def read_scores(out_dir):
     try:
         scores = read_json(Path(out_dir) / "scores.json", "")
         whole = {type(scores[part]["loss"]) for part in ("select", "report")} == {float} and type(scores["iter"]) is type(scores["vocab_size"]) is int
+        whole = whole and {"bpb", "accuracy"} <= scores["report"].keys() and {"by_position", "by_cell"} <= scores.keys()
         return scores if whole and (not folders or scores["weights"] == weights_of(folders[-1])) else None
-    except (BadInput, KeyError, TypeError):
+    except (BadInput, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -10,7 +10,8 @@ is left alone and what was interrupted goes on, so the same command continues a 
 
 With several learning rates each mixer gets the one whose run ends with the lowest loss on the *select* data (see tools/score.py). Those
 runs have seed 0 and are not compared themselves: one that was chosen for being low is too low. The seeds 1, 2, ... then run at that
-rate alone. sweep.json holds the choice and names the runs to compare.
+rate alone. sweep.json holds the choice and names the runs to compare, also while the sweep goes on. Those of an earlier sweep in the
+same folder stay in it, unless their mixer now has another rate.
 
 --match changes the other mixers' n_embd in steps of n_head channels (two a head where RoPE pairs them), then ffn_hidden, until their
 parameters, or their FLOPs per token, are within 2 % of the baseline's; it says what it changed.
@@ -27,9 +28,10 @@ from bench import mixer_names
 from config import BadInput, Options, checked, exit_on_bad_input, option, parse_options
 from data import load_dataset
 from data.files import write_file
-from mixers import has_effect, load_mixer_file, mechanism_of
+from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of
+from run import holds_run
 from tools.matching import matched
-from tools.runs import Run, carry_out, cluster, end_like_ctrl_c
+from tools.runs import Run, carry_out, cluster, end_like_ctrl_c, read_sweep
 from tools.score import read_scores
 
 
@@ -47,7 +49,8 @@ class SweepOptions(Options):
 
 
 OWN = {f.name for f in fields(SweepOptions)} - {f.name for f in fields(Options)} | {"out_dir"}
-ONE_RUN = {"mixer": "--mixers", "learning_rate": "--learning_rates", "seed": "--seeds", "resume": None, "overwrite": None, "eval_only": None, "eval_split": None}
+ONE_RUN = {"mixer": "--mixers", "learning_rate": "--learning_rates", "seed": "--seeds", "resume": None, "overwrite": None, "eval_only": None, "eval_split": None,
+           "wandb_run_name": None}
 
 
 def rates_of(options):
@@ -67,8 +70,9 @@ class Sweep:
     def __init__(self, options, config_file, given, mixers):
         self.options, self.rates, self.mixers = options, rates_of(options), mixers
         self.folder = Path(options.out_dir or f"out/sweeps/{Path(config_file).stem if config_file else options.dataset}")
+        given = given | {name for name in ("mixer_file", "device") if getattr(options, name) not in (None, "auto")}  # scoring reads no config file
         self.common = ([config_file] if config_file else []) + [f"--{name}={getattr(options, name)}" for name in sorted(given - OWN)]
-        self.given, self.changed, self.failed = given, {}, {}
+        self.config_file, self.changed, self.failed = config_file, {}, {}
         if options.match:
             self.match()
 
@@ -108,8 +112,21 @@ class Sweep:
                 print(f"{mixer:20} {tried} -> learning rate {rate:g}{edge}")
         return chosen
 
+    def record(self, chosen, runs):
+        """Writes sweep.json: which of `runs`, those to compare, are there, behind those of an earlier sweep. Returns their names."""
+        path, names = self.folder / "sweep.json", [Path(run.folder).name for run in runs]
+        ours = tuple(f"{mixer}-lr" for mixer in self.mixers)
+        at_the_rate = tuple(Path(self.run(mixer, rate, "").folder).name for mixer, rate in chosen.items())
+        earlier = [name for name in (read_sweep(self.folder)["runs"] if path.exists() else []) if name not in names and holds_run(self.folder / name)
+                   and (name.startswith(at_the_rate) or not name.startswith(ours))]
+        there = [Path(run.folder).name for run in runs if run.finished()]
+        record = {"config": self.config_file, "mixers": self.mixers, "learning_rates": self.rates, "seeds": self.options.seeds, "match": self.options.match,
+                  "chosen": chosen, "runs": earlier + there, "missing": [name for name in names if name not in there], "failed": self.failed}
+        write_file(path, (json.dumps(record, indent=1) + "\n").encode())
+        return record["runs"]
+
     def carry_out(self, runs, still_to_come):
-        """Runs them, says how each ended and how long the rest of the sweep will take."""
+        """Runs them, says how each ended and how long the rest of the sweep will take. Yields after each."""
         options = self.options
         executor = cluster(options.cluster, self.folder, options.cluster_options) if options.cluster else None
         started, done = time.perf_counter(), 0
@@ -125,6 +142,7 @@ class Sweep:
             left = (time.perf_counter() - started) / done * (len(runs) - number + still_to_come) / 60
             outcome = f"failed: {error}" if error else f"report loss {read_scores(run.folder)['report']['loss']:.4f}"
             print(f"{line}{outcome} | about {left:.0f} min left" if left else line + outcome, flush=True)
+            yield run
 
 
 @exit_on_bad_input("tools.sweep")
@@ -139,27 +157,39 @@ def main():
     for name, needed in (("baseline", "match"), ("cluster_options", "cluster")):
         if name in given and not getattr(options, needed):
             raise BadInput(f"--{name} is for --{needed}; leave it out" + (", and give it to tools.compare" if name == "baseline" else ""))
+    if options.match:
+        try:
+            layer_mixers(options.baseline)
+        except ValueError as error:
+            raise BadInput(f"--baseline={options.baseline}: {error}") from error
+    counting = [*mixers, options.baseline] if options.match else mixers
     for name in given:
-        if not any(has_effect(name, mixer, options.n_layer) for mixer in mixers):
-            raise BadInput(f"--{name} has no effect: none of {', '.join(mixers)} is {mechanism_of(name)}; leave it out")
+        if not any(has_effect(name, mixer, options.n_layer) for mixer in counting):
+            raise BadInput(f"--{name} has no effect: none of {', '.join(counting)} is {mechanism_of(name)}; leave it out")
     sweep = Sweep(options, config_file, given, mixers)
+    to_choose_by = sweep.to_choose_by()
+    for run in to_choose_by or sweep.to_compare(sweep.choose()):
+        run.options()  # what train.py would refuse is refused before anything has run
     if options.dry_run:
-        for run in sweep.to_choose_by() or sweep.to_compare(sweep.choose()):
+        left = [run for run in to_choose_by if not run.finished()]
+        for run in to_choose_by + ([] if left else sweep.to_compare(sweep.choose())):
             print(("finished   " if run.finished() else "would run  ") + "python " + " ".join(run.command()))
-        if len(sweep.rates) > 1:
+        if left:
             print(f"then {options.seeds * len(mixers)} runs: seeds 1 to {options.seeds} of each mixer at the rate chosen for it")
         return
     load_dataset(options.dataset, options.block_size)  # prepared once, not by several runs at the same time
-    sweep.carry_out(sweep.to_choose_by(), still_to_come=options.seeds * len(mixers))
+    if not (sweep.folder / "sweep.json").exists():
+        sweep.record({}, [])
+    for _ in sweep.carry_out(to_choose_by, still_to_come=options.seeds * len(mixers)):
+        pass
     chosen = sweep.choose()
     runs = sweep.to_compare(chosen)
-    sweep.carry_out(runs, still_to_come=0)
-    record = {"config": config_file, "mixers": mixers, "learning_rates": sweep.rates, "seeds": options.seeds, "match": options.match, "chosen": chosen,
-              "runs": [Path(run.folder).name for run in runs if run.finished()], "failed": sweep.failed}
-    write_file(sweep.folder / "sweep.json", (json.dumps(record, indent=1) + "\n").encode())
+    for _ in sweep.carry_out(runs, still_to_come=0):
+        sweep.record(chosen, runs)
+    there = sweep.record(chosen, runs)
     for folder, error in sweep.failed.items():
         print(f"failed: {folder}: {error}")
-    print(f"{len(record['runs'])} runs to compare: python -m tools.compare {sweep.folder}")
+    print(f"{len(there)} runs to compare: python -m tools.compare {sweep.folder}")
     sys.exit(1 if sweep.failed else 0)
 
 
