@@ -22,9 +22,12 @@ def mqar(rng, n, vocab_size, length, pairs, power=0.01):
     once more, when its value is due.
 
     Keys are 1 .. V/2 - 1 and values V/2 .. V - 1, without repetition in a row. Behind the pairs every second place can
-    hold a question; the i-th of them is chosen with a weight of i^(power - 1), so that most gaps are short. The places
+    hold a question; the i-th of them is chosen with a weight of i^(power - 1), so that most gaps are short; they are drawn for one
+    pair after the other, as in the reference, so that a place alone says a little about its pair (tests/test_tasks.py). The places
     left over hold any token but the row's keys: in the reference code they may be keys, with another answer beside them."""
     half, start = vocab_size // 2, 2 * pairs
+    if pairs >= half or 4 * pairs > length:
+        raise BadInput(f"mqar: {pairs} pairs need a vocabulary above {2 * pairs + 1} and rows of {4 * pairs} tokens or more, not {vocab_size} and {length}")
     keys, values = distinct(rng, n, pairs, 1, half), distinct(rng, n, pairs, half, vocab_size)
     tokens, targets, row = rng.integers(1, vocab_size, (n, length)), np.zeros((n, length), int), np.arange(n)[:, None]
     is_key = np.zeros((n, vocab_size), bool)

@@ -410,3 +410,12 @@ def test_from_training_to_pictures(home, train, here):
     pictures = sorted(path.name for path in folder.glob("*.png"))
     assert pictures == ["attention_maps.png", "distance.png", "entropy.png", "influence.png", "log_weights.png"]
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_a_recall_run_is_read_in_a_row_of_its_task(home, train, here):
+    train(*[a for a in TINY if not a.startswith("--dataset")], "--dataset=recall", "--mixer=softmax", "--max_iters=2", "--out_dir=run")
+    done = run(home, "-m", NAME, f"--out_dir={here / 'run'}")
+    assert done.returncode == 0 and done.stderr == "", done
+    report = json.loads((here / "run" / "inspect" / "attention.json").read_text())
+    cell = json.loads((home / "data" / "recall" / "meta.json").read_text())["cells"]["val"][0]
+    assert report["text"].split() == [str(token) for token in np.fromfile(home / "data" / "recall" / "val.bin", "<u2")[:cell["length"]]]

@@ -101,7 +101,7 @@ def tokens(model, B, T):
 # The checks: subject -> rows -----------------------------------------------------------------------------------------
 
 def causality(subject, lengths=LENGTHS, rough_lengths=ROUGH_LENGTHS):
-    worst = dict.fromkeys(KINDS, (0.0, 0.0, 0.0, ""))  # kind -> size over its limit, size, limit, where
+    worst = {kind: (0.0, 0.0, limit(kind), "") for kind in KINDS}  # size over its limit, size, limit, where
 
     def look(model, T, borders, dtype, lengths=False, huge=False, autocast=False):
         cuts = sorted(t for t in borders if 0 < t < T)
@@ -113,7 +113,7 @@ def causality(subject, lengths=LENGTHS, rough_lengths=ROUGH_LENGTHS):
                 at = f"{where}, {T} tokens, {'training' if training else 'evaluation'}, {'autocast' if autocast else str(dtype)[6:]}"
                 for kind, size in found.items():
                     most = limit(kind, torch.bfloat16 if autocast else dtype)
-                    worst[kind] = max(worst[kind], (size / most, size, most, at))
+                    worst[kind] = max(worst[kind], (size / most, size, most, at), key=lambda figures: figures[0])
 
     for model in subject.bare(n_layer=3):
         D = model.config.n_embd // model.config.n_head
@@ -122,9 +122,9 @@ def causality(subject, lengths=LENGTHS, rough_lengths=ROUGH_LENGTHS):
         for T in sorted({*rough_lengths, model.config.block_size}):
             for dtype, autocast in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
                 look(model.to(dtype), T, {1, 64, 128, T // 2, T - 1}, dtype, autocast=autocast)
-    for kind, (what, strictest) in KINDS.items():
+    for kind, (what, _) in KINDS.items():
         over, size, most, at = worst[kind]
-        figures = f"{size:.0e} of the largest at most, limit {most or strictest:.0e}"
+        figures = f"{size:.0e} of the largest at most, limit {most:.0e}"
         yield Row(kind, over <= 1, figures if over <= 1 else f"{figures} ({at}): {what}")
 
 

@@ -226,9 +226,9 @@ def read_tokens(options, run, config):
         name = run.config.get("dataset")
         if not (files.DATA / str(name) / "meta.json").exists():
             raise BadInput(f"data/{name}, which the run was trained on, is not here; give a text with --start")
-        data = load_dataset(name, 1)
+        data = load_dataset(name, block)
         check_tokenizer(run, data)
-        idx = torch.tensor([data.val[:options.length or block].tolist()])
+        idx, _ = next(data.val_batches(max(options.length or 0, block), 1))  # of a recall task its first row
     idx = idx[:, :options.length or block]
     if idx.size(1) < 2:
         raise BadInput("the text is a single token, which can attend to itself only; give more with --start")
