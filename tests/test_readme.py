@@ -18,7 +18,7 @@ SHORTER = {"train.py": "--max_iters=2 --eval_tokens=3000", "sample.py": "--num_s
            "tools.sweep": "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,pelican --learning_rates=1e-3",
            "tools.pelican_figure": "--dataset=shakespeare_char --max_iters=1 --batch_size=1 --eval_tokens=1000",
            "bench.py": "--lengths=16,32 --mode=prefill --rounds=1 --seconds=0.01"}
-LONG = ("tools.pelican_figure", "leak", "_1 ")  # several trainings or evaluations, however short
+LONG = ("tools.pelican_figure", "leak", "_1 ", "configs/shakespeare_long.py")  # several trainings or evaluations, however short
 TEXT = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/runs.md"))
 
 
@@ -53,14 +53,16 @@ def records(name):
     return [compare.Record(folder, torch.device("cpu")) for folder in compare.run_folders([ROOT / "results" / name])]
 
 
-def test_the_results_are_those_of_the_records():
-    groups, _ = compare.grouped(records("shakespeare"))
+@pytest.mark.parametrize("first_cell, name", [("mixer", "shakespeare"), ("longer recipe", "shakespeare_long")])
+def test_the_results_are_those_of_the_records(first_cell, name):
+    groups, _ = compare.grouped(records(name))
     tests = compare.verdicts({label: [record.scores["report"]["loss"] for record in group] for label, group in groups.items()}, "softmax")
     lines = {label: compare.figures(label, group) | tests[label] for label, group in groups.items()}
-    [rows] = tables("mixer")
-    assert {row["mixer"] for row in rows} == set(lines) == set(MIXERS)
+    [rows] = tables(first_cell)
+    assert {row[first_cell] for row in rows} == set(lines) and (name != "shakespeare" or set(lines) == set(MIXERS))
     for row in rows:
-        assert row == {name: compare.COLUMNS[name](lines[row["mixer"]]) for name in row}
+        label = row.pop(first_cell)
+        assert row == {column: compare.COLUMNS[column](lines[label]) for column in row}
 
 
 def test_the_recall_table_is_that_of_the_records():
