@@ -78,9 +78,15 @@ def losses(groups, look):
 def loss_over_state(lines, look):
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     ax = figure.subplots()
-    for line in lines:
+    near, labels = 0.03 * (lines[-1]["loss"] - lines[0]["loss"]), []  # points with one label: [state, loss, names]
+    for line in sorted(lines, key=lambda line: (line["state_bytes"], line["loss"])):
         ax.errorbar(line["state_bytes"], line["loss"], yerr=line["loss_interval"], fmt="o", color=look[line["mixer"]]["color"], capsize=2)
-        ax.annotate(line["mixer"], (line["state_bytes"], line["loss"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        if labels and labels[-1][0] == line["state_bytes"] and line["loss"] - labels[-1][1] < near:
+            labels[-1][2].append(line["mixer"])
+        else:
+            labels.append([line["state_bytes"], line["loss"], [line["mixer"]]])
+    for state, loss, names in labels:
+        ax.annotate(", ".join(names), (state, loss), xytext=(5, 4), textcoords="offset points", fontsize=8)
     ax.set_xscale("symlog", linthresh=max(1, min((line["state_bytes"] for line in lines if line["state_bytes"]), default=1)))
     ax.set_xlabel("bytes of state of one sequence at the end of the context")
     ax.set_ylabel("loss on the report data, nats per target")
