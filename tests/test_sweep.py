@@ -59,7 +59,7 @@ def test_a_sweep_runs_every_mixer_with_every_seed(swept):
 @pytest.mark.slow
 def test_each_mixer_gets_the_rate_of_the_lower_select_loss_and_its_seeds_run_at_it(home, tmp_path):
     """Of two rates the lower learns nothing, and the run that a rate is chosen by is not among those that are compared."""
-    folder = tmp_path / "s"
+    folder = tmp_path / "new" / "s"
     done = sweep(home, "--mixers=softmax,pelican", "--learning_rates=1e-9,3e-2", "--seeds=1", f"--out_dir={folder}")
     assert done.returncode == 0 and "the edge of what was tried" in done.stdout, done
     record = json.loads((folder / "sweep.json").read_text())

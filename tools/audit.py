@@ -104,7 +104,7 @@ def causality(subject, lengths=LENGTHS, rough_lengths=ROUGH_LENGTHS):
     worst = {kind: (0.0, 0.0, limit(kind), "") for kind in KINDS}  # size over its limit, size, limit, where
 
     def look(model, T, borders, dtype, lengths=False, huge=False, autocast=False):
-        cuts = sorted(t for t in borders if 0 < t < T)
+        cuts = sorted(t for t in borders if 0 < t < T) or [T]
         x = normal(1 + len(cuts), T, model.config.n_embd).to(dtype)
         for where, module in (("model", model), *parts(model).items()):
             for training in (False, True):
