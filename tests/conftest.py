@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: what the tests start would be deaf to Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "*.tmp", "__pycache__")
 
