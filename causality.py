@@ -61,9 +61,9 @@ def parts(model):
     return mixers | {f"mlp_activation {model.config.mlp_activation}": model.blocks[0].mlp}
 
 
-def call(module, x):
+def call(module, x, autocast=False):
     """The outputs (B, T, .) of a mixer or model, (y, anything) = module(x); dropout, if there is any, always drops the same."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         torch.default_generator.manual_seed(0)
         return module(x)[0]
 
@@ -75,19 +75,20 @@ def difference(a, b):
     return ((a - b).abs() / scale).masked_fill(alike, 0).nan_to_num(nan=math.inf).amax(-1)
 
 
-def leaks(module, x, cuts, lengths=True, huge=True):
+def leaks(module, x, cuts, lengths=True, huge=True, autocast=False):
     """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T, C).
 
     Row i + 1 changes from token cuts[i] on, row 0 nowhere; so two calls tell what all rows, before their cuts, depend on.
     lengths: also whether beginnings of row 0 alone are those of the whole; not where dropout would differ.
-    huge: also with HUGE changes; of little use behind a norm."""
+    huge: also with HUGE changes; of little use behind a norm. autocast: of the forward pass to bfloat16, as in training."""
     B, T, _ = x.shape
+    output = lambda x: call(module, x, autocast)
     later = torch.arange(T) >= torch.tensor([T, *cuts])[:, None]  # (B, T)
     first = torch.arange(B)[:, None].expand(B, T) == 0
     generator = torch.Generator().manual_seed(1)
     other = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     x = x.requires_grad_()
-    y = call(module, x)
+    y = output(x)
     sizes = {}
     if y.requires_grad:
         earlier = y[~later & ~first]
@@ -97,14 +98,14 @@ def leaks(module, x, cuts, lengths=True, huge=True):
     with torch.no_grad():
         x, y = x.detach(), y.detach()
         moved = lambda after, where: difference(after, y[:len(after), :after.size(1)])[where].max().item()
-        changed = call(module, torch.where(later[..., None], other, x))
+        changed = output(torch.where(later[..., None], other, x))
         sizes["rows"], sizes["suffix"] = moved(changed, first), moved(changed, ~later & ~first)
         # row 0 was the same in both calls
-        sizes["repeat"] = moved(call(module, x), slice(None)) if leaking(sizes) else sizes["rows"]
+        sizes["repeat"] = moved(output(x), slice(None)) if leaking(sizes) else sizes["rows"]
         if huge:
-            sizes["huge"] = moved(call(module, torch.where(later[..., None], HUGE * other, x)), ~later)
+            sizes["huge"] = moved(output(torch.where(later[..., None], HUGE * other, x)), ~later)
         if lengths:
-            sizes["length"] = max(moved(call(module, x[:1, :t]), slice(None)) for t in cuts)
+            sizes["length"] = max(moved(output(x[:1, :t]), slice(None)) for t in cuts)
     return sizes
 
 
@@ -121,10 +122,9 @@ def find_leak(model, dtype=torch.float32):
     def look(modules, T, borders, precision, **which):
         cuts = sorted(t for t in borders if 0 < t < T) or [T]
         x = torch.randn(1 + len(cuts), T, config.n_embd, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            for where, module in modules:
-                sizes = leaks(module, x.to(torch.promote_types(precision, torch.float32)), cuts, **which)
-                found.update({kind: where for kind in leaking(sizes, precision)})
+        for where, module in modules:
+            sizes = leaks(module, x.to(torch.promote_types(precision, torch.float32)), cuts, autocast=precision == torch.bfloat16, **which)
+            found.update({kind: where for kind in leaking(sizes, precision)})
 
     for training in (True, False):
         bare = bare_copy(model, noise=0.1 if training else 0).train(training)

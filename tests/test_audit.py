@@ -199,6 +199,12 @@ def test_the_check_leaves_the_model_and_the_random_numbers_alone(mixer):
     assert all(p.requires_grad and p.grad is None and p.dtype == torch.float32 for p in model.parameters())
 
 
+@every_mixer
+def test_no_false_alarm_in_bfloat16_over_a_long_context(mixer):
+    """Wide enough that linear attention's keys grow beyond what one reference per chunk can hold."""
+    assert find_leak(make(mixer, n_layer=1, n_embd=384, n_head=6, block_size=256), torch.bfloat16) is None
+
+
 def test_a_leak_of_the_runs_own_length_or_precision_is_found(planted):
     assert find_leak(make("long_only", block_size=100)) is None
     assert "mixer long_only: an output depends on a later token" in find_leak(make("long_only", block_size=128))

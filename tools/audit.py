@@ -108,8 +108,7 @@ def causality(subject, lengths=LENGTHS, rough_lengths=ROUGH_LENGTHS):
         x = normal(1 + len(cuts), T, model.config.n_embd).to(dtype)
         for where, module in (("model", model), *parts(model).items()):
             for training in (False, True):
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    found = leaks(module.train(training), x, cuts, lengths and not (training and model.config.dropout), huge)
+                found = leaks(module.train(training), x, cuts, lengths and not (training and model.config.dropout), huge, autocast)
                 at = f"{where}, {T} tokens, {'training' if training else 'evaluation'}, {'autocast' if autocast else str(dtype)[6:]}"
                 for kind, size in found.items():
                     most = limit(kind, torch.bfloat16 if autocast else dtype)
