@@ -122,19 +122,18 @@ def test_passkeys_stand_at_their_depth(depth):
 
 
 def test_what_needs_no_recall():
-    """The README's figures of guessing: in mqar any value of the row, and the one most often due at that place; in copying the most
-    frequent of the symbols that are still due, whose order is not known."""
-    any_value, by_place = [], []
+    """The README's figures of guessing: in mqar the value most often due at that place (any of the row's is right in 3 of 28 answers); in
+    copying the most frequent of the symbols that are still due, whose order is not known."""
+    by_place = []
     for pairs in (4, 8, 16):
         tokens, targets = draw(tasks.mqar, n=4000, vocab_size=64, length=64, pairs=pairs)
         row, place = np.nonzero(targets)
         index = (tokens[row, 1:2 * pairs:2] == targets[row, place][:, None]).argmax(1)  # of the pair asked for
         count = np.zeros((64, pairs))
         np.add.at(count, (place, index), 1)
-        any_value.append(4000)
         by_place.append(count.max(1).sum())
     answers = 4000 * (4 + 8 + 16)
-    assert sum(any_value) / answers == pytest.approx(0.107, abs=1e-3) and sum(by_place) / answers == pytest.approx(0.16, abs=5e-3)
+    assert sum(by_place) / answers == pytest.approx(0.16, abs=5e-3)
     right = answers = 0
     for length, symbols in ((16, 8), (32, 16), (64, 8), (64, 16)):
         _, targets = draw(tasks.copying, n=1000, vocab_size=32, length=length, symbols=symbols)
