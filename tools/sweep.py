@@ -27,7 +27,7 @@ from typing import Literal, Optional
 from bench import mixer_names
 from config import BadInput, Options, checked, exit_on_bad_input, option, parse_options
 from data import load_dataset
-from data.files import write_file, writing
+from data.files import write_file
 from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of
 from run import holds_run
 from tools.matching import matched
@@ -122,8 +122,6 @@ class Sweep:
         there = [Path(run.folder).name for run in runs if run.finished()]
         record = {"config": self.config_file, "mixers": self.mixers, "learning_rates": self.rates, "seeds": self.options.seeds, "match": self.options.match,
                   "chosen": chosen, "runs": earlier + there, "missing": [name for name in names if name not in there], "failed": self.failed}
-        with writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
         write_file(path, (json.dumps(record, indent=1) + "\n").encode())
         return record["runs"]
 
