@@ -37,13 +37,17 @@ import torch
 from tqdm import tqdm
 
 import data.dataset
-from checkpoint import model_config
-from config import BadInput, ModelOptions, checked, exit_on_bad_input, option, parse_options
-from data.files import check_name, write_file, writing
-from device import choose_device, choose_dtype, lacks_compiler
-from measure import run_cell
-from mixers import MIXERS, has_effect, layer_mixers, load_mixer_file, mechanism_of
-from scaling import TABLE_HEAD, plot, scaling, scaling_line, summary, table_line, write_csv
+from base.command_line import parse_options
+from base.errors import BadInput, exit_on_bad_input
+from base.files import write_file, writing
+from base.options import checked, option
+from config import ModelOptions
+from data.files import check_name
+from mixers import has_effect, load_mixer_file, mechanism_of, mixer_names
+from model import model_config
+from tools.bench_measure import run_cell
+from tools.bench_scaling import TABLE_HEAD, plot, scaling, scaling_line, summary, table_line, write_csv
+from training.device import choose_device, choose_dtype, lacks_compiler
 
 BATCHES = {"train": "4", "prefill": "4", "decode": "1,32"}  # the modes, and their batches unless set
 ONE_OF_EACH_KIND = "softmax,linformer,lln,causal_max,pelican"
@@ -83,16 +87,6 @@ def listed(name, text, choices=None):
     return entries if choices else [int(entry) for entry in entries]
 
 
-def mixer_names(options):
-    if options.mixers == "all":
-        return list(MIXERS)
-    names = (options.mixers or f"{ONE_OF_EACH_KIND},{options.mixer.replace(',', '+')}").split(",")
-    try:
-        return list(dict.fromkeys("+".join(layer_mixers(name)) for name in names))
-    except ValueError as error:
-        raise BadInput(f"--mixers={options.mixers or options.mixer}: {error}") from error
-
-
 def model_of(options, mixer, length, vocab_size):
     """All options of a GPTConfig, as a dict."""
     values = {f.name: getattr(options, f.name) for f in fields(ModelOptions) if has_effect(f.name, mixer, options.n_layer)}
@@ -119,7 +113,8 @@ def machine_of(device):
 
 def code_of(mixer_file):
     """A checksum of all code that is measured: figures of other code do not count."""
-    files = [*sorted((ROOT / "mixers").glob("*.py")), *(ROOT / f"{name}.py" for name in ("device", "loss", "measure", "model", "train"))]
+    files = [path for folder in ("base", "mixers", "training") for path in sorted((ROOT / folder).rglob("*.py"))]
+    files += [ROOT / name for name in ("model.py", "train.py", "tools/bench_measure.py")]
     files += [mixer_file] if mixer_file else []
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
 
@@ -181,7 +176,7 @@ def main():
             raise BadInput(f"--{name} is of one model; give --{here} instead")
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
-    names, lengths = mixer_names(options), listed("lengths", options.lengths)
+    names, lengths = mixer_names(options.mixers or f"{ONE_OF_EACH_KIND},{options.mixer.replace(',', '+')}"), listed("lengths", options.lengths)
     for name in given:
         if not any(has_effect(name, mixer, options.n_layer) for mixer in names):
             raise BadInput(f"--{name} has no effect: none of {', '.join(names)} is {mechanism_of(name)}; leave it out")

@@ -8,6 +8,7 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D = C / H, V vocabulary, 
 """
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import Field
 
-from config import ModelOptions, checked
-from loss import cross_entropy, head_loss
+from base.command_line import one_line
+from base.errors import BadInput
+from base.loss import cross_entropy, head_loss
+from base.options import checked
+from config import ModelOptions
 from mixers import MIXERS, has_effect, layer_mixers, mechanism_of
 from mixers.causal_reduction import causal_reduce, reduction_state_bytes
 
@@ -55,6 +59,17 @@ class GPTConfig(ModelOptions):
         for f in fields(ModelOptions):
             if getattr(self, f.name) != f.default.default and not has_effect(f.name, self.mixer, self.n_layer):
                 raise ValueError(f"{f.name} has no effect: no layer of mixer {self.mixer!r} is {mechanism_of(f.name)}; leave it out")
+
+
+def model_config(values, source):
+    """The GPTConfig within `values` (dict); BadInput naming `source` if it does not hold together."""
+    names = {f.name for f in fields(GPTConfig)}
+    try:
+        return GPTConfig(**{name: value for name, value in values.items() if name in names})
+    except ValueError as error:
+        own = isinstance(source, Path) and values.get("mixer_file")
+        hint = f"; it was trained with --mixer_file={values['mixer_file']}: name that again" if own else ""
+        raise BadInput(f"{source}: {one_line(error)}{hint}") from error
 
 
 class Dropout(nn.Dropout):

@@ -6,15 +6,17 @@ only a model with learned positions reads its last half block again whenever it 
 import codecs
 import sys
 import time
-from pathlib import Path
 from typing import Literal, Optional
 
 import torch
 
-import checkpoint
-from config import BadInput, checked, exit_on_bad_input, option, parse_options
-from device import choose_device, choose_dtype, ready_to_decode
+from base.command_line import parse_options
+from base.errors import BadInput, exit_on_bad_input
+from base.options import checked, option
+from data.tokenizer import read_prompt
 from mixers import load_mixer_file
+from training import checkpoint
+from training.device import choose_device, choose_dtype, ready_to_decode
 
 
 @checked
@@ -32,25 +34,6 @@ class SampleOptions:
     mixer_file: Optional[str] = option(None, "the Python file of the mixer, if the run was trained with one")
 
 
-def read_prompt(start, tokenizer):
-    """Token ids (1, T) of the prompt. BadInput if it is empty, unreadable or outside the alphabet."""
-    if start is None and tokenizer.name == "numbers":
-        raise BadInput("this model was trained on a recall task, whose tokens are numbers: start with some, for example --start='3 40 3'")
-    if start is None:
-        try:
-            return torch.tensor([tokenizer.encode("\n")])
-        except BadInput:  # a text without line breaks
-            return torch.tensor([[0]])
-    if start.startswith("FILE:"):
-        try:
-            start = Path(start[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"--start={start}: {error}; name a text file in UTF-8") from error
-    if not start:
-        raise BadInput("--start is empty; give at least one character or leave it out")
-    return torch.tensor([tokenizer.encode(start)])
-
-
 @exit_on_bad_input("sample.py")
 def main():
     options, *_ = parse_options(SampleOptions, sys.argv[1:], __doc__.splitlines()[0], with_config_file=False)
@@ -63,7 +46,7 @@ def main():
     model = checkpoint.build_model(run).to(device)
     dtype = choose_dtype(options.dtype, device, model.config.n_embd)
     ready_to_decode(model, dtype)
-    prompt = read_prompt(options.start, run.tokenizer).to(device)
+    prompt = torch.tensor([read_prompt(options.start, run.tokenizer)]).to(device)
     generator = torch.Generator(device).manual_seed(options.seed)
     started, drawn = time.perf_counter(), 0
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from causality import find_leak
-from config import BadInput, ModelOptions, exit_on_bad_input
+from base.errors import BadInput, exit_on_bad_input
+from config import ModelOptions
 from data import load_dataset
-from device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
-from metrics import Metrics
-from model import GPT
-from parallel import World, join, synchronise_gradients
-from run import check_tokenizer, compare_with, prepared_folder, read_options, start_from, train_alone
+from model import GPT, model_config
+from training import checkpoint
+from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
+from training.leaks import find_leak
+from training.metrics import Metrics
+from training.parallel import World, join, synchronise_gradients
+from training.run_folder import check_tokenizer, compare_with, prepared_folder, read_options, start_from, train_alone
 
 EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more is no faster and needs memory
 
@@ -37,7 +38,7 @@ EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more i
 def main():
     world = World()
     options, saved = read_options(sys.argv[1:], __doc__.splitlines()[0])
-    config = checkpoint.model_config(asdict(options) | {"vocab_size": 1}, "options")  # refused before data are fetched
+    config = model_config(asdict(options) | {"vocab_size": 1}, "options")  # refused before data are fetched
     device = world.start(choose_device(options.device), options)
     dtype = choose_dtype(options.dtype, device, options.n_embd)
     data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))

@@ -9,8 +9,9 @@ import math
 import numpy as np
 import torch
 
-from config import BadInput
-from data.files import DATA, check_name, how_to_prepare, read_json, shown
+from base.errors import BadInput
+from base.files import read_json, shown
+from data.files import DATA, check_name, how_to_prepare
 from data.tokenizer import CharTokenizer, load_tokenizer
 
 SCAN = 2**22  # tokens checked at a time, so that a large file never sits in memory

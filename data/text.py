@@ -4,8 +4,10 @@ Run: python -m data.text --input my.txt --name mine --tokenizer=char    then: py
 """
 from pathlib import Path
 
-from config import BadInput, Parser, exit_on_bad_input
-from data.files import DATA, check_name, read_json, write_text_dataset
+from base.command_line import Parser
+from base.errors import BadInput, exit_on_bad_input
+from base.files import read_json
+from data.files import DATA, check_name, write_text_dataset
 from data.sources import gpt2, sha256_of
 from data.tokenizer import char_tokenizer_of
 

@@ -11,8 +11,8 @@ import json
 import re
 from pathlib import Path
 
-from config import BadInput
-from data.files import read_json, shown
+from base.errors import BadInput
+from base.files import read_json, shown
 
 # GPT-2's rule for cutting text into words before merging, in the form tiktoken gives it (same words, less backtracking)
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -154,3 +154,22 @@ def load_tokenizer(path):
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise BadInput(f"{path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
     raise BadInput(f"{path} names the tokenizer {kind!r}; have char, gpt2, numbers; {remedy}")
+
+
+def read_prompt(start, tokenizer):
+    """Token ids of the prompt. BadInput if it is empty, unreadable or outside the alphabet."""
+    if start is None and tokenizer.name == "numbers":
+        raise BadInput("this model was trained on a recall task, whose tokens are numbers: start with some, for example --start='3 40 3'")
+    if start is None:
+        try:
+            return tokenizer.encode("\n")
+        except BadInput:  # a text without line breaks
+            return [0]
+    if start.startswith("FILE:"):
+        try:
+            start = Path(start[5:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--start={start}: {error}; name a text file in UTF-8") from error
+    if not start:
+        raise BadInput("--start is empty; give at least one character or leave it out")
+    return tokenizer.encode(start)

@@ -13,7 +13,7 @@ It may also say what it costs, and ask to be told of each optimiser step:
     state_bytes(T, dtype)   bytes of one sequence's state after T tokens, when activations are of that torch.dtype
     apply_statistics()      called once per optimiser step: the forward pass may collect statistics, never apply them
 
-A mixer whose q, k and v come from a QKV (mixers/attention.py) named c_attn, and whose heads end in a c_proj, shows its attention matrix
+A mixer whose q, k and v come from a QKV (mixers/parts/heads.py) named c_attn, and whose heads end in a c_proj, shows its attention matrix
 in tools/inspect_attention.py without further code.
 
 To add one: write mixers/mine.py, import its class here and add a line to MIXERS. Tests, benchmark and audit take it from there.
@@ -23,8 +23,8 @@ import runpy
 from functools import partial
 from pathlib import Path
 
-from config import BadInput, is_file
-
+from base.errors import BadInput
+from base.files import is_file
 from mixers.causal_reduction import CausalReduction
 from mixers.linear import Linear
 from mixers.linformer import Linformer
@@ -68,6 +68,16 @@ def layer_mixers(mixer, n_layer=None):
         if name not in MIXERS:
             raise ValueError(f"mixer {name!r}; have {', '.join(sorted(MIXERS))}")
     return [pattern[i % len(pattern)] for i in range(n_layer or len(pattern))]
+
+
+def mixer_names(text):
+    """The entries of a list of mixers, each a name or a pattern joined by +; "all" is every one. BadInput with the choices."""
+    if text == "all":
+        return list(MIXERS)
+    try:
+        return list(dict.fromkeys("+".join(layer_mixers(name)) for name in text.split(",")))
+    except ValueError as error:
+        raise BadInput(f"--mixers={text}: {error}") from error
 
 
 def has_effect(option, mixer, n_layer):

@@ -2,7 +2,7 @@
 
     phi(u) = elu(u) + 1,   y_t = phi(q_t)^T S_t / (phi(q_t)^T z_t),  S_t = sum_{s<=t} phi(k_s) v_s^T,  z_t = sum_{s<=t} phi(k_s)
 
-q, k, v, y (B, H, T, D). State: S, z and the key maximum, see mixers/chunkwise.py.
+q, k, v, y (B, H, T, D). State: S, z and the key maximum, see mixers/parts/chunkwise.py.
 
 Deviation: features are formed as logarithms, log phi(u) = log(1 + u) above 0 and u below. So phi does not round to 0 at
 u < -17, where float32 would make rows 0/0.
@@ -10,8 +10,8 @@ u < -17, where float32 would make rows 0/0.
 import torch
 import torch.nn as nn
 
-from mixers.attention import QKV, merge_heads, qkv_flops, repeat_heads
-from mixers.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
+from mixers.parts.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
+from mixers.parts.heads import QKV, merge_heads, qkv_flops, repeat_heads
 
 
 def log_elu_plus_one(u):

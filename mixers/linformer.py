@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn as nn
 
-from mixers.attention import QKV, causal_attention, into_blocks, merge_heads, qkv_flops, repeat_heads, rotate
+from mixers.parts.heads import QKV, causal_attention, into_blocks, merge_heads, qkv_flops, repeat_heads, rotate
 
 
 class Linformer(nn.Module):

@@ -3,7 +3,7 @@
     phi_q(q) = exp(alpha q),  phi_k(k) = exp(beta k), element-wise
     y_t = phi_q(q_t)^T S_t / (phi_q(q_t)^T z_t),  S_t = sum_{s<=t} phi_k(k_s) v_s^T,  z_t = sum_{s<=t} phi_k(k_s)
 
-q, k, v, y (B, H, T, D); alpha, beta (H). State: S, z and the key maximum, see mixers/chunkwise.py.
+q, k, v, y (B, H, T, D); alpha, beta (H). State: S, z and the key maximum, see mixers/parts/chunkwise.py.
 
 Moment matching: alpha = s / sigma_q and beta = s / sigma_k, where s is such that the variance of the log weights,
 log(phi_q(q) . phi_k(k)) over independent q and k, is softmax attention's, sigma_q^2 sigma_k^2. No gradient goes through them.
@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from mixers.attention import QKV, Wide, merge_heads, qkv_flops, repeat_heads
-from mixers.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
+from mixers.parts.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
+from mixers.parts.heads import QKV, Wide, merge_heads, qkv_flops, repeat_heads
 
 PUBLISHED_A, PUBLISHED_B = 0.14855178, -0.35487039
 DECAY = 0.99  # of the moving averages, per optimiser step

@@ -11,8 +11,8 @@ With RoPE only Diag rotates: the exponential of a rotated vector encodes no rela
 import torch
 import torch.nn as nn
 
-from mixers.attention import cache_bytes, causal_attention, causal_attention_flops, into_blocks, merge_heads, repeat_heads, rotate
 from mixers.lln import LLN
+from mixers.parts.heads import cache_bytes, causal_attention, causal_attention_flops, into_blocks, merge_heads, repeat_heads, rotate
 
 
 def block_attention(q, k, v, n_before):

@@ -4,7 +4,7 @@
     y_t = sum_{s<=t} phi(q_t).phi(k_s) v_s / sum_{s<=t} phi(q_t).phi(k_s),   E[phi(q).phi(k)] = exp(q.k / sqrt(D))
 
 q, k, v, y (B, H, T, D); omega (m, D), its rows Gaussian in length and orthogonal within blocks of D, one for all heads of
-a layer, drawn from the seed and saved. State: S (B, H, m, D), z and the key maximum, see mixers/chunkwise.py.
+a layer, drawn from the seed and saved. State: S (B, H, m, D), z and the key maximum, see mixers/parts/chunkwise.py.
 
 Default m: D log D, rounded to a multiple of 8. --performer_redraw=N draws omega anew every N optimiser steps.
 """
@@ -13,8 +13,8 @@ import math
 import torch
 import torch.nn as nn
 
-from mixers.attention import QKV, Wide, merge_heads, qkv_flops, repeat_heads, rotate
-from mixers.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
+from mixers.parts.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
+from mixers.parts.heads import QKV, Wide, merge_heads, qkv_flops, repeat_heads, rotate
 
 
 def orthogonal_gaussian(m, D, generator):

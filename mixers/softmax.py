@@ -8,7 +8,7 @@ Deviation: no dropout on the attention weights (most mixers have none to drop); 
 """
 import torch.nn as nn
 
-from mixers.attention import QKV, Cache, cache_bytes, causal_attention, causal_attention_flops, merge_heads, qkv_flops, rotate
+from mixers.parts.heads import QKV, Cache, cache_bytes, causal_attention, causal_attention_flops, merge_heads, qkv_flops, rotate
 
 
 class Softmax(nn.Module):

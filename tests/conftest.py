@@ -28,7 +28,7 @@ TINY = ["--dataset=letters", "--n_layer=1", "--n_head=2", "--n_embd=16", "--bloc
 
 def copy_repository(folder):
     """The sources alone: no runs, no prepared data, nothing of a user's own."""
-    for name in ("configs", "data", "mixers", "tools"):
+    for name in ("base", "configs", "data", "mixers", "tools", "training"):
         shutil.copytree(ROOT / name, folder / name, ignore=CODE)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
@@ -132,6 +132,7 @@ def here(home, tmp_path, monkeypatch):
     from mixers import MIXERS
     for module in (data.files, data.dataset):
         monkeypatch.setattr(module, "DATA", home / "data")
+    monkeypatch.setattr("base.files.ROOT", home)
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -7,10 +7,10 @@ import torch
 from conftest import ROOT, TINY, metrics, run
 from planted import PLANTED, Honest
 
-from causality import KINDS, find_leak, leaks
 from mixers import MIXERS
 from model import GPT, GPTConfig
 from tools import audit
+from training.leaks import KINDS, find_leak, leaks
 
 PLANTED_FILE = ROOT / "tests" / "planted.py"
 OURS = sorted(MIXERS)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, Script, run
 
-import measure
 from bench import BenchOptions, model_of
 from mixers import MIXERS
 from model import GPT, GPTConfig
-from scaling import crossover, exponent, plot, scaling, summary
+from tools import bench_measure as measure
+from tools.bench_scaling import crossover, exponent, plot, scaling, summary
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--device=cpu", "--dtype=float32", "--dataset=letters", "--rounds=1", "--seconds=0.01"]
 

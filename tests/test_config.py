@@ -6,11 +6,13 @@ import pytest
 from conftest import ROOT
 
 import train as train_script
-from config import BadInput, ModelOptions, Options, parse_options
+from base.command_line import parse_options
+from base.errors import BadInput
+from config import ModelOptions, Options
 from mixers import MIXERS
 from model import GPTConfig
 from sample import SampleOptions
-from run import read_options
+from training.run_folder import read_options
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, content, copy_repository, one_line, run
 
-from config import BadInput
+from base.errors import BadInput
 from data import dataset, load_dataset
 from data.cosmopedia import prepare as cosmopedia
 from data.tokenizer import gpt2_tokenizer

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 from mixers import MIXERS
-from mixers.cpu_attention import BLOCK, BlockedAttention
+from mixers.parts.cpu_attention import BLOCK, BlockedAttention
 from model import GPT, Dropout, GPTConfig
+from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 
 needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
 

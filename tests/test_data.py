@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import BadInput
+from base.errors import BadInput
 from data import dataset, files, load_dataset, sources, text
 from data.tokenizer import CharTokenizer, char_tokenizer_of, gpt2_tokenizer, load_tokenizer
 
@@ -61,6 +61,7 @@ def data(monkeypatch, tmp_path):
         shutil.copy(ROOT / "data" / name / "prepare.py", folder / name)
     for module in (files, dataset, sources, text):
         monkeypatch.setattr(module, "DATA", folder)
+    monkeypatch.setattr("base.files.ROOT", folder.parent)
     return folder
 
 
@@ -70,7 +71,7 @@ def clone(tmp_path):
     folder = tmp_path / "clone"
     code = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "__pycache__")
     shutil.copytree(ROOT / "data", folder / "data", ignore=code)
-    shutil.copy(ROOT / "config.py", folder)
+    shutil.copytree(ROOT / "base", folder / "base", ignore=code)
     return folder
 
 

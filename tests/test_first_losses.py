@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from config import Options
 from mixers import MIXERS
 from model import GPT, GPTConfig
 from train import make_optimizer
-from config import Options
 
 RECORD = Path(__file__).with_name("first_losses.json")
 

@@ -12,8 +12,9 @@ from dataclasses import fields
 import pytest
 from conftest import TINY
 
-from checkpoint import FILES
-from config import Options, is_bool
+from base.command_line import is_bool
+from config import Options
+from training.checkpoint import FILES
 
 JUNK = ["", " ", "x", "1x", "--", "1,5", "0x10", "1e", "None of it", "[]", "{}", "é", "\u202e", "1 2", "__import__('os')", "$HOME", "%s%n"]
 

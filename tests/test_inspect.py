@@ -12,14 +12,16 @@ from safetensors.numpy import load_file
 from scipy import stats
 from test_mixers import make, tokens
 
-import checkpoint
 from data.tokenizer import CharTokenizer
 from mixers import MIXERS
-from mixers.attention import QKV, repeat_heads, rotate
 from mixers.linear import log_elu_plus_one
+from mixers.parts.heads import QKV, repeat_heads, rotate
 from mixers.performer import log_features
-from tools import attention_pictures, inspect_attention, measures
+from tools import inspect_attention
+from tools import inspect_measures as measures
+from tools import inspect_plots as attention_pictures
 from tools.inspect_attention import NoMatrix, attention_matrix, influence, inspect, model_influence, reach
+from training import checkpoint
 
 every_mixer = pytest.mark.parametrize("mixer", sorted(MIXERS))
 WITH_MATRIX = {"softmax", "ssa", "lln", "lln_diag", "linear", "performer"}

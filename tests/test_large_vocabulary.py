@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 
-import loss as loss_module
+from base import loss as loss_module
 from model import GPT, GPTConfig
 
 PEAK = """
-import loss, resource, sys, torch
+import resource, sys, torch
+from base import loss
 from model import GPT, GPTConfig
 if sys.argv[1] == "plain":
     loss.LOGITS_AT_ONCE = 2**40

@@ -5,10 +5,10 @@ import pytest
 import torch
 from test_mixers import make, tokens
 
-from mixers.chunkwise import CHUNK, linear_attention
-from mixers.lln import DECAY, PUBLISHED_A, PUBLISHED_B, Matching, matching_table
-from mixers.performer import log_features, orthogonal_gaussian
 from mixers.linear import log_elu_plus_one
+from mixers.lln import DECAY, PUBLISHED_A, PUBLISHED_B, Matching, matching_table
+from mixers.parts.chunkwise import CHUNK, linear_attention
+from mixers.performer import log_features, orthogonal_gaussian
 
 LENGTHS = [1, 2, 63, 64, 65, 128, 130, 200]
 
@@ -245,7 +245,7 @@ def test_lln_diag_is_lln_and_softmax_within_blocks(mode, skeleton):
     w = ((alpha[:, None, None] * q).exp() @ (beta[:, None, None] * k).exp().mT).tril()
     lln = w @ v / w.sum(-1, keepdim=True)
     if skeleton == "llama":
-        from mixers.attention import rotate
+        from mixers.parts.heads import rotate
         q, k = rotate(q, 0, 10000.0), rotate(k, 0, 10000.0)
     position = torch.arange(45)
     visible = (position[:, None] // 8 == position // 8) & (position[:, None] >= position)  # D = 8
@@ -311,7 +311,7 @@ def test_linformer_is_one_softmax_over_slots_and_own_segment(skeleton):
     mixer, x = model.blocks[0].mixer, torch.randn(1, 45, 32, dtype=torch.float64)
     q, k, v = heads_of(mixer, x)
     if skeleton == "llama":
-        from mixers.attention import rotate
+        from mixers.parts.heads import rotate
         q, k = rotate(q, 0, 10000.0), rotate(k, 0, 10000.0)
     expected = torch.empty_like(q)
     for t in range(45):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import ROOT, Script, metrics
 
-from config import Options, parse_options
-from run import holds_run
+from base.command_line import parse_options
+from config import Options
 from tools import pelican_figure
 from tools.ngrams import Counts, D, K, counted_losses
-from tools.runs import Run
 from tools.score import scores_of
+from tools.sweep_runs import Run
+from training.run_folder import holds_run
 
 # -- counting ---------------------------------------------------------------------------------------------------------
 
@@ -76,7 +77,7 @@ def test_the_four_cells_differ_in_mixer_temperature_and_ffn_bias_alone():
 
 def test_the_author_s_rate_after_150_steps(train, here):
     import train as script
-    from run import read_options
+    from training.run_folder import read_options
     options, _ = read_options([str(ROOT / "configs/cosmopedia_pelican.py")], "")
     assert script.learning_rate(0, options) == 1e-3 and script.learning_rate(150, options) == pytest.approx(0.976e-3)
 

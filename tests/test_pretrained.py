@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_model import redraw
 from test_train import equal, weights
 
-import checkpoint
-import pretrained
-from config import BadInput
+from base.errors import BadInput
 from data.tokenizer import char_tokenizer_of, gpt2_tokenizer
 from model import GPT, GPTConfig
 from tools import export_hf
+from training import checkpoint, pretrained
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n"
 SHORT = ["--dataset=letters", "--batch_size=2", "--device=cpu", "--eval_tokens=500", "--warmup_iters=0", "--learning_rate=0.01"]

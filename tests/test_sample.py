@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, one_line, run
 
-import checkpoint
+from training import checkpoint
 
 END = "\n---------------\n"
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_mixers import make, tokens
 
-import checkpoint
 from model import GPT, GPTConfig
+from training import checkpoint
 
 OFF = dict(ssa_query_token=False, ssa_query_position=False, ssa_value_token=False)
 ON = dict(ssa_key_token=True, ssa_key_position=True, ssa_value_position=True)

@@ -18,14 +18,17 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, metrics, one_line, run
 from scipy import stats
 
-import checkpoint
-from config import BadInput, Options
+from base.errors import BadInput
+from config import Options
 from mixers import MIXERS, has_effect, load_mixer_file
-from run import read_options
-from tools import compare, runs
+from model import model_config
+from tools import compare
 from tools import sweep as sweeping
-from tools.matching import TOLERANCE, matched, size
+from tools import sweep_runs as runs
 from tools.score import STRIDE, score
+from tools.sweep_matching import TOLERANCE, matched, size
+from training import checkpoint
+from training.run_folder import read_options
 
 SHORT = [a for a in TINY if not a.startswith("--learning_rate")] + ["--max_iters=4", "--eval_interval=2", "--log_interval=1"]
 ALONE = {"WANDB_MODE": "offline"}
@@ -120,7 +123,7 @@ def test_only_a_run_of_the_same_options_is_finished(home, swept, here, tmp_path,
     def arguments(more):
         return tuple(SHORT + ["--mixer=softmax", "--learning_rate=0.01"] + more)
     config = vars(read_options(list(arguments(ran)), "")[0]) | {"out_dir": "there"}
-    config |= asdict(checkpoint.model_config(config | {"vocab_size": 1}, "test"))
+    config |= asdict(model_config(config | {"vocab_size": 1}, "test"))
     folder = shutil.copytree(swept / "softmax-lr0.03-seed1", tmp_path / "run")
     (folder / "config.json").write_text(json.dumps(config))
     run = runs.Run(str(folder), arguments(wanted))
@@ -385,12 +388,12 @@ def test_matching_brings_every_mixer_to_the_baselines_size(what, baseline):
     for mixer in MIXERS:
         found, reached, target = matched(options, mixer, baseline, what, 65)
         changed = {name: value for name, (_, value) in found.items()}
-        assert target == size(checkpoint.model_config(own(baseline), "test"), what)
+        assert target == size(model_config(own(baseline), "test"), what)
         assert abs(reached / target - 1) <= TOLERANCE, (mixer, reached, target)
-        config = checkpoint.model_config(own(mixer) | changed, "test")
+        config = model_config(own(mixer) | changed, "test")
         assert size(config, what) == reached
         assert set(changed) <= {"n_embd", "ffn_hidden"} and (changed or mixer not in ("pelican", "causal_max"))
-        assert all(before == getattr(checkpoint.model_config(own(mixer), "test"), name) for name, (before, _) in found.items())
+        assert all(before == getattr(model_config(own(mixer), "test"), name) for name, (before, _) in found.items())
 
 
 def test_sizes_that_cannot_be_matched_are_said_so():

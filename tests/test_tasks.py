@@ -1,9 +1,7 @@
 """The recall tasks: an oracle that reads each row from its start agrees with every answer; splits share nothing; batches
 are whole rows; accuracy is counted right; the scripts take them as they take a text."""
-import json
 import math
 import re
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +10,11 @@ import torch
 from conftest import ROOT, copy_repository, metrics, run
 
 import train as train_script
-from config import BadInput
+from base.errors import BadInput
 from data import dataset, files, load_dataset, tasks
 from data.tokenizer import NumberTokenizer, load_tokenizer
 from mixers import MIXERS
-from parallel import World
+from training.parallel import World
 
 SETS = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py") if "write_task" in path.read_text())
 SMALL = [name for name in SETS if not name.endswith("_paper")]

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, content, metrics, one_line, run, untimed
 from safetensors.torch import load_file
 
-import checkpoint
-from run import read_options
+from training import checkpoint
+from training.run_folder import read_options
 
 KEYS = {"iter", "train_loss", "val_loss", "val_bpb", "lr", "tokens", "tokens_per_s", "seconds"}
 STRAIGHT = ("--dropout=0.1", "--eval_interval=10", "--log_interval=5")  # how `trained` was made, besides TINY

@@ -28,12 +28,14 @@ from typing import Callable, NamedTuple, Optional
 
 import torch
 
-import checkpoint
-from causality import KINDS, bare_copy, difference, leaks, limit, parts
-from config import BadInput, checked, exit_on_bad_input, option, parse_options
+from base.command_line import parse_options
+from base.errors import BadInput, exit_on_bad_input
+from base.options import checked, option
 from mixers import MIXERS, layer_mixers, load_mixer_file
-from mixers.attention import Room
+from mixers.parts.heads import Room
 from model import GPT, GPTConfig
+from training import checkpoint
+from training.leaks import KINDS, bare_copy, difference, leaks, limit, parts
 
 SKELETONS = (dict(pos="none"), dict(arch="llama", n_kv_head=2, dropout=0.1))
 LENGTHS = (2, 64, 130, 200, 256)

@@ -29,17 +29,18 @@ import numpy as np
 import torch
 from scipy import stats
 
-from checkpoint import model_config
-from config import BadInput, checked, exit_on_bad_input, option, parse_options
-from data.files import read_json, write_file, writing
-from device import choose_device
-from metrics import start_wandb
+from base.command_line import parse_options
+from base.errors import BadInput, exit_on_bad_input
+from base.files import read_json, write_file, writing
+from base.options import checked, option
 from mixers import has_effect, load_mixer_file
-from model import GPT
-from run import holds_run
-from tools import comparison_plots as plots
-from tools.runs import ASIDE, read_sweep
+from model import GPT, model_config
+from tools import compare_plots as plots
 from tools.score import scores_of
+from tools.sweep_runs import ASIDE, read_sweep
+from training.device import choose_device
+from training.metrics import start_wandb
+from training.run_folder import holds_run
 
 SIGNIFICANT = 0.05
 MUST_AGREE = ("dataset", "block_size", "eval_tokens")  # otherwise the losses are not of the same thing

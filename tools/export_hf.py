@@ -14,11 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import checkpoint
-from config import BadInput, checked, exit_on_bad_input, option, parse_options
+from base.command_line import parse_options
+from base.errors import BadInput, exit_on_bad_input
+from base.options import checked, option
 from data.tokenizer import GPT2Tokenizer, printable_bytes
 from mixers import layer_mixers
-from pretrained import ACTIVATIONS, FIELDS, PREFIX, layers
+from model import model_config
+from training import checkpoint
+from training.pretrained import ACTIVATIONS, FIELDS, PREFIX, layers
 
 
 @checked
@@ -108,7 +111,7 @@ def main():
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise BadInput(f"--to={to} already exists; choose another folder or delete it")
     run = checkpoint.load(options.out_dir, options.checkpoint)
-    config = checkpoint.model_config(run.config, run.folder / "config.json")
+    config = model_config(run.config, run.folder / "config.json")
     check_expressible(config)
     model = checkpoint.build_model(run)
     is_bpe = isinstance(run.tokenizer, GPT2Tokenizer)

@@ -22,18 +22,20 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-import checkpoint
-from config import BadInput, checked, exit_on_bad_input, option, parse_options
+from base.command_line import parse_options
+from base.errors import BadInput, exit_on_bad_input
+from base.options import checked, option
 from data import files, load_dataset
-from device import choose_device
+from data.tokenizer import read_prompt
 from mixers import layer_mixers, load_mixer_file
-from mixers.attention import QKV, repeat_heads
 from mixers.lln import LLN
+from mixers.parts.heads import QKV, repeat_heads
 from mixers.ssa import SSA
-from run import check_tokenizer
-from sample import read_prompt
-from tools import attention_pictures as pictures
-from tools import measures
+from tools import inspect_measures as measures
+from tools import inspect_plots as pictures
+from training import checkpoint
+from training.device import choose_device
+from training.run_folder import check_tokenizer
 
 INFLUENCE_TOKENS = 64  # the influence maps' part of the text: their cost grows with its square
 PROBES = 16            # random directions that the norm of a Jacobian is estimated from
@@ -218,7 +220,7 @@ def read_tokens(options, run, config):
     if config.pos == "learned" and (options.length or 0) > block:
         raise BadInput(f"--length={options.length}: the model has learned positions for {block} tokens only; choose at most {block}")
     if options.start is not None:
-        idx = read_prompt(options.start, run.tokenizer)
+        idx = torch.tensor([read_prompt(options.start, run.tokenizer)])
         if options.length is None and idx.size(1) > block:
             raise BadInput(f"--start is {idx.size(1)} tokens, and the model's block_size {block}; shorten it, or read its beginning "
                            f"with --length={block}")

@@ -14,12 +14,15 @@ from typing import Optional
 import numpy as np
 from matplotlib.figure import Figure
 
-from config import BadInput, Options, checked, exit_on_bad_input, option, parse_options, read_config_file
+from base.command_line import parse_options, read_config_file
+from base.errors import BadInput, exit_on_bad_input
+from base.files import read_json, write_file
+from base.options import checked, option
+from config import Options
 from data import load_dataset
-from data.files import read_json, write_file
-from tools.attention_pictures import COLOURS, GREY, save
+from tools.inspect_plots import COLOURS, GREY, save
 from tools.ngrams import counted_losses
-from tools.runs import ROOT, Run, carry_out, end_like_ctrl_c
+from tools.sweep_runs import ROOT, Run, carry_out, end_like_ctrl_c
 
 CELLS = {"llama": "LLaMA, tau 1", "llama_tau01": "LLaMA, tau 0.1", "pelican_tau1": "Pelican, tau 1", "pelican": "Pelican, tau 0.1"}
 SMOOTH = 10     # steps that the training loss is a mean of

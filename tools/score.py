@@ -20,13 +20,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-from config import BadInput, Options, checked, exit_on_bad_input, option, parse_options
+from base.command_line import parse_options
+from base.errors import BadInput, exit_on_bad_input
+from base.files import read_json, write_file
+from base.options import checked, option
+from config import Options
 from data import load_dataset
-from data.files import read_json, write_file
-from device import choose_device
 from mixers import load_mixer_file
-from run import check_tokenizer
+from training import checkpoint
+from training.device import choose_device
+from training.run_folder import check_tokenizer
 
 LOGITS_AT_ONCE = 2**24  # of a forward pass; more is no faster and needs memory
 STRIDE = 4              # tokens between the windows whose last positions are scored

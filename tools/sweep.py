@@ -24,15 +24,17 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Literal, Optional
 
-from bench import mixer_names
-from config import BadInput, Options, checked, exit_on_bad_input, option, parse_options
+from base.command_line import parse_options
+from base.errors import BadInput, exit_on_bad_input
+from base.files import write_file
+from base.options import checked, option
+from config import Options
 from data import load_dataset
-from data.files import write_file
-from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of
-from run import holds_run
-from tools.matching import matched
-from tools.runs import Run, carry_out, cluster, end_like_ctrl_c, read_sweep
+from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of, mixer_names
 from tools.score import read_scores
+from tools.sweep_matching import matched
+from tools.sweep_runs import Run, carry_out, cluster, end_like_ctrl_c, read_sweep
+from training.run_folder import holds_run
 
 
 @checked
@@ -153,7 +155,7 @@ def main():
         raise BadInput(f"--{name} is of one run; " + (f"give {ONE_RUN[name]} instead" if ONE_RUN[name] else "leave it out: a sweep goes on by itself"))
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
-    mixers = mixer_names(options)
+    mixers = mixer_names(options.mixers)
     for name, needed in (("baseline", "match"), ("cluster_options", "cluster")):
         if name in given and not getattr(options, needed):
             raise BadInput(f"--{name} is for --{needed}; leave it out" + (", and give it to tools.compare" if name == "baseline" else ""))

@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `config` and `data`
 
-from config import BadInput, Parser, exit_on_bad_input
-from data.files import read_json, shown, whole_with_meta, write_file, writing
+from base.command_line import Parser
+from base.errors import BadInput, exit_on_bad_input
+from base.files import read_json, shown, write_file, writing
+from data.files import whole_with_meta
 from data.sources import gpt2
 
 HUB = "HuggingFaceTB/cosmopedia-100k"

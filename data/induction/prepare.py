@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `config` and `data`
 
-from config import exit_on_bad_input
+from base.errors import exit_on_bad_input
 from data.tasks import induction, write_task
 
 CELLS = [dict(length=length) for length in (16, 32, 64)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `config` and `data`
 
-from config import exit_on_bad_input
+from base.errors import exit_on_bad_input
 from data.tasks import mqar, write_task
 
 TRAIN = [(100_000, 64, 4), (20_000, 128, 8), (20_000, 256, 16), (20_000, 256, 32), (20_000, 256, 64)]

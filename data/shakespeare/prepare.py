@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `config` and `data`
 
-from config import exit_on_bad_input
+from base.errors import exit_on_bad_input
 from data.files import write_text_dataset
 from data.sources import SHAKESPEARE_SHA256, gpt2, tiny_shakespeare
 

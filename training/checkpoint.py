@@ -15,17 +15,16 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import BadInput, one_line
-from data.files import read_json
+from base.errors import BadInput
+from base.files import read_json
 from data.tokenizer import load_tokenizer
-from model import GPT, GPTConfig
-from parallel import share_like, whole
+from model import GPT, model_config
+from training.parallel import share_like, whole
 
 FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "tokenizer.json")
 REMEDY = "use another checkpoint of the run"
@@ -181,17 +180,6 @@ def load(out_dir, which="newest", fall_back=False):
         print(f"{message}; going back to {sound[-1]}", flush=True)
         return Checkpoint(sound[-1])
     raise BadInput(f"{message}; whole: {', '.join(f.name for f in sound) or 'none'}")
-
-
-def model_config(values, source):
-    """The GPTConfig within `values` (dict); BadInput naming `source` if it does not hold together."""
-    names = {f.name for f in fields(GPTConfig)}
-    try:
-        return GPTConfig(**{name: value for name, value in values.items() if name in names})
-    except ValueError as error:
-        own = isinstance(source, Path) and values.get("mixer_file")
-        hint = f"; it was trained with --mixer_file={values['mixer_file']}: name that again" if own else ""
-        raise BadInput(f"{source}: {one_line(error)}{hint}") from error
 
 
 def load_model(model, tensors, source):

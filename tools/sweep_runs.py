@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from config import BadInput
-from data.files import read_json
-from run import OF_ONE_COMMAND, holds_run, read_options
+from base.errors import BadInput
+from base.files import read_json
+from model import model_config
 from tools.score import read_scores
+from training import checkpoint
+from training.run_folder import OF_ONE_COMMAND, holds_run, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how
@@ -40,7 +41,7 @@ class Run:
     def options(self):
         """As train.py would have them. BadInput for what it would refuse."""
         options, _ = read_options([*self.command()[1:], "--overwrite"], "")  # or it would refuse the folder
-        return asdict(options) | asdict(checkpoint.model_config(asdict(options) | {"vocab_size": 1}, "options"))
+        return asdict(options) | asdict(model_config(asdict(options) | {"vocab_size": 1}, "options"))
 
     def finished(self):
         """Whether its last checkpoint and its scores are there. BadInput if the folder holds a run of other options."""

@@ -6,8 +6,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 
-from data.files import write_file
-from tools.measures import entropy, log_weights, uniform, weight_by_distance
+from base.files import write_file
+from tools.inspect_measures import entropy, log_weights, uniform, weight_by_distance
 
 FAINTEST = 1e-3  # weights below it look like it
 BINS = 50        # of the histograms

@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from tools.attention_pictures import save
+from tools.inspect_plots import save
 
 AXES = {"iter": "steps", "flops": "training FLOPs", "seconds": "seconds of training and evaluation"}
 COLOURS = {"baseline": "black", "better": "#2a7f4f", "worse": "#b5432a"}  # of verdicts; the rest is grey

@@ -6,11 +6,13 @@ import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import checkpoint
-import pretrained
-from config import BadInput, Options, parse_options, read_config_file
-from data.files import read_json
+from base.command_line import parse_options, read_config_file
+from base.errors import BadInput
+from base.files import read_json
+from config import Options
 from mixers import load_mixer_file
+from model import model_config
+from training import checkpoint, pretrained
 
 OF_ONE_COMMAND = {"resume", "overwrite", "eval_only", "eval_split", "mixer_file"}  # options that say nothing of the run as such
 
@@ -76,7 +78,7 @@ def holds_run(out_dir):
 
 def compare_with(saved, options, config):
     """BadInput if the checkpoint's model is not the one that the options describe; a line for every other difference."""
-    old = checkpoint.model_config(saved.config, saved.folder / "config.json")
+    old = model_config(saved.config, saved.folder / "config.json")
     changed = [f"{f.name} {getattr(old, f.name)} -> {getattr(config, f.name)}" for f in fields(config)
                if getattr(old, f.name) != getattr(config, f.name) and f.name != "dropout"]
     if changed:

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mixers.cpu_attention import BLOCK, BlockedAttention
+from mixers.parts.cpu_attention import BLOCK, BlockedAttention
 
 
 class QKV(nn.Module):

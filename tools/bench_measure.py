@@ -22,12 +22,13 @@ from statistics import median, quantiles
 import torch
 import torch.nn as nn
 
-from config import Options, is_out_of_memory
-from device import choose_device, ready_to_decode, rows_per_pass
+from base.errors import is_out_of_memory
+from config import Options
 from mixers import load_mixer_file
 from model import GPT, GPTConfig
-from parallel import World
 from train import backward, make_optimizer
+from training.device import choose_device, ready_to_decode, rows_per_pass
+from training.parallel import World
 
 PIECE = 2048         # tokens of a prefix fed at once, over all sequences
 DECODED = 32         # tokens after a prefix, at most: so few that its length stays what the cell says

@@ -2,10 +2,9 @@
 
 import torch
 
-from checkpoint import model_config
-from config import BadInput
+from base.errors import BadInput
 from mixers import has_effect
-from model import GPT
+from model import GPT, model_config
 
 TOLERANCE = 0.02  # relative
 MOST = 64         # times as wide as the recipe, at most

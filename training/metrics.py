@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from config import BadInput
+from base.errors import BadInput
 
 KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "val_accuracy", "val_accuracy_by_cell", "lr", "tokens", "flops", "tokens_per_s", "seconds",
         "peak_bytes")

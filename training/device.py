@@ -8,7 +8,7 @@ import sys
 import torch
 import torch.nn as nn
 
-from config import BadInput
+from base.errors import BadInput
 
 CPU_TOKENS_AT_ONCE = 4096  # tokens in a pass of training on a CPU: the activations of more leave its cache
 

@@ -116,7 +116,8 @@ def plot(path, table, lines, title):
     """A log-log picture of one mode and batch: `table` and `lines` hold its cells and its scaling. A mixer keeps its colour."""
     import matplotlib  # takes a second, which the cells' processes need not spend
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt, ticker
+    from matplotlib import pyplot as plt
+    from matplotlib import ticker
     panels = {"ms_per_token": "time per token (ms)", "tokens_per_s": "tokens/s", "rise_bytes": "memory of a step (MiB)"}
     if table[0]["mode"] == "decode":
         panels = {"first_token_ms": "time to first token (ms)"} | panels

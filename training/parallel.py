@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import BadInput
+from base.errors import BadInput
 
 
 class World:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from config import BadInput, ModelOptions
-from data.files import read_json
+from base.errors import BadInput
+from base.files import read_json
+from config import ModelOptions
 from mixers import mechanism_of
+from model import model_config
+from training import checkpoint
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 REMEDY = "fetch the folder again"
@@ -114,7 +116,7 @@ def read_config(init_from):
             if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
                 refuse(name, rope)
             ours["rope_base"] = rope.get("rope_theta", ours["rope_base"])
-    config = checkpoint.model_config(ours | {"arch": arch}, path)
+    config = model_config(ours | {"arch": arch}, path)
     if rest.pop("head_dim", None) not in (None, config.n_embd // config.n_head):
         refuse("head_dim", values["head_dim"])
     for name, value in rest.items():

@@ -1,0 +1,1 @@
+"""What several mixers share: heads, caches and rotary positions; the chunkwise engine; attention on a CPU."""
