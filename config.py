@@ -80,6 +80,7 @@ class Options(ModelOptions):
     wandb_project: str = option("nanomix", "wandb project", min_length=1)
     wandb_run_name: Optional[str] = option(None, "wandb run name [default: the name of out_dir]", min_length=1)
     # optimiser
+    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: Muon for the weights of the blocks' linear layers, AdamW for the rest")
     batch_size: int = option(12, "sequences per micro-step, over all processes", ge=1)
     gradient_accumulation_steps: int = option(1, "micro-steps per optimiser step", ge=1)
     max_iters: int = option(2000, "optimiser steps", ge=0)

@@ -20,6 +20,12 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_few(names):
+    """The first five of a list of texts, and how many more there are."""
+    listed = ", ".join(names[:5])
+    return listed if len(names) <= 5 else f"{listed} and {len(names) - 5} more"
+
+
 @contextlib.contextmanager
 def exit_on_bad_input(program):
     """Inside, BadInput ends the program: one line on standard error, exit status 2. So does a lack of memory. Any other

@@ -111,9 +111,10 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def share_like(tensor, parameter):
-    """`tensor` (whole) where and as `parameter` lies: its device, and its shards if FSDP shards it."""
-    if hasattr(parameter, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return tensor.to(parameter.device)
+def share_like(tensor, other):
+    """`tensor` (whole) where and as `other` lies: its device, and its shards if FSDP shards it."""
+    tensor = tensor.to(other.device)
+    if not hasattr(other, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements)
