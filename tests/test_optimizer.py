@@ -1,4 +1,4 @@
-"""The optimiser: its state is saved and given back whatever it is, and Muon has the matrices it is for."""
+"""The optimiser: its state is saved and given back whichever it is; Muon has the right matrices."""
 import copy
 import shutil
 
@@ -109,8 +109,9 @@ def test_a_parameter_without_a_gradient_has_no_state_to_come_back():
 
 def refusal(tensors, optimizer="adamw"):
     model = a_model()
+    fresh = make_optimizer(model, Options(optimizer=optimizer), CPU)
     with pytest.raises(BadInput) as error:
-        load_optimizer(model, make_optimizer(model, Options(optimizer=optimizer), CPU), tensors, "here")
+        load_optimizer(model, fresh, tensors, "here")
     line = str(error.value)
     assert line.startswith("here: optimizer.safetensors is of another model or optimizer")
     assert len(line) < 600 and "\n" not in line
@@ -164,7 +165,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_the_rest(options):
 
 
 def test_one_rate_serves_both():
-    """An update of Muon is as large as AdamW's usual ones: its root mean square 0.2 learning rates."""
+    """An update of Muon is as large as AdamW's usually are: root mean square 0.2 learning rates."""
     model = a_model(n_embd=64)
     weight = model.blocks[0].mlp.c_fc.weight
     before = weight.detach().clone()

@@ -1,10 +1,11 @@
-"""The optimiser: how it is made, and its state as tensors by name, whichever of torch.optim it is.
+"""The optimiser: how it is made, and its state as tensors by name, whichever of torch's it is.
 
     adamw   AdamW for all parameters
-    muon    Muon for the hidden matrices, the weights of the blocks' linear layers; AdamW for the rest
+    muon    Muon for the weights of the blocks' linear layers, AdamW for the rest
 
-A state's name is its key and its parameter's name: exp_avg.embed.weight. A plain number is kept as a
-tensor of no dimensions. What there must be, of which shape and type, the optimiser shows: first_state.
+A state's name is its key and its parameter's name: exp_avg.embed.weight. A plain number is kept as
+a tensor of no dimensions. What there must be, of which shape and type, the optimiser itself shows:
+first_state.
 """
 import copy
 from collections import defaultdict
@@ -35,8 +36,8 @@ class Together:
 
 
 def make_optimizer(model, options, device):
-    """The optimiser that options.optimizer names. Weight decay is on matrices only: decaying norms and
-    biases towards zero makes no sense."""
+    """The optimiser that options.optimizer names. Weight decay is on matrices only: decaying norms
+    and biases towards zero makes no sense."""
     if options.optimizer == "adamw":
         return make_adamw(model.parameters(), options, device)
     hidden = hidden_matrices(model)
@@ -60,11 +61,11 @@ def make_adamw(parameters, options, device):
 
 
 def hidden_matrices(model):
-    """The weights (out, in) of the linear layers within the blocks: neither convolutions nor the head."""
+    """The weights (out, in) of the blocks' linear layers: no convolutions, embeddings or head."""
     return [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
 
 
-# The state -----------------------------------------------------------------------------------------
+# The state ---------------------------------------------------------------------------------------
 
 def optimizer_tensors(model, optimizer):
     """The optimiser's state as name -> tensor; empty before the first step. Every process of a run
@@ -77,8 +78,8 @@ def optimizer_tensors(model, optimizer):
 
 
 def load_optimizer(model, optimizer, tensors, source):
-    """Gives the optimiser the state that optimizer_tensors has made. A parameter that has none there
-    had no gradient yet. BadInput, naming `source`, if they are of another model or optimiser."""
+    """Gives the optimiser the state that optimizer_tensors has made. A parameter that has none
+    there had no gradient yet. BadInput, naming `source`, if it is of another model or optimiser."""
     unknown = dict(tensors)
     wrong = []
     for part, p, name in trained_parameters(model, optimizer):
@@ -115,7 +116,7 @@ def trained_parameters(model, optimizer):
 
 @torch.no_grad()
 def first_state(optimizer, p):
-    """key -> value of what one of torch's optimisers keeps of its parameter p, as after a first step:
+    """key -> value of what one of torch's optimisers keeps of its parameter p after a first step:
     a twin of it makes one, with a gradient of zero, on a twin of p."""
     if optimizer.state.get(p):  # some make theirs from the start
         return optimizer.state[p]
