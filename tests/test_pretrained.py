@@ -66,7 +66,7 @@ def read(folder, **changes):
     """Our model of a Hugging Face folder, through the code that train.py uses."""
     config = replace(pretrained.read_config(folder), **changes)
     model = GPT(config).eval()
-    checkpoint.init_model(model, pretrained.load(folder, config), folder)
+    checkpoint.init_model(model, pretrained.read_weights(folder, config), folder)
     return model
 
 

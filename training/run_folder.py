@@ -105,7 +105,7 @@ def start_from(options, model, data):
     """Gives the model the weights that init_from names. Returns the names of the parameters to train, or None: all.
     BadInput if they do not fit, or with train_only=mixer_new if they lack none."""
     if pretrained.is_pretrained(options.init_from):
-        new = checkpoint.init_model(model, pretrained.load(options.init_from, model.config), options.init_from)
+        new = checkpoint.init_model(model, pretrained.read_weights(options.init_from, model.config), options.init_from)
     else:
         start = checkpoint.load(options.init_from)
         check_tokenizer(start, data)
