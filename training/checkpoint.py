@@ -205,8 +205,21 @@ def init_model(model, tensors, source):
     return [name for name, _ in model.named_parameters() if name in lacking]
 
 
+def least_parameters(config):
+    """A number of parameters that a GPT of this config has at least: its embedding's and FFNs'."""
+    embedding = config.vocab_size * (config.embed_rank or config.n_embd)
+    return embedding + config.n_layer * 2 * config.n_embd * config.ffn_hidden
+
+
 def build_model(checkpoint):
-    """The model of a checkpoint, with its weights, in evaluation mode, on the CPU."""
-    model = GPT(model_config(checkpoint.config, checkpoint.folder / "config.json"))
+    """The model of a checkpoint, with its weights, in evaluation mode, on the CPU. BadInput if they
+    do not fit its config.json; a model far beyond them is not even built."""
+    config = model_config(checkpoint.config, checkpoint.folder / "config.json")
+    stored = sum(tensor.numel() for tensor in checkpoint.model.values())
+    if least_parameters(config) > stored:
+        raise BadInput(f"{checkpoint.folder}: its config.json describes a model of "
+                       f"{least_parameters(config):,} parameters or more, its model.safetensors "
+                       f"has {stored:,}; {REMEDY}")
+    model = GPT(config)
     load_model(model, checkpoint.model, checkpoint.folder)
     return model.eval()

@@ -17,8 +17,8 @@ DEVICES = re.compile(r"(cpu|cuda|mps)(:[0-9]{1,3})?")
 
 
 def choose_device(name):
-    """torch.device of "cpu", "cuda", "cuda:1", "mps", or the best there is for "auto". BadInput if
-    it cannot be used."""
+    """torch.device of "cpu", "cuda", "cuda:1", "mps", or "auto": the best there is. BadInput if it
+    cannot be used."""
     if name == "auto":
         name = best_device()
     if not DEVICES.fullmatch(name):
@@ -28,7 +28,7 @@ def choose_device(name):
         torch.empty(1, device=device).item()
     except Exception as error:  # each device has errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"--device={name} cannot be used here: {reason}; try --device=cpu") from error
+        raise BadInput(f"--device={name} does not work here: {reason}; try --device=cpu") from error
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in what is float32
     if device.type == "cpu":
@@ -66,8 +66,8 @@ def peak_memory(device):
 
 
 def choose_dtype(name, device, n_embd):
-    """torch.dtype of the heavy operations. "auto" is bfloat16 on CUDA where supported; on a CPU only
-    with instructions for it and with enough work in each product to pay for the casts; float32
+    """torch.dtype of the heavy operations. "auto" is bfloat16 on CUDA where supported; on a CPU
+    only with instructions for it and with enough work in each product to pay for the casts; float32
     elsewhere."""
     if name != "auto":
         return getattr(torch, name)

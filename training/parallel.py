@@ -1,4 +1,6 @@
-"""Training on several processes with PyTorch's own engine: torchrun starts them, DDP or FSDP2 keeps them in step.
+"""Training on several processes with PyTorch's own engine.
+
+torchrun starts them, DDP or FSDP2 keeps them in step:
 
     torchrun --nproc_per_node=2 train.py configs/shakespeare.py
         DDP: each process holds the model
@@ -33,7 +35,8 @@ def number_from_environment(name, default):
 
 
 class World:
-    """The processes of this run: .rank of .size, .local_rank on this machine. Without torchrun there is one."""
+    """The processes of this run: .rank of .size, .local_rank on this machine. Without torchrun
+    there is one."""
 
     def __init__(self):
         self.rank = number_from_environment("RANK", 0)
@@ -64,7 +67,7 @@ class World:
         return device
 
     def first_alone(self, function):
-        """function() on every process; on each machine the first one runs it before the others do."""
+        """function() on every process; on each machine the first one runs it before the others."""
         if self.size == 1:
             return function()
         if self.local_rank == 0:

@@ -213,8 +213,7 @@ def refuse_impossible_sizes(path, config):
     or more for each parameter: a model far beyond them is never built."""
     files = [file for file in path.parent.glob("*.safetensors") if is_file(file)]
     size = sum(file.stat().st_size for file in files)
-    block = config.n_embd * (config.n_embd + config.ffn_hidden)
-    parameters = config.vocab_size * config.n_embd + config.n_layer * block
+    parameters = checkpoint.least_parameters(config)
     if files and parameters > size:
         raise BadInput(f"{path} describes a model of {parameters:,} parameters or more, the files "
                        f"of weights beside it have {size:,} bytes; {REMEDY}")
