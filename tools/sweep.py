@@ -30,7 +30,7 @@ from base.files import write_file
 from base.options import checked, option
 from config import Options
 from data import load_dataset
-from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of, mixer_names
+from mixers import has_effect, layer_mixers, mechanism_of, mixer_names
 from tools.score import read_scores
 from tools.sweep_matching import matched
 from tools.sweep_runs import Run, carry_out, cluster, end_like_ctrl_c, read_sweep
@@ -153,8 +153,6 @@ def main():
     options, config_file, given = parse_options(SweepOptions, sys.argv[1:], __doc__.splitlines()[0])
     for name in sorted(given & ONE_RUN.keys()):
         raise BadInput(f"--{name} is of one run; " + (f"give {ONE_RUN[name]} instead" if ONE_RUN[name] else "leave it out: a sweep goes on by itself"))
-    if options.mixer_file:
-        load_mixer_file(options.mixer_file)
     mixers = mixer_names(options.mixers)
     for name, needed in (("baseline", "match"), ("cluster_options", "cluster")):
         if name in given and not getattr(options, needed):
