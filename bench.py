@@ -20,6 +20,7 @@ ceiling is the rate of the model's own matrix products alone, measured in the sa
 Writes out_dir/cells.jsonl (a line as soon as a cell is measured; the same command goes on from there), results.csv and
 plots; the last line on stdout is all of it in JSON.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
 import hashlib
 import json

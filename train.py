@@ -9,6 +9,7 @@ Writes out_dir/config.json, metrics.jsonl and checkpoints/. The batch and the dr
 only, so that every mixer sees the same data in the same order and a resumed run goes on bit for bit; the validation loss
 is the mean over fixed windows of the validation split.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
 import signal
 import sys

@@ -16,6 +16,7 @@ same folder stay in it, unless their mixer now has another rate.
 --match changes the other mixers' n_embd in steps of n_head channels (two a head where RoPE pairs them), then ffn_hidden, until their
 parameters, or their FLOPs per token, are within 2 % of the baseline's; it says what it changed.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import json
 import math
 import sys
