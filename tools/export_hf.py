@@ -7,6 +7,7 @@ GPT-2's BPE goes with it as transformers' tokenizer files; for characters transf
 Only attention by softmax can be said in these formats. A head temperature and a factorised
 embedding are multiplied in.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import json
 import os
 import shutil
