@@ -431,7 +431,7 @@ def test_a_half_written_export_never_has_the_name(call, export, tmp_path, monkey
 # -- fine-tuning -----------------------------------------------------------------------------------
 
 def test_ssa_starts_where_the_pretrained_model_is(either, home, here, tmp_path, train):
-    """The same loss at step 0, in a process that has the folder alone; sampling needs only the run."""
+    """The same loss at step 0, in a process that has the folder alone; sampling needs the run."""
     out = train(*SHORT, f"--init_from={either}", "--max_iters=0", "--out_dir=softmax")
     assert " 0 parameters    0.000 %" in out
     tuned = tmp_path / "ssa"
