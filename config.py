@@ -86,6 +86,8 @@ class DataOptions:
 @checked
 class OptimiserOptions:
     heading = "optimiser"
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "muon: Muon for the weights of the blocks' linear layers, AdamW for the rest")
     batch_size: int = option(12, "sequences per micro-step, over all processes", ge=1)
     gradient_accumulation_steps: int = option(1, "micro-steps per optimiser step", ge=1)
     max_iters: int = option(2000, "optimiser steps", ge=0)

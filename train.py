@@ -28,6 +28,7 @@ from training import checkpoint
 from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
 from training.leaks import find_leak
 from training.metrics import Metrics
+from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from training.parallel import World, join, synchronise_gradients
 from training.run_folder import check_tokenizer, compare_with, prepared_folder, read_options, start_from, train_alone
 
@@ -163,15 +164,6 @@ def evaluate(model, data, options, device, autocast, world, split="val"):
     return Evaluation(loss / targets, None, right / targets, by_cell)
 
 
-def make_optimizer(model, options, device):
-    """AdamW with weight decay on matrices only: decaying norms and biases towards zero makes no sense."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2),
-                             fused=device.type in ("cpu", "cuda"))
-
-
 def backward(model, loss_fn, x, y, rows_at_once, device, autocast, world):
     """Adds the gradients of the mean loss over the targets y != -1 of x and y (rows of all processes, T), in passes of
     rows_at_once rows. Returns the loss of this process's rows, such that its mean over the processes is that of all rows."""
@@ -197,7 +189,7 @@ def train(options, config, model, data, device, autocast, saved, world):
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     step, best, tokens, seconds, wandb_id = 0, None, 0, 0.0, None
     if saved:
-        checkpoint.load_optimizer(model, optimizer, saved.optimizer, saved.folder)
+        load_optimizer(model, optimizer, saved.optimizer, saved.folder)
         step, best, tokens, seconds, wandb_id = (saved.trainer[k] for k in ("iter", "best_val_loss", "tokens", "seconds", "wandb_id"))
         print(f"going on from {saved.folder}")
     metrics = Metrics(options, step, wandb_id) if world.rank == 0 else None
@@ -213,7 +205,7 @@ def train(options, config, model, data, device, autocast, saved, world):
             metrics.log(iter=step, tokens=tokens, flops=flops, seconds=time.perf_counter() - started, **values)
 
     def save(val_loss=None):
-        weights, moments = checkpoint.model_tensors(model), checkpoint.optimizer_tensors(model, optimizer)
+        weights, moments = checkpoint.model_tensors(model), optimizer_tensors(model, optimizer)
         if metrics:
             metrics.sync()
             trainer = dict(iter=step, val_loss=val_loss, best_val_loss=best, tokens=tokens, seconds=time.perf_counter() - started,

@@ -83,6 +83,9 @@ def compare_with(saved, options, config):
     if options.train_only != saved.config.get("train_only", "all"):
         raise BadInput(f"{saved.folder} was trained with train_only {saved.config.get('train_only', 'all')!r}, not {options.train_only!r}; leave it as "
                        "it was, or start a new run with --init_from")
+    if options.optimizer != saved.config.get("optimizer", "adamw"):
+        raise BadInput(f"{saved.folder} was trained with optimizer {saved.config.get('optimizer', 'adamw')!r}, not "
+                       f"{options.optimizer!r}, whose state is another; leave it as it was, or start a new run with --init_from")
     for name, value in asdict(options).items():
         if name in saved.config and saved.config[name] != value and name not in OF_ONE_COMMAND:
             print(f"changed since {saved.folder.name}: {name} {saved.config[name]} -> {value}")
@@ -99,7 +102,7 @@ def start_from(options, model, data):
     """Gives the model the weights that init_from names. Returns the names of the parameters to train, or None: all.
     BadInput if they do not fit, or with train_only=mixer_new if they lack none."""
     if pretrained.is_pretrained(options.init_from):
-        new = checkpoint.init_model(model, pretrained.load(options.init_from, model.config), options.init_from)
+        new = checkpoint.init_model(model, pretrained.read_weights(options.init_from, model.config), options.init_from)
     else:
         start = checkpoint.load(options.init_from)
         check_tokenizer(start, data)
