@@ -27,15 +27,16 @@ def mqar(rng, n, vocab_size, length, pairs, power=0.01):
     values, then each key once more, when its value is due. With vocab_size=16, length=12 and
     pairs=2:
 
-        tokens    3 12  5  9    5  8  3 14   11  1 10  6      3 -> 12, 5 -> 9; then 5 and 3 are asked
-        targets   .  .  .  .    9  . 12  .    .  .  .  .
+        tokens    3 12  5  9  5  8  3 14 11  1 10  6     (3 -> 12, 5 -> 9; then 5 and 3 are asked)
+        targets   .  .  .  .  9  . 12  .  .  .  .  .
 
     Keys are 1 .. V/2 - 1 and values V/2 .. V - 1, without repetition in a row. Behind the pairs
-    every second place can hold a question; the i-th of them is chosen with a weight of i^(power -
-    1), so that most gaps are short; they are drawn for one pair after the other, as in the
-    reference, so that a place alone says a little about its pair (tests/test_tasks.py). The
+    every second place can hold a question; the i-th of them is chosen with a weight of
+    i^(power - 1), so that most gaps are short; they are drawn for one pair after the other, as in
+    the reference, so that a place alone says a little about its pair (tests/test_tasks.py). The
     places left over hold any token but the row's keys: in the reference code they may be keys,
-    with another answer beside. """
+    with another answer beside.
+    """
     half = vocab_size // 2
     start = 2 * pairs  # of the questions
     if pairs >= half or 4 * pairs > length:
@@ -91,8 +92,8 @@ def copying(rng, n, vocab_size, length, symbols):
     token 1, the symbols are due in their order, each of them being the next token read. Without
     blanks if length = 2 symbols. With length=10 and symbols=3:
 
-        tokens    2  7  2  2  4  7  2    1  7  4
-        targets   .  .  .  .  .  .  .    7  4  7
+        tokens    2  7  2  2  4  7  2  1  7  4
+        targets   .  .  .  .  .  .  .  7  4  7
     """
     row = np.arange(n)[:, None]
     drawn = rng.integers(3, vocab_size, (n, symbols))
@@ -110,8 +111,8 @@ def passkey(rng, n, vocab_size, length, depth, digits=5):
     """Passkey retrieval (Mohtashami and Jaggi 2023, arXiv 2305.16300): filler with a key in it,
     which is due at the end. With vocab_size=16, length=16 and digits=3:
 
-        tokens   14 15 13  1  7  3 12 15 13 14 15 13 14    2  7  3
-        targets   .  .  .  .  .  .  .  .  .  .  .  .  .    7  3 12
+        tokens   14 15 13  1  7  3 12 15 13 14 15 13 14  2  7  3
+        targets   .  .  .  .  .  .  .  .  .  .  .  .  .  7  3 12
 
     Token 1 says that the key follows, token 2 asks for it, 3 .. 12 are the digits, and the filler
     is one sentence of the words 13 .. V - 1, over and over, from a random word on. The key starts
