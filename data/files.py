@@ -40,7 +40,7 @@ def check_name(name):
 def locked(folder, wait=True):
     """Inside, no other process writes data/<name>, a folder. Without `wait`, BadInput if one
     does."""
-    lock = FileLock(folder.parent / f".{folder.name}.lock.tmp")
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     with writing(folder):
         try:
             lock.acquire(timeout=-1 if wait else 0)
