@@ -14,7 +14,7 @@ from typing import Literal, Optional
 from base.command_line import one_line
 from base.errors import BadInput
 from base.options import checked, option
-from data.files import data_sets
+from data.dataset import dataset_names
 from mixers import MIXERS, MixerOptions, has_effect, layer_mixers, load_mixer_file, mechanism_of
 
 ACTIVATIONS = (
@@ -74,7 +74,7 @@ class ModelOptions(MixerOptions, SkeletonOptions):
 class DataOptions:
     heading = "data and evaluation"
     dataset: str = option(
-        "shakespeare_char", "a folder of data/; prepared when missing", names=data_sets)
+        "shakespeare_char", "a folder of data/; prepared when missing", names=dataset_names)
     eval_split: Literal["val", "test"] = option(
         "val", "what --eval_only evaluates on; recall tasks have a test split")
     eval_interval: int = option(
