@@ -1,23 +1,27 @@
-"""Mixers x learning rates x seeds over one recipe. Run: python -m tools.sweep configs/shakespeare.py --seeds=3
+"""Mixers x learning rates x seeds over one recipe. Run: python -m tools.sweep
+configs/shakespeare.py --seeds=3
 
-    python -m tools.sweep configs/shakespeare.py --mixers=all --learning_rates=5e-4,1e-3,2e-3 --seeds=5 --dry_run
-    python -m tools.sweep configs/shakespeare.py --mixers=softmax,lln --match=params --n_layer=2       any option of train.py
-    python -m tools.sweep configs/shakespeare.py --cluster=slurm --cluster_options=slurm_partition=gpu,timeout_min=600
-    python -m tools.compare out/sweeps/shakespeare                                                     what came out
+    python -m tools.sweep configs/shakespeare.py --mixers=all --learning_rates=5e-4,1e-3 --dry_run
+    python -m tools.sweep configs/shakespeare.py --match=params --n_layer=2   any option of train.py
+    python -m tools.sweep configs/shakespeare.py --cluster=slurm \
+        --cluster_options=slurm_partition=gpu,timeout_min=600
+    python -m tools.compare out/sweeps/shakespeare                            what came out
 
-Every run is an ordinary run of train.py in out_dir/<mixer>-lr<rate>-seed<seed>, its output in the .log file beside it. What is
-finished is left alone and what was interrupted goes on, so the same command continues a sweep; a run that failed is listed
-with its error. On a CPU as many runs as there are cores go at a time, with a thread each: that is more work in an hour than
-one run with all threads does.
+Every run is an ordinary run of train.py in out_dir/<mixer>-lr<rate>-seed<seed>, its output in the
+.log file beside it. What is finished is left alone and what was interrupted goes on, so the same
+command continues a sweep; a run that failed is listed with its error. On a CPU as many runs as
+there are cores go at a time, with a thread each: that is more work in an hour than one run with
+all threads does.
 
-With several learning rates each mixer gets the one whose run ends with the lowest loss on the *select* data (see
-tools/score.py). Those runs have seed 0 and are not compared themselves: one that was chosen for being low is too low. The seeds
-1, 2, ... then run at that rate alone. sweep.json holds the choice and names the runs to compare, also while the sweep goes on.
-Those of an earlier sweep in the same folder stay in it, unless their mixer now has another rate.
+With several learning rates each mixer gets the one whose run ends with the lowest loss on the
+*select* data (see tools/score.py). Those runs have seed 0 and are not compared themselves: one
+that was chosen for being low is too low. The seeds 1, 2, ... then run at that rate alone.
+sweep.json holds the choice and names the runs to compare, also while the sweep goes on. Those of
+an earlier sweep in the same folder stay in it, unless their mixer now has another rate.
 
---match changes the other mixers' n_embd in steps of n_head channels (two a head where RoPE pairs them), then ffn_hidden, until
-their parameters, or their FLOPs per token, are within 2 % of the baseline's; it says what it changed.
-"""
+--match changes the other mixers' n_embd in steps of n_head channels (two a head where RoPE pairs
+them), then ffn_hidden, until their parameters, or their FLOPs per token, are within 2 % of the
+baseline's; it says what it changed. """
 import contextlib
 import fcntl
 import math
@@ -59,7 +63,8 @@ class SweepOptions(Options):
         None, "runs at a time on this machine, with one thread each if more than one "
         "[default: on a CPU as many as cores, otherwise 1]", ge=1, le=4096)
     cluster: Optional[Literal["slurm", "local"]] = option(
-        None, "hand the runs to SLURM through submitit (pip install submitit); local: a rehearsal of that")
+        None, "hand the runs to SLURM through submitit (pip install submitit); "
+        "local: a rehearsal of that")
     cluster_options: str = option(
         "", "of submitit, which ends a job after 5 minutes unless told: "
         "timeout_min=600,slurm_partition=gpu,gpus_per_node=1")
@@ -80,10 +85,11 @@ NOT_OF_A_SWEEP = {  # options of one run, and what to do instead
 NOTHING_YET = SweepFile(runs=[], failed={}).model_dump()
 
 
-# Options -------------------------------------------------------------------------------------------------------------
+# Options ------------------------------------------------------------------------------------------
 
 def rates_of(options):
-    """The learning rates, ascending. BadInput for what is none, and for two that would share a folder."""
+    """The learning rates, ascending. BadInput for what is none, and for two that would share a
+    folder."""
     text = options.learning_rates or str(options.learning_rate)
     try:
         rates = sorted({float(rate) for rate in text.split(",")})
@@ -92,7 +98,8 @@ def rates_of(options):
     if not all(0 < rate < math.inf for rate in rates):
         raise BadInput(f"--learning_rates={text}: rates must be above 0")
     if len({f"{rate:g}" for rate in rates}) < len(rates):
-        raise BadInput(f"--learning_rates={text}: two rates agree in all six digits of a run's name; leave one out")
+        raise BadInput(f"--learning_rates={text}: two rates agree in the six digits "
+                       "of a run's name; leave one out")
     return rates
 
 
@@ -104,7 +111,7 @@ def check_options(options, given):
     if "cluster_options" in given and not options.cluster:
         raise BadInput("--cluster_options is for --cluster; leave it out")
     if "at_once" in given and options.cluster:
-        raise BadInput("--at_once is for this machine, and --cluster hands all runs on; leave it out")
+        raise BadInput("--at_once is for this machine; leave it out, --cluster hands all runs on")
     if "baseline" in given and not options.match:
         raise BadInput("--baseline is for --match; leave it out, and give it to tools.compare")
     if options.mixer_file:
@@ -125,7 +132,8 @@ def check_options(options, given):
 
 
 def runs_at_once(options):
-    """How many runs share this machine: unless set, one on a GPU, and on a CPU one for each thread that torch would take."""
+    """How many runs share this machine: unless set, one on a GPU, and on a CPU one for each
+    thread that torch would take."""
     if options.device.startswith("cuda"):
         on_a_cpu = False  # not tried here: it would hold memory there as long as the sweep goes on
     elif options.device == "auto":
@@ -137,7 +145,7 @@ def runs_at_once(options):
     return torch.get_num_threads() if on_a_cpu else 1
 
 
-# The sweep -----------------------------------------------------------------------------------------------------------
+# The sweep ----------------------------------------------------------------------------------------
 
 class Sweep:
     """The runs of a sweep by mixer, rate and seed, and what became of them."""
@@ -172,8 +180,9 @@ class Sweep:
             found = matched(asdict(options), mixer, options.baseline, options.match, vocab_size)
             self.changed[mixer] = {change.name: change.value for change in found.changes}
             words = [f"{change.name} {change.before} -> {change.value}" for change in found.changes]
-            print(f"{mixer:20} {found.reached:>14,.0f} {options.match}, "
-                  f"{found.reached / found.target - 1:+.1%} of {options.baseline}: {', '.join(words) or 'as it is'}")
+            off = found.reached / found.target - 1
+            print(f"{mixer:20} {found.reached:>14,.0f} {options.match}, {off:+.1%} of "
+                  f"{options.baseline}: {', '.join(words) or 'as it is'}")
 
     def name_of(self, mixer, rate, seed):
         return f"{mixer}-lr{rate:g}-seed{seed}"
@@ -183,8 +192,11 @@ class Sweep:
         for name, value in self.common.items():
             if has_effect(name, mixer, self.options.n_layer):
                 arguments.append(f"--{name}={value}")
-        arguments += [f"--mixer={mixer.replace('+', ',')}", f"--learning_rate={rate}", f"--seed={seed}"]
-        arguments += [f"--{name}={value}" for name, value in self.changed.get(mixer, {}).items()]
+        arguments.append(f"--mixer={mixer.replace('+', ',')}")
+        arguments.append(f"--learning_rate={rate}")
+        arguments.append(f"--seed={seed}")
+        for name, value in self.changed.get(mixer, {}).items():
+            arguments.append(f"--{name}={value}")
         return Run(str(self.folder / self.name_of(mixer, rate, seed)), tuple(arguments))
 
     def to_choose_by(self):
@@ -194,7 +206,8 @@ class Sweep:
         return [self.run(mixer, rate, 0) for rate in self.rates for mixer in self.mixers]
 
     def to_compare(self, chosen):
-        """The runs of {mixer: rate}, seed by seed, so that an unfinished sweep has a few of each mixer."""
+        """The runs of {mixer: rate}, seed by seed, so that an unfinished sweep has a few of each
+        mixer."""
         seeds = range(1, self.options.seeds + 1)
         return [self.run(mixer, rate, seed) for seed in seeds for mixer, rate in chosen.items()]
 
@@ -204,7 +217,8 @@ class Sweep:
         return run in self.done
 
     def choose(self):
-        """{mixer: rate} by the loss on the select data; a mixer without a finished run is left out."""
+        """{mixer: rate} by the loss on the select data; a mixer without a finished run is left
+        out."""
         if len(self.rates) == 1:
             return dict.fromkeys(self.mixers, self.rates[0])
         chosen = {}
@@ -245,58 +259,65 @@ class Sweep:
             os.close(handle)
 
     def record(self, chosen, runs):
-        """Writes sweep.json: which of `runs`, those to compare, are there. What it says of other mixers stays, and so do runs
-        of ours that an earlier sweep has made at the same rate. Returns the names of the runs that are there."""
+        """Writes sweep.json: which of `runs`, those to compare, are there. What it says of other
+        mixers stays, and so do runs of ours that an earlier sweep has made at the same rate.
+        Returns the names of the runs that are there."""
         names = [Path(run.folder).name for run in runs]
         there = [Path(run.folder).name for run in runs if self.finished(run)]
+        missing = [name for name in names if name not in there]
         ours = tuple(f"{mixer}-lr" for mixer in self.mixers)
         at_the_rate = tuple(self.name_of(mixer, rate, "") for mixer, rate in chosen.items())
 
         def is_kept(name):
-            of_others = not name.startswith(ours)
-            return name not in names and (of_others or name.startswith(at_the_rate))
+            if name in names or not holds_run(self.folder / name):
+                return False
+            return name.startswith(at_the_rate) or not name.startswith(ours)
 
         path = self.folder / "sweep.json"
         with self.locked():
             earlier = read_sweep(self.folder) if exists(path) else NOTHING_YET
-            kept = [name for name in earlier["runs"] if is_kept(name) and holds_run(self.folder / name)]
-            missing = [name for name in earlier["missing"] if not name.startswith(ours)]
-            failed = {name: error for name, error in earlier["failed"].items() if not Path(name).name.startswith(ours)}
             others = [mixer for mixer in earlier["mixers"] if mixer not in self.mixers]
-            of_others = {mixer: rate for mixer, rate in earlier["chosen"].items() if mixer in others}
+            rates_of_others = {mixer: rate for mixer, rate in earlier["chosen"].items()
+                               if mixer in others}
+            kept = [name for name in earlier["runs"] if is_kept(name)]
+            missing_of_others = [name for name in earlier["missing"] if not name.startswith(ours)]
+            failed_of_others = {name: error for name, error in earlier["failed"].items()
+                                if not Path(name).name.startswith(ours)}
             write_json(path, {
                 "config": self.config_file,
                 "mixers": others + self.mixers,
                 "learning_rates": self.rates,
                 "seeds": self.options.seeds,
                 "match": self.options.match,
-                "chosen": of_others | chosen,
+                "chosen": rates_of_others | chosen,
                 "runs": kept + there,
-                "missing": missing + [name for name in names if name not in there],
-                "failed": failed | self.failed,
+                "missing": missing_of_others + missing,
+                "failed": failed_of_others | self.failed,
             })
         return kept + there
 
     # what happens
 
     def carry_out(self, runs, executor, still_to_come):
-        """Carries out those not yet finished, says how each ended and how long the rest of the sweep will take. Yields after
-        each."""
+        """Carries out those not yet finished, says how each ended and how long the rest of the
+        sweep will take. Yields after each."""
         before = [run for run in runs if self.finished(run)]
         left = [run for run in runs if run not in before]
         for number, run in enumerate(before, start=1):
             print(f"[{number}/{len(runs)}] {Path(run.folder).name}: finished before")
         at_once = 1 if executor else runs_at_once(self.options)
+        ended = carry_out(left, at_once, executor, self.folder.name)
         started = time.perf_counter()
-        for done, (run, error) in enumerate(carry_out(left, at_once, executor, self.folder.name), start=1):
+        for done, (run, error) in enumerate(ended, start=1):
             name = Path(run.folder).name
             if error:
                 self.failed[name] = error
                 outcome = f"failed: {error}"
             else:
                 outcome = f"report loss {read_scores(run.folder)['report']['loss']:.4f}"
-            minutes = (time.perf_counter() - started) / done * (len(left) - done + still_to_come) / 60
-            rest = f" | about {minutes:.0f} min left" if minutes else ""
+            minutes_each = (time.perf_counter() - started) / done / 60
+            to_come = len(left) - done + still_to_come
+            rest = f" | about {minutes_each * to_come:.0f} min left" if to_come else ""
             print(f"[{len(before) + done}/{len(runs)}] {name}: {outcome}{rest}", flush=True)
             yield run
 
@@ -321,16 +342,19 @@ def main():
     mixers = check_options(options, given)
     sweep = Sweep(options, config_file, given, mixers)
     for rate in sweep.rates:
-        for mixer in mixers:
-            sweep.run(mixer, rate, 1).options()  # what train.py would refuse is refused before anything has run
+        for mixer in mixers:  # what train.py would refuse is refused before anything has run
+            sweep.run(mixer, rate, 1).options()
     if options.dry_run:
         say_what_would_run(sweep)
         return
-    executor = cluster(options.cluster, sweep.folder, options.cluster_options) if options.cluster else None
-    load_dataset(options.dataset, options.block_size)  # prepared once, not by several runs at the same time
+    executor = None
+    if options.cluster:
+        executor = cluster(options.cluster, sweep.folder, options.cluster_options)
+    load_dataset(options.dataset, options.block_size)  # prepared once, not by several runs at once
     if not exists(sweep.folder / "sweep.json"):
         sweep.record({}, [])
-    for _ in sweep.carry_out(sweep.to_choose_by(), executor, still_to_come=options.seeds * len(mixers)):
+    still_to_come = options.seeds * len(mixers)
+    for _ in sweep.carry_out(sweep.to_choose_by(), executor, still_to_come):
         pass
     chosen = sweep.choose()
     runs = sweep.to_compare(chosen)

@@ -1,10 +1,10 @@
 """A command of ours that ends when the process which started it ends, however that ends.
 
-    python tools/sweep_child.py train configs/shakespeare.py --out_dir=out/a     with a pipe as standard input
+    python tools/sweep_child.py train configs/shakespeare.py      with a pipe as standard input
 
-Nobody writes to the pipe: it closes when the other end's process is gone, even by kill -9. Then the command gets SIGTERM, upon
-which train.py saves a checkpoint. No system call of one operating system alone is needed for it.
-"""
+Nobody writes to the pipe: it closes when the other end's process is gone, even by kill -9. Then
+the command gets SIGTERM, upon which train.py saves a checkpoint. No system call of one operating
+system alone is needed for it. """
 import os
 import runpy
 import signal

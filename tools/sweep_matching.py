@@ -1,4 +1,5 @@
-"""Models of equal size whatever the mixer: the widths at which parameters, or FLOPs per token, agree."""
+"""Models of equal size whatever the mixer: the widths at which parameters, or FLOPs per token,
+agree."""
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,8 @@ class Match:
 
 
 def size(config, what):
-    """Parameters ("params"), or forward FLOPs per token of block_size ("flops"; None if the mixer has no formula)."""
+    """Parameters ("params"), or forward FLOPs per token of block_size ("flops"; None if the mixer
+    has no formula)."""
     with torch.random.fork_rng():
         try:
             with torch.device("meta"):  # shapes without numbers: no time, no memory
@@ -39,11 +41,14 @@ def size(config, what):
 
 
 def matched(options, mixer, baseline, what, vocab_size):
-    """The Match of a model with `mixer` to one with `baseline`: n_embd goes to the step just below or at the target, then
-    ffn_hidden makes up the rest. options: a dict of train.py's; what: "params" or "flops". BadInput if the sizes cannot
-    be brought within TOLERANCE."""
+    """The Match of a model with `mixer` to one with `baseline`: n_embd goes to the step just
+    below or at the target, then ffn_hidden makes up the rest. options: a dict of train.py's;
+    what: "params" or "flops". BadInput if the sizes cannot be brought within TOLERANCE."""
     def config_of(name, **changed):
-        own = {key: value for key, value in options.items() if has_effect(key, name, options["n_layer"])}
+        own = {}
+        for key, value in options.items():
+            if has_effect(key, name, options["n_layer"]):
+                own[key] = value
         return model_config({**own, "mixer": name, **changed, "vocab_size": vocab_size}, "options")
 
     def size_with(**changed):
@@ -80,7 +85,8 @@ def matched(options, mixer, baseline, what, vocab_size):
 
 
 def largest(low, high, fits):
-    """The largest n from low to high with fits(n), a condition that holds up to some n; low if it never holds."""
+    """The largest n from low to high with fits(n), a condition that holds up to some n; low if it
+    never holds."""
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle):

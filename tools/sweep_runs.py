@@ -3,10 +3,10 @@
     runs = [Run("out/a", ("configs/shakespeare.py", "--mixer=lln"))]
     for run, error in carry_out([run for run in runs if not run.finished()], at_once=2): ...
 
-Every run is a train.py of its own in run.folder, then its scores (see tools/score.py); what they print goes to the .log file
-beside the folder. An interrupted run goes on from its checkpoint. A run that another process is at, one whose sweep was killed
-say, is waited for. What is started here ends with this process (see tools/sweep_child.py).
-"""
+Every run is a train.py of its own in run.folder, then its scores (see tools/score.py); what they
+print goes to the .log file beside the folder. An interrupted run goes on from its checkpoint. A
+run that another process is at, one whose sweep was killed say, is waited for. What is started
+here ends with this process (see tools/sweep_child.py). """
 import contextlib
 import fcntl
 import os
@@ -39,7 +39,7 @@ IN_USE = "in use by another process"  # what train_and_score returns then
 stopping = threading.Event()  # set by a signal: all processes are told to end, no more are started
 
 
-# What a run is -------------------------------------------------------------------------------------------------------
+# What a run is ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Run:
@@ -83,7 +83,8 @@ class Difference:
 
 
 def difference(wanted, ran):
-    """The first Difference that makes a run with the config `ran` another one than that of the options `wanted`, or None.
+    """The first Difference that makes a run with the config `ran` another one than that of the
+    options `wanted`, or None.
 
     A config that lacks an option, which has come since, counts as run with its default."""
     aside = ASIDE | {"vocab_size"}
@@ -105,17 +106,19 @@ def shortened(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# sweep.json ----------------------------------------------------------------------------------------------------------
+# sweep.json ---------------------------------------------------------------------------------------
 
 def plain_name(name):
     """ValueError for what is no name of a folder within another."""
-    if name in ("", ".", "..") or len(name.encode(errors="replace")) > 255 or set(name) & set("/\0"):
+    too_long = len(name.encode(errors="replace")) > 255
+    if name in ("", ".", "..") or too_long or "/" in name or "\0" in name:
         raise ValueError("no name of a run")
     return name
 
 
 class SweepFile(BaseModel):
-    """What sweep.json holds. Of the runs to compare: those that are there, are missing, have failed (with the error)."""
+    """What sweep.json holds. Of the runs to compare: those that are there, are missing, have
+    failed (with the error)."""
     config: Optional[str] = None
     mixers: list[str] = []
     learning_rates: list[float] = []
@@ -133,7 +136,7 @@ def read_sweep(folder):
     return read_json(path, "run the same tools.sweep once more", SweepFile).model_dump()
 
 
-# Carrying runs out ---------------------------------------------------------------------------------------------------
+# Carrying runs out --------------------------------------------------------------------------------
 
 def with_root():
     """PYTHONPATH with this repository first."""
@@ -151,9 +154,11 @@ def environment(threads, group):
 
 @contextlib.contextmanager
 def locked_log(run):
-    """Inside, the .log file of a run, open for appending and locked; None if another process has locked it.
+    """Inside, the .log file of a run, open for appending and locked; None if another process has
+    locked it.
 
-    What is started with the file as its output holds the lock too, and goes on holding it should we be killed."""
+    What is started with the file as its output holds the lock too, and goes on holding it should
+    we be killed."""
     path = Path(f"{run.folder}.log")
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -188,12 +193,14 @@ def is_locked(path):
 
 
 def is_in_use(run):
-    """Whether another process is at a run: a sweep, what a killed sweep has left, or a train.py by hand."""
+    """Whether another process is at a run: a sweep, what a killed sweep has left, or a train.py
+    by hand."""
     return is_locked(f"{run.folder}.log") or is_locked(Path(run.folder) / "lock")
 
 
 def train_and_score(run, threads=None, group=None):
-    """Trains a run, from its checkpoint on if there is one, and scores it. Here or on a machine of the cluster.
+    """Trains a run, from its checkpoint on if there is one, and scores it. Here or on a machine
+    of the cluster.
 
     Returns None, IN_USE, or what went wrong in one line."""
     env = environment(threads, group)
@@ -212,7 +219,8 @@ def train_and_score(run, threads=None, group=None):
             if status != 0 and is_locked(Path(run.folder) / "lock"):
                 return IN_USE  # a train.py by hand has it
             if status < 0:
-                return f"killed by signal {-status}, for want of memory perhaps; see {run.folder}.log"
+                return (f"killed by signal {-status}, for want of memory perhaps; "
+                        f"see {run.folder}.log")
             if status > 0:
                 return last_line(f"{run.folder}.log") or f"exit status {status}"
     return None
@@ -221,8 +229,9 @@ def train_and_score(run, threads=None, group=None):
 def run_child(command, env, log):
     """The exit status of a command of ours, which ends when we end."""
     # in a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on once
-    process = subprocess.Popen([sys.executable, ROOT / "tools/sweep_child.py", *command], env=env,
-                               stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools/sweep_child.py", *command],
+        env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
     with process.stdin:
         try:
             while process.poll() is None and not stopping.wait(0.1):
@@ -242,8 +251,9 @@ def last_line(path):
 
 
 def cluster(name, folder, settings):
-    """submitit's executor for "slurm", or "local", a rehearsal on this machine. settings: what submitit takes,
-    "slurm_partition=gpu,timeout_min=600". BadInput if submitit is not there or does not know them."""
+    """submitit's executor for "slurm", or "local", a rehearsal on this machine. settings: what
+    submitit takes, "slurm_partition=gpu,timeout_min=600". BadInput if submitit is not there or
+    does not know them."""
     try:
         import submitit
     except ImportError as error:
@@ -265,12 +275,14 @@ def cluster(name, folder, settings):
 
 
 def carry_out(runs, at_once=1, executor=None, group=None):
-    """Yields (run, error or None) as they end. executor: a cluster's, which gets all of them at once; otherwise at_once run
-    here at a time, with a thread each if that is more than one. A run in use by another process is waited for, after the
-    others. A signal stops all of them, with a checkpoint each, and raises KeyboardInterrupt."""
+    """Yields (run, error or None) as they end. executor: a cluster's, which gets all of them at
+    once; otherwise at_once run here at a time, with a thread each if that is more than one. A run
+    in use by another process is waited for, after the others. A signal stops all of them, with a
+    checkpoint each, and raises KeyboardInterrupt."""
     waiting = list(runs)
     slots = len(waiting) if executor else at_once
-    threads = 1 if at_once > 1 and not executor else None  # more than cores have them wait for each other
+    # more threads than cores would wait for each other
+    threads = 1 if at_once > 1 and not executor else None
     pool = executor or ThreadPoolExecutor(at_once)
     jobs, told = {}, set()
     try:
@@ -280,7 +292,8 @@ def carry_out(runs, at_once=1, executor=None, group=None):
                     break
                 if is_in_use(run):
                     if run not in told:
-                        print(f"{run.folder} is {IN_USE}: waiting for it, the others go first", flush=True)
+                        print(f"{run.folder} is {IN_USE}: waiting for it, "
+                              "the others go first", flush=True)
                     told.add(run)
                     continue
                 waiting.remove(run)
@@ -308,7 +321,8 @@ def submit(pool, run, threads, group):
     try:
         return pool.submit(train_and_score, run, threads, group)
     except Exception as error:  # of submitit
-        raise BadInput(f"the cluster takes no job: {' '.join(str(error).split())[:300]}; mend --cluster_options") from error
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"the cluster takes no job: {reason}; mend --cluster_options") from error
 
 
 def result_of(job):
