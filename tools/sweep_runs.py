@@ -20,16 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Optional
-
-from pydantic import AfterValidator, BaseModel
+from typing import Any, Optional
 
 from base.errors import BadInput, printable
 from base.files import exists, read_json
 from config import Options
 from model import model_config
+from tools.records import Sweep, holds_run
 from tools.score import read_scores
-from training.run_folder import OF_ONE_COMMAND, holds_run, read_options
+from training.run_folder import OF_ONE_COMMAND, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how, but for rounding
@@ -56,17 +55,23 @@ class Run:
         options, _ = read_options(arguments, "")
         return resolved(asdict(options))
 
-    def finished(self):
-        """Whether its scores are there. BadInput if the folder holds a run of other options."""
+    def scores(self):
+        """What its scores.json says if it is finished, otherwise None. BadInput if the folder
+        holds a run of other options."""
         path = Path(self.folder) / "config.json"
         if not exists(path):
-            return False
+            return None
         other = difference(self.options(), read_json(path, "move the run away"))
         if other:
             raise BadInput(f"{self.folder} was run with {other.name} {shortened(other.ran)}, "
                            f"not {other.wanted}; choose another --out_dir, or move it away")
         scores = read_scores(self.folder)
-        return scores is not None and scores["iter"] >= self.options()["max_iters"]
+        if scores is None or scores["iter"] < self.options()["max_iters"]:
+            return None
+        return scores
+
+    def finished(self):
+        return self.scores() is not None
 
 
 def resolved(values):
@@ -108,32 +113,20 @@ def shortened(value):
 
 # sweep.json ---------------------------------------------------------------------------------------
 
-def plain_name(name):
-    """ValueError for what is no name of a folder within another."""
-    too_long = len(name.encode(errors="replace")) > 255
-    if name in ("", ".", "..") or too_long or "/" in name or "\0" in name:
-        raise ValueError("no name of a run")
-    return name
-
-
-class SweepFile(BaseModel):
-    """What sweep.json holds. Of the runs to compare: those that are there, are missing, have
-    failed (with the error)."""
+class SweepFile(Sweep):
+    """All of it: which runs to compare are there, are missing, have failed, and of what sweep."""
     config: Optional[str] = None
     mixers: list[str] = []
     learning_rates: list[float] = []
     seeds: int = 0
     match: Optional[str] = None
     chosen: dict[str, float] = {}  # mixer -> learning rate
-    runs: list[Annotated[str, AfterValidator(plain_name)]]
-    missing: list[Annotated[str, AfterValidator(plain_name)]] = []
-    failed: dict[str, str]
 
 
-def read_sweep(folder):
-    """The sweep.json of a folder as a dict, see SweepFile. BadInput if it is damaged."""
+def read_sweep_file(folder):
+    """The SweepFile of a folder. BadInput if it is damaged."""
     path = Path(folder) / "sweep.json"
-    return read_json(path, "run the same tools.sweep once more", SweepFile).model_dump()
+    return read_json(path, "run the same tools.sweep once more", SweepFile)
 
 
 # Carrying runs out --------------------------------------------------------------------------------
@@ -162,7 +155,11 @@ def locked_log(run):
     path = Path(f"{run.folder}.log")
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    with open(os.open(path, flags, 0o666), "a") as log:
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:  # a link, or a pipe that nobody reads
+        raise BadInput(f"cannot write {path}: {error.strerror}; move it away") from error
+    with open(handle, "a") as log:
         if not stat.S_ISREG(os.fstat(log.fileno()).st_mode):
             raise BadInput(f"{path} is no regular file; move it away")
         try:
@@ -205,7 +202,7 @@ def train_and_score(run, threads=None, group=None):
     Returns None, IN_USE, or what went wrong in one line."""
     env = environment(threads, group)
     train = ["train", *run.command()[1:]]
-    if holds_run(run.folder):
+    if holds_run(Path(run.folder)):
         train.append("--resume")
     score = ["tools.score", f"--out_dir={run.folder}"]
     score += [word for word in run.arguments if word.startswith(("--mixer_file=", "--device="))]
