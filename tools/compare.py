@@ -41,9 +41,10 @@ from base.options import checked, option
 from mixers import has_effect, load_mixer_file
 from model import GPT, model_config
 from tools import compare_plots as plots
-from tools import records as recorded
 from tools.compare_arms import arms_of
 from tools.compare_verdicts import interval, judge
+from tools.records import REMEDY, contents_of, holds_run, is_records_file, read_records
+from tools.records import read_sweep, scored_runs
 from tools.score import DTYPES, scores_of
 from training.device import choose_device
 from training.metrics import start_wandb
@@ -79,7 +80,7 @@ def records_to_compare(names, device):
     for name in names:
         folder = Path(name)
         say_what_is_missing(folder)
-        records = recorded.read_records(folder)
+        records = read_records(folder)
         if not records:
             raise BadInput(f"no run to compare in {name}; {WHAT_TO_NAME}")
         for record in records:
@@ -93,9 +94,9 @@ def records_to_compare(names, device):
 
 def say_what_is_missing(folder):
     """Prints which runs of a sweep failed or have not run yet."""
-    if recorded.holds_run(folder) or not exists(folder / "sweep.json"):
+    if holds_run(folder) or not exists(folder / "sweep.json"):
         return
-    sweep = recorded.read_sweep(folder)
+    sweep = read_sweep(folder)
     for run, wrong in sweep.failed.items():
         print(printable(f"not in the table: {run}: {wrong}"))
     unfinished = set(sweep.missing) - {Path(run).name for run in sweep.failed}
@@ -111,7 +112,7 @@ def check_finished(record, device):
         raise BadInput(f"{record} has not reached its {steps} steps; "
                        "train it to its end, or leave it out")
     if record.scores is None:
-        if recorded.is_records_file(record.source):
+        if is_records_file(record.source):
             raise BadInput(f"{record} has no scores; leave it out, or keep it anew from its run")
         record.scores = scores_of(record.source, device)
     model_config_of(record)
@@ -120,7 +121,7 @@ def check_finished(record, device):
 def model_config_of(record):
     """The GPTConfig of a run. BadInput if its options do not hold together."""
     source = record.source
-    if not recorded.is_records_file(source):
+    if not is_records_file(source):
         source = source / "config.json"
     return model_config({**record.config, "vocab_size": record.scores["vocab_size"]}, source)
 
@@ -340,9 +341,9 @@ def to_keep(records, names, folder):
     kept = {record.name: record for record in records}
     sweeps = sweeps_among(names)
     if len(sweeps) == 1:
-        for record in recorded.scored_runs(sweeps[0]):
+        for record in scored_runs(sweeps[0]):
             kept.setdefault(record.name, record)
-    files = recorded.contents_of(folder, kept.values())
+    files = contents_of(folder, kept.values())
     return Kept(files, sweep_to_keep(records, sweeps, folder))
 
 
@@ -364,8 +365,8 @@ def sweep_to_keep(records, sweeps, folder):
         sweeps = sweeps_among([folder])
     if not sweeps:
         return None
-    recorded.read_sweep(sweeps[0])
-    content = read_json(sweeps[0] / "sweep.json", recorded.REMEDY)
+    read_sweep(sweeps[0])
+    content = read_json(sweeps[0] / "sweep.json", REMEDY)
     missing = [record.name for record in records if record.name not in content["runs"]]
     content["runs"] = content["runs"] + missing
     return content
@@ -406,7 +407,7 @@ def baseline_of(options, arms):
 def folder_for(options, first):
     """Where table and plots go: made if it is not there."""
     folder = Path(first)
-    if recorded.is_records_file(folder):
+    if is_records_file(folder):
         folder = folder.parent
     out = Path(options.out_dir or folder / "compare")
     with writing(out):

@@ -164,16 +164,17 @@ def record_of(sweep, run):
     folder = Path(sweep)
     if holds_run(folder / run):
         return read_run(folder / run)
-    record = find_record(folder, run) or recorded(folder.name, run)
+    record = find_record(folder, run) or kept_record(folder.name, run)
     if record is None:
         raise BadInput(f"{path_in_words(folder)}/sweep.json names {run}, which is not there; "
                        "run the same tools.sweep once more")
     return record
 
 
-def recorded(sweep, run):
-    """The Record in results/<sweep> of the run of that name, or None: what need not be trained
-    anew. Whether it had the same options is for the caller to ask. BadInput if it is damaged."""
+def kept_record(sweep, run):
+    """The Record that results/<sweep> has of the run of that name, or None: a fresh clone need not
+    train it anew. Whether it was run with the same options is for the caller to ask, and whether
+    it went as far, Record.reached. BadInput if it is damaged."""
     return find_record(RESULTS / sweep, run)
 
 
