@@ -41,7 +41,7 @@ from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input
 from base.files import write_file, writing
 from base.options import checked, option
-from config import ModelOptions
+from config import ModelOptions, Options
 from data.files import check_name
 from mixers import has_effect, load_mixer_file, mechanism_of, mixer_names
 from model import model_config
@@ -170,7 +170,8 @@ def to_measure(group, round, results, options):
 @exit_on_bad_input("bench.py")
 def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, and the cell's process with it
-    options, _, given = parse_options(BenchOptions, sys.argv[1:], __doc__.splitlines()[0], of_config_files=OF_CONFIG_FILES)
+    options, _, given = parse_options(BenchOptions, sys.argv[1:], __doc__.splitlines()[0], of_config_files=OF_CONFIG_FILES,
+                                      file_class=Options)
     for name, here in (("mixer", "mixers"), ("block_size", "lengths")):
         if name in given:
             raise BadInput(f"--{name} is of one model; give --{here} instead")

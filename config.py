@@ -66,6 +66,7 @@ class Options(ModelOptions):
     allow_leak: bool = option(False, "train a model whose outputs see later tokens or other sequences, or that cannot be checked for it on a CPU")
     seed: int = option(1337, "of the weights, the batches and dropout", ge=0, lt=2**63)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
+    threads: Optional[int] = option(None, "CPU threads, at most one a core [default: torch's]", ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the heavy operations; auto: bfloat16 where it is fast")
     compile: bool = option(False, "torch.compile the training step; on a CPU it needs a C++ compiler and most of a minute, and gains little")
     parallel: Literal["ddp", "fsdp"] = option("ddp", "under torchrun: each process holds the whole model, or a share of it")

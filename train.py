@@ -10,6 +10,7 @@ only, so that every mixer sees the same data in the same order and a resumed run
 is the mean over fixed windows of the validation split.
 """
 import math
+import os
 import signal
 import sys
 import time
@@ -39,12 +40,15 @@ def main():
     world = World()
     options, saved = read_options(sys.argv[1:], __doc__.splitlines()[0])
     config = model_config(asdict(options) | {"vocab_size": 1}, "options")  # refused before data are fetched
+    if options.threads:
+        torch.set_num_threads(min(options.threads, os.cpu_count()))
     device = world.start(choose_device(options.device), options)
     dtype = choose_dtype(options.dtype, device, options.n_embd)
     data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))
     data.tokenizer  # each checkpoint carries it: better to miss it now
     config = replace(config, vocab_size=data.vocab_size)
     # what was left to be chosen, as chosen: this is what config.json records
+    options = replace(options, threads=torch.get_num_threads())
     options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."),
                       **{f.name: getattr(config, f.name) for f in fields(ModelOptions)})
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
