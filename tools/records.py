@@ -146,21 +146,35 @@ def read_records(path):
     return records
 
 
+def scored_runs(folder):
+    """The Records of all scored runs in a folder, also those that its sweep.json does not name, as
+    they chose the learning rates. What failed or is damaged is left out."""
+    records = []
+    for path in inside(Path(folder)):
+        if is_records_file(path) or holds_run(path):
+            try:
+                records += read_records(path)
+            except BadInput:
+                continue
+    return [record for record in records if record.scores is not None]
+
+
 def record_of(sweep, run):
     """The Record of a run of a sweep: its folder's, or that of the files beside, or of results/."""
     folder = Path(sweep)
     if holds_run(folder / run):
         return read_run(folder / run)
-    record = find_record(folder, run) or recorded(folder.name, run)
+    record = find_record(folder, run) or kept_record(folder.name, run)
     if record is None:
         raise BadInput(f"{path_in_words(folder)}/sweep.json names {run}, which is not there; "
                        "run the same tools.sweep once more")
     return record
 
 
-def recorded(sweep, run):
-    """The Record in results/<sweep> of the run of that name, or None: what need not be trained
-    anew. Whether it had the same options is for the caller to ask. BadInput if it is damaged."""
+def kept_record(sweep, run):
+    """The Record that results/<sweep> has of the run of that name, or None: a fresh clone need not
+    train it anew. Whether it was run with the same options is for the caller to ask, and whether
+    it went as far, Record.reached. BadInput if it is damaged."""
     return find_record(RESULTS / sweep, run)
 
 
@@ -285,9 +299,18 @@ def checked_by(validate, content, place, remedy=REMEDY):
 # Writing --------------------------------------------------------------------------------------
 
 def write_records(folder, records):
-    """Writes records into a folder, a file for each arm; what such a file holds already stays in
-    it, and a run of the same name is replaced. Returns the paths. BadInput if one is of another
-    run: then nothing is written."""
+    """Writes records into a folder: contents_of. Returns the paths."""
+    contents = contents_of(folder, records)
+    for path, content in contents.items():
+        write_file(path, content)
+    return list(contents)
+
+
+def contents_of(folder, records):
+    """{path: bytes} of the files of records, one for each arm, that a folder is to hold. What such
+    a file holds already stays in it, and a run of the same name is replaced.
+
+    BadInput if that one is of another run."""
     arms = {}
     for record in records:
         checked_by(RUN_NAME.validate_python, record.name, record, "give its folder another name")
@@ -296,9 +319,7 @@ def write_records(folder, records):
     for arm, of_arm in arms.items():
         path = Path(folder) / (arm + SUFFIX)
         contents[path] = packed(earlier_and(of_arm, path))
-    for path, content in contents.items():
-        write_file(path, content)
-    return list(contents)
+    return contents
 
 
 def earlier_and(records, path):
