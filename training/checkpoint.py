@@ -181,7 +181,8 @@ def checkpoints(out_dir):
     """The checkpoint folders of a run, oldest first; none where no folder can be looked into."""
     root = Path(out_dir) / "checkpoints"
     try:
-        names = [path.name for path in root.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+        named = [path for path in root.iterdir() if NAME.fullmatch(path.name)]
+        names = [path.name for path in named if path.is_dir()]
     except (OSError, ValueError):
         return []
     return [root / name for name in sorted(names, key=int)]

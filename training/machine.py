@@ -91,8 +91,8 @@ def refuse_what_cannot_fit(options, config, row_length, machine):
     if model_bytes > available:
         raise BadInput(
             f"n_layer {config.n_layer}, n_embd {config.n_embd}, ffn_hidden {config.ffn_hidden} and "
-            f"a vocabulary of {config.vocab_size} make over {parameters:,} parameters, which take at "
-            f"least {model_bytes / GIB:,.1f} GiB to train, and {available / GIB:,.1f} GiB are "
+            f"a vocabulary of {config.vocab_size} make over {parameters:,} parameters, which take "
+            f"at least {model_bytes / GIB:,.1f} GiB to train, and {available / GIB:,.1f} GiB are "
             "available; choose a smaller model")
     rows = options.batch_size * options.gradient_accumulation_steps
     batch_bytes = rows * row_length * BYTES_PER_BATCH_TOKEN

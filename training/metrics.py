@@ -123,7 +123,8 @@ def start_wandb(project, name, folder, **more):
             run = wandb.init(mode="offline", **start)
     except (ValueError, wandb.Error) as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"wandb cannot start: {reason}; leave out --wandb_log, or mend its settings") from error
+        raise BadInput(f"wandb cannot start: {reason}; "
+                       "leave out --wandb_log, or mend its settings") from error
     if run.offline:
         print("wandb: offline, for want of an account or a network; "
               f"to upload later: wandb sync {Path(run.dir).parent}", flush=True)
