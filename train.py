@@ -66,8 +66,9 @@ def carry_out(world, lock):
         compare_with(saved, options, config)
         check_data(saved, data, options.other_data)
         refuse_different_starts(saved, machine)
-    row_length = data.meta.get("row_length", options.block_size)
-    refuse_what_cannot_fit(options, config, row_length, machine)
+    if not options.eval_only:
+        row_length = data.meta.get("row_length", options.block_size)
+        refuse_what_cannot_fit(options, config, row_length, machine)
     torch.manual_seed(options.seed)
     model = GPT(config).to(device)
     describe(options, model, data, machine)
@@ -112,7 +113,8 @@ def refuse_leaks(model, options):
     except Exception as error:  # of a mixer for GPUs alone, say
         name = f"mixer {options.mixer} could not be checked"
         if not options.allow_leak:
-            error.add_note(f"{name} for leaks, in float64 on the CPU; --allow_leak trains it unchecked")
+            error.add_note(f"{name} for leaks, in float64 on the CPU; "
+                           "--allow_leak trains it unchecked")
             raise
         reason = " ".join(str(error).split())[:200]
         leak = f"{name}, {type(error).__name__}: {reason}"
@@ -162,7 +164,7 @@ def backward(model, loss_fn, x, y, rows_at_once, machine):
         synchronise_gradients(loss_fn, model, on=end == len(x))
         own_x, own_y = world.rows(x[start:end]), world.rows(y[start:end])
         own_targets = (own_y != -1).sum().item()
-        if own_targets == 0:  # a mean over none is 0/0; any other loss counts for nothing with a share of 0
+        if own_targets == 0:  # a mean over none is 0/0; any other counts for nothing below
             own_y = own_y.clamp(min=0)
         share = own_targets * world.size / targets  # so that each target counts alike
         with machine.autocast:
@@ -231,7 +233,8 @@ class Training:
         self.metrics = Metrics(options, self.step, wandb_id) if first else None
         self.bar = tqdm(total=options.max_iters, initial=self.step, unit="step",
                         disable=not first or not sys.stderr.isatty())
-        self.started = time.perf_counter() - seconds  # the clock goes on where the saved run stopped
+        # the clock goes on where the saved run stopped
+        self.started = time.perf_counter() - seconds
         self.last_log = time.perf_counter()
         self.last_tokens = self.tokens
 
@@ -278,8 +281,8 @@ class Training:
         self.log(train_loss=self.train_loss, lr=self.lr, tokens_per_s=speed)
         self.bar.set_postfix_str(f"loss {self.train_loss:.4f}, {speed:,.0f} tokens/s")
         if self.bar.disable:
-            print(f"step {self.step:6}/{self.options.max_iters} | loss {self.train_loss:.4f} nats | "
-                  f"lr {self.lr:.2e} | {speed:,.0f} tokens/s | {now - self.started:.1f} s")
+            print(f"step {self.step:6}/{self.options.max_iters} | loss {self.train_loss:.4f} nats "
+                  f"| lr {self.lr:.2e} | {speed:,.0f} tokens/s | {now - self.started:.1f} s")
 
     def evaluate_and_save(self):
         started = time.perf_counter()

@@ -200,7 +200,8 @@ def compare_with(saved, options, config):
     trained = saved.config.get("train_only", "all")
     if options.train_only != trained:
         raise BadInput(f"{saved.folder} was trained with train_only {trained!r}, not "
-                       f"{options.train_only!r}; leave it as it was, or start a new run with --init_from")
+                       f"{options.train_only!r}; leave it as it was, or start a new run with "
+                       "--init_from")
     for name, value in asdict(options).items():
         if name in saved.config and saved.config[name] != value and name not in OF_ONE_COMMAND:
             print(f"changed since {saved.folder.name}: {name} {saved.config[name]} -> {value}")
@@ -340,8 +341,8 @@ class FolderLock:
             except BlockingIOError:
                 holder = file.read(20).strip()
                 file.close()
-                raise BadInput(f"{out_dir} is in use by the training with process id {holder}; wait "
-                               "for it, stop it, or choose another --out_dir") from None
+                raise BadInput(f"{out_dir} is in use by the training with process id {holder}; "
+                               "wait for it, stop it, or choose another --out_dir") from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
