@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -354,9 +354,12 @@ def test_only_a_run_of_the_same_options_is_finished(swept, here, tmp_path, ran, 
 
 def test_a_run_from_before_an_option_counts_as_one_with_its_default(here):
     config = config_of()
+    wanted = runs.Run("x", arguments()).options()
+    assert runs.difference(wanted, config | {"data_sha256": "a"}, "a") is None
+    assert runs.difference(wanted, config | {"data_sha256": "a"}, "b").name == "data_sha256"
     for lacking in ("weight_decay", "ffn_hidden"):  # ffn_hidden's default follows from n_embd
         older = {name: value for name, value in config.items() if name != lacking}
-        assert runs.difference(runs.Run("x", arguments()).options(), older) is None
+        assert runs.difference(wanted, older) is None
         other = runs.Run("x", arguments(f"--{lacking}=1")).options()
         assert runs.difference(other, older).name == lacking
 
@@ -435,7 +438,8 @@ def swept_config(folder):
     (["--cluster=slurm"], "slurm")])
 def test_bad_options_are_one_line(refuses, tmp_path, words, naming):
     assert naming in refuses(*SHORT, f"--out_dir={tmp_path}/s", *words)
-    assert not list(tmp_path.glob("s/*"))
+    assert not list(tmp_path.glob("s/*.json"))
+    assert not list(tmp_path.glob("s/*seed*"))
 
 
 @pytest.mark.parametrize("out_dir", ["a" * 300, "/proc/x", "there/file/s"])
@@ -448,7 +452,8 @@ def test_a_folder_that_cannot_be_is_one_line(refuses, tmp_path, monkeypatch, out
 @pytest.mark.parametrize("content, naming", [
     ("[]", "no JSON object"), ('{"runs": null, "failed": {}}', "runs"),
     ('{"runs": ["../x"], "failed": {}}', "runs"), ('{"runs": ["a/b"], "failed": {}}', "runs"),
-    ('{"runs": [], "failed": [1]}', "failed"), ('{"runs": [], "failed": {}, "chosen": 3}', "chosen"),
+    ('{"runs": [], "failed": [1]}', "failed"),
+    ('{"runs": [], "failed": {}, "chosen": 3}', "chosen"),
     ("[" * 100_000, "no valid JSON"), ('{"runs": [], "failed": {"a": NaN}}', "no valid JSON"),
     (None, "no regular file")])
 def test_a_damaged_sweep_file_is_one_line_before_anything_runs(refuses, tmp_path, content, naming):
@@ -464,7 +469,7 @@ def test_a_damaged_sweep_file_is_one_line_before_anything_runs(refuses, tmp_path
 
 
 @pytest.mark.parametrize("content, naming", [
-    ('{"n_head": "' + "x" * 5000 + '"}', "n_head"), ('{"mixer": "\\u001b[31m"}', r"\x1b"),
+    ('{"block_size": "' + "x" * 5000 + '"}', "block_size xxx"), ('{"mixer": "\\u001b[31m"}', r"\x1b"),
     ("{}x", "no valid JSON"), (None, "no regular file")])
 def test_a_damaged_config_of_a_run_is_one_short_line(refuses, tmp_path, content, naming):
     folder = tmp_path / "s" / "softmax-lr0.001-seed1"
@@ -504,7 +509,7 @@ def test_matching_brings_every_mixer_to_the_baselines_size(what, baseline):
 
 
 def test_sizes_that_cannot_be_matched_are_said_so():
-    """One channel a head already, and attention over 4,096 tokens costs more than all of pelican."""
+    """One channel a head already, and attention over 4,096 tokens costs more than pelican."""
     options = asdict(Options(n_layer=1, n_head=16, n_embd=16, ffn_hidden=8, block_size=4096))
     with pytest.raises(BadInput, match="cannot be brought"):
         matched(options, "softmax", "pelican", "flops", 65)

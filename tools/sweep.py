@@ -43,11 +43,12 @@ from base.options import checked, option
 from config import Options
 from data import load_dataset
 from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of, mixer_names
-from tools.records import holds_run, recorded
+from tools.records import holds_run, kept_record
 from tools.sweep_matching import matched
 from tools.sweep_runs import (
     Run, SweepFile, carry_out, cluster, difference, end_like_ctrl_c, read_sweep_file)
 from training.device import choose_device
+from training.run_folder import data_sha256
 
 
 @checked
@@ -164,7 +165,8 @@ class Sweep:
         self.changed = {}  # mixer -> {option: value}, by --match
         self.failed = {}   # name of a run -> error
         self.done = {}     # run known to be finished -> its scores
-        self.recorded = cache(recorded)  # reads a file each time
+        self.kept_record = cache(kept_record)  # reads a file each time
+        self.data_sha256 = None  # of the data set, once it is prepared
         self.at_once = 1 if options.cluster else runs_at_once(options)
         if options.match:
             self.match()
@@ -218,19 +220,25 @@ class Sweep:
 
     def finished(self, run):
         if run not in self.done:
-            scores = run.scores() if holds_run(Path(run.folder)) else self.recorded_scores(run)
+            if holds_run(Path(run.folder)):
+                scores = run.scores(self.data_sha256)
+            else:
+                scores = self.recorded_scores(run)
             if scores:
                 self.done[run] = scores
         return run in self.done
 
     def recorded_scores(self, run):
         """The scores of a run of the same options that results/<sweep> holds, or None."""
-        record = self.recorded(self.folder.name, Path(run.folder).name)
+        record = self.kept_record(self.folder.name, Path(run.folder).name)
         wanted = run.options()
         if record is None or not record.reached(wanted["max_iters"]):
             return None
-        same_mixer = wanted["mixer_file"] == record.config.get("mixer_file")
-        return record.scores if same_mixer and not difference(wanted, record.config) else None
+        if wanted["mixer_file"] != record.config.get("mixer_file"):
+            return None
+        if difference(wanted, record.config, self.data_sha256):
+            return None
+        return record.scores
 
     def choose(self):
         """{mixer: rate} by the loss on the select data; a mixer without a finished run is left
@@ -291,7 +299,7 @@ class Sweep:
         at_the_rate = tuple(self.name_of(mixer, rate, "") for mixer, rate in chosen.items())
 
         def is_kept(name):
-            is_there = holds_run(self.folder / name) or self.recorded(self.folder.name, name)
+            is_there = holds_run(self.folder / name) or self.kept_record(self.folder.name, name)
             same_rate = name.startswith(at_the_rate) or not name.startswith(ours)
             return name not in names and is_there and same_rate
 
@@ -378,7 +386,8 @@ def main():
     executor = None
     if options.cluster:
         executor = cluster(options.cluster, sweep.folder, options.cluster_options)
-    load_dataset(options.dataset, options.block_size)  # prepared once, not by several runs at once
+    data = load_dataset(options.dataset, options.block_size)  # prepared once, not by several runs
+    sweep.data_sha256 = data_sha256(data)
     if exists(sweep.folder / "sweep.json"):
         sweep.earlier()  # were it damaged, nothing should be trained first
     else:

@@ -6,7 +6,8 @@
 Every run is a train.py of its own in run.folder, then its scores (see tools/score.py); what they
 print goes to the .log file beside the folder. An interrupted run goes on from its checkpoint. A
 run that another process is at, one whose sweep was killed say, is waited for. What is started
-here ends with this process (see tools/sweep_child.py). """
+here ends with this process (see tools/sweep_child.py).
+"""
 import contextlib
 import fcntl
 import os
@@ -55,13 +56,14 @@ class Run:
         options, _ = read_options(arguments, "")
         return resolved(asdict(options))
 
-    def scores(self):
+    def scores(self, data_sha256=None):
         """What its scores.json says if it is finished, otherwise None. BadInput if the folder
-        holds a run of other options."""
+        holds a run of other options, or on data with another checksum."""
         path = Path(self.folder) / "config.json"
         if not exists(path):
             return None
-        other = difference(self.options(), read_json(path, "move the run away"))
+        config = read_json(path, "move the run away")
+        other = difference(self.options(), config, data_sha256)
         if other:
             raise BadInput(f"{self.folder} was run with {other.name} {shortened(other.ran)}, "
                            f"not {other.wanted}; choose another --out_dir, or move it away")
@@ -87,9 +89,9 @@ class Difference:
     ran: Any
 
 
-def difference(wanted, ran):
+def difference(wanted, ran, data_sha256=None):
     """The first Difference that makes a run with the config `ran` another one than that of the
-    options `wanted`, or None.
+    options `wanted` on data with this checksum (None: not known), or None.
 
     A config that lacks an option, which has come since, counts as run with its default."""
     aside = ASIDE | {"vocab_size"}
@@ -102,6 +104,9 @@ def difference(wanted, ran):
         of_run = ran.get(name, with_defaults[name])
         if value != "auto" and name not in aside and of_run != value:
             return Difference(name, value, of_run)
+    recorded = ran.get("data_sha256")
+    if data_sha256 and recorded and recorded != data_sha256:
+        return Difference("data_sha256", data_sha256, recorded)
     return None
 
 
