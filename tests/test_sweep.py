@@ -469,7 +469,8 @@ def test_a_damaged_sweep_file_is_one_line_before_anything_runs(refuses, tmp_path
 
 
 @pytest.mark.parametrize("content, naming", [
-    ('{"block_size": "' + "x" * 5000 + '"}', "block_size xxx"), ('{"mixer": "\\u001b[31m"}', r"\x1b"),
+    ('{"block_size": "' + "x" * 5000 + '"}', "block_size xxx"),
+    ('{"mixer": "\\u001b[31m"}', r"\x1b"),
     ("{}x", "no valid JSON"), (None, "no regular file")])
 def test_a_damaged_config_of_a_run_is_one_short_line(refuses, tmp_path, content, naming):
     folder = tmp_path / "s" / "softmax-lr0.001-seed1"
