@@ -114,6 +114,8 @@ class RunOptions:
         "line]", min_length=1)
     resume: bool = option(False, "go on from the newest checkpoint in out_dir")
     overwrite: bool = option(False, "clear a run that out_dir already holds")
+    other_data: bool = option(
+        False, "go on with a run although its data set has changed since")
     eval_only: bool = option(False, "only evaluate the newest checkpoint in out_dir")
     init_from: Optional[str] = option(
         None, "start from the weights of this run folder, of gpt2, gpt2-medium, gpt2-large, "
@@ -129,6 +131,8 @@ class RunOptions:
         "be checked for it on a CPU")
     seed: int = option(1337, "of the weights, the batches and dropout", ge=0, lt=2**63)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
+    threads: Optional[int] = option(
+        None, "CPU threads, at most one a core [default: torch's]", ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of the heavy operations; auto: bfloat16 where it is fast")
     compile: bool = option(
