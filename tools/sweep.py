@@ -75,7 +75,7 @@ class SweepOptions(Options):
     dry_run: bool = option(False, "only say what would run")
 
 
-OF_TRAINING = {f.name for f in fields(Options)} - {"out_dir"}  # what is handed on to train.py
+OF_SWEEP = {*SweepOptions.__annotations__, "out_dir"}  # the rest is handed on to train.py
 NOT_OF_A_SWEEP = {  # options of one run, and what to do instead
     "mixer": "give --mixers instead",
     "learning_rate": "give --learning_rates instead",
@@ -172,7 +172,7 @@ class Sweep:
 
     def common_arguments(self, given):
         """{option: value} that all runs are given; the config file says the rest."""
-        names = given & OF_TRAINING
+        names = given - OF_SWEEP
         if self.options.mixer_file:
             names.add("mixer_file")  # also from the config file, which scoring does not read
         if self.options.device != "auto":
