@@ -1,10 +1,13 @@
 """Checkpoints: what is in one, which are kept, and that a damaged or hostile one is named and never run."""
+import errno
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +113,91 @@ def test_what_a_killed_process_left_is_not_read_and_is_cleared(tmp_path):
     assert names(tmp_path) == ["00000010", "00000020"] and not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def test_dot_files_of_others_stay(tmp_path):
+    save(tmp_path, 10)
+    root = tmp_path / "checkpoints"
+    theirs = [".nfs0000000000a1b2c3", ".DS_Store", ".notes", ".00000020.bak", ".newest.json.swp"]
+    for name in theirs:
+        (root / name).write_text("theirs")
+    (root / ".snapshot").mkdir()
+    ours = [".00000020.new", ".00000010.old", f".best.json.{'0f' * 16}.tmp"]
+    for name in ours:
+        (root / name).write_text("")
+    save(tmp_path, 20)
+    assert {path.name for path in root.glob(".*")} == {*theirs, ".snapshot"}
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_line_and_goes_later(tmp_path, monkeypatch, capsys):
+    """As on NFS, where a file that somebody still reads keeps its folder from going."""
+    save(tmp_path, 10, val_loss=2.0)
+    save(tmp_path, 20)
+    rmtree = shutil.rmtree
+
+    def busy(path, *rest, **options):
+        if ".00000010" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        return rmtree(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        save(tmp_path, 30)
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and "warning" in said and "00000010" in said
+        save(tmp_path, 40)
+    assert names(tmp_path)[-2:] == ["00000030", "00000040"] and "00000010" not in names(tmp_path)
+    save(tmp_path, 50)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_nothing_of_a_loaded_checkpoint_stays_open_or_mapped(tmp_path):
+    save(tmp_path, 10, value=3.0)
+    run = checkpoint.load(tmp_path)
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [link for link in links if str(tmp_path) in str(link)]
+    assert run.model["w"].tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("bad", ['"low"', "null, \"iter\": []", "[1.0]", "true", "1e999"])
+def test_a_bad_loss_in_an_older_checkpoint_does_not_end_the_run(tmp_path, bad):
+    save(tmp_path, 10)
+    path = tmp_path / "checkpoints/00000010/trainer.json"
+    path.write_text(path.read_text().replace('"val_loss": 1.0', f'"val_loss": {bad}', 1))
+    save(tmp_path, 20, val_loss=2.0)
+    save(tmp_path, 30, val_loss=3.0)
+    best = json.loads((tmp_path / "checkpoints/best.json").read_text())
+    assert best == {"folder": "00000020"} and names(tmp_path) == ["00000020", "00000030"]
+
+
+def test_checkpoints_past_a_hundred_million_steps_are_found(tmp_path):
+    for iteration in (99_999_998, 99_999_999, 100_000_000, 1_000_000_000):
+        save(tmp_path, iteration, val_loss=1 / iteration)
+    assert names(tmp_path) == ["100000000", "1000000000"]
+    assert checkpoint.load(tmp_path).trainer["iter"] == 1_000_000_000
+    assert checkpoint.load(tmp_path, "100000000").trainer["iter"] == 100_000_000
+
+
+def test_a_reader_looks_again_when_its_checkpoint_was_pruned_meanwhile(tmp_path, monkeypatch):
+    """Once before its sums are checked, once between that and its tensors."""
+    save(tmp_path, 10, keep_last=1)
+    damage, read_tensors = checkpoint.damage, checkpoint.read_tensors
+    steps = [20, 30]
+
+    def pruned_before(function):
+        def call(path, *rest):
+            if steps and function is (damage if steps[0] == 20 else read_tensors):
+                save(tmp_path, steps.pop(0), val_loss=0.5 ** (3 - len(steps)), keep_last=1)
+            return function(path, *rest)
+        return call
+
+    monkeypatch.setattr(checkpoint, "damage", pruned_before(damage))
+    monkeypatch.setattr(checkpoint, "read_tensors", pruned_before(read_tensors))
+    assert checkpoint.load(tmp_path).trainer["iter"] == 30
+    assert steps == [] and names(tmp_path) == ["00000030"]
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(BadInput, match="cannot write checkpoint"):
@@ -167,6 +255,18 @@ def test_a_damaged_checkpoint_is_named_with_what_is_wrong_and_what_is_whole(kind
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "00000020" in said and "00000010" in said
     assert checkpoint.load(run_folder, "00000010").trainer["iter"] == 10
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(name, run_folder):
+    path = newest(run_folder) / name
+    path.unlink()
+    os.mkfifo(path)
+    signal.alarm(20)  # ends the tests: nobody else could
+    with pytest.raises(BadInput, match=name):
+        checkpoint.load(run_folder)
+    assert checkpoint.load(run_folder, fall_back=True).trainer["iter"] == 10
+    signal.alarm(0)
 
 
 def test_when_nothing_is_whole_there_is_no_way_back(run_folder):
@@ -260,17 +360,41 @@ def test_the_rest_of_a_run_folder_is_not_run_either(run_folder, tmp_path, train)
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name, values, naming", [
-    ("config.json", {}, "vocab_size"), ("config.json", {"n_layer": 2}, "blocks.1"), ("config.json", {"n_embd": "16"}, "n_embd"),
-    ("config.json", {"vocab_size": 29}, "vocab_size"), ("config.json", {"mixer": "nope"}, "nope"), ("trainer.json", {}, "trainer.json"),
-    ("trainer.json", {"iter": "20"}, "trainer.json"), ("tokenizer.json", {"alphabet": "ab"}, "tokenizer.json"),
-], ids=str)
+WRONG = [
+    ("config.json", {}, "vocab_size"),
+    ("config.json", {"n_layer": 2}, "blocks.1"),
+    ("config.json", {"n_embd": "16"}, "n_embd"),
+    ("config.json", {"vocab_size": 29}, "vocab_size"),
+    ("config.json", {"mixer": "nope"}, "nope"),
+    ("config.json", {"learning_rate": None}, "learning_rate"),
+    ("config.json", {"learning_rate": "fast"}, "learning_rate"),
+    ("config.json", {"learning_rate": 10**400}, "learning_rate"),
+    ("config.json", {"max_iters": [3]}, "max_iters"),
+    ("config.json", {"no_such_option": 3}, "no_such_option"),
+    ("trainer.json", {}, "trainer.json"),
+    ("trainer.json", {"iter": "20"}, "trainer.json"),
+    ("trainer.json", {"iter": -20}, "iter"),
+    ("trainer.json", {"best_val_loss": "1"}, "best_val_loss"),
+    ("trainer.json", {"seconds": None}, "seconds"),
+    ("trainer.json", {"trained": [3]}, "trained"),
+    ("trainer.json", {"wandb_id": "../../elsewhere"}, "wandb_id"),
+    ("tokenizer.json", {"alphabet": "ab"}, "tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize("name, values, naming", WRONG, ids=str)
 def test_a_file_of_the_wrong_content_is_one_line_although_the_manifest_agrees(name, values, naming, run_folder, train):
     path = newest(run_folder) / name
     old = json.loads(path.read_text())
     rewrite(path, json.dumps(old | values if values else {}).encode())
     line = train.refuses(f"--out_dir={run_folder}", "--resume", "--max_iters=21", unchanged=run_folder / "checkpoints")
     assert naming in line
+
+
+def test_json_nested_too_deeply_is_one_line(run_folder, train):
+    rewrite(newest(run_folder) / "config.json", b'{"a": ' * 50000 + b"1" + b"}" * 50000)
+    line = train.refuses(f"--out_dir={run_folder}", "--eval_only", unchanged=run_folder)
+    assert "config.json" in line and "00000020" in line
 
 
 def test_tensors_of_the_wrong_shape_are_one_line_although_the_manifest_agrees(run_folder, train, sample):
