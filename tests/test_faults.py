@@ -1,4 +1,8 @@
 """Exact resume and what a run must survive: kills at any moment, full disks, a second training in its folder."""
+import builtins
+import errno
+import io
+import json
 import os
 import random
 import re
@@ -9,9 +13,12 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import TINY, content, metrics, run, untimed
 
+from base.errors import BadInput
 from data import Dataset
+from training import checkpoint
 
 SHAPE = [*TINY, "--dropout=0.1", "--gradient_accumulation_steps=2", "--eval_interval=25", "--log_interval=8"]
 
@@ -145,3 +152,151 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoints(home, small_d
     assert steps and not [name for name in before if name.startswith(".")]
     evaluated = run(home, "train.py", "--eval_only", f"--out_dir={small_disk}/run")
     assert evaluated.returncode == 0 and steps[-1] in evaluated.stdout
+
+
+# -- a fault at every operation of a save -----------------------------------------------------------
+
+OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")  # of the module os
+TOKENIZER = '{"tokenizer": "char", "alphabet": "ab"}'
+
+
+class Faults:
+    """Counts the operations on files below `folder` and lets the one numbered `at` fail.
+
+    kind: an errno, which that operation raises; "die", which ends the process in its place; or None.
+    Of a write, half is done first."""
+
+    def __init__(self, monkeypatch, folder, at=None, kind=None):
+        self.folder, self.at, self.kind = str(folder), at, kind
+        self.done = []
+        for name in OPERATIONS:
+            monkeypatch.setattr(os, name, self.counted(name, getattr(os, name)))
+        opened = self.opened(io.open)
+        monkeypatch.setattr(builtins, "open", opened)
+        monkeypatch.setattr(io, "open", opened)
+        monkeypatch.setattr(checkpoint, "save_file", self.saved(checkpoint.save_file))
+
+    def happens(self, name):
+        """Before an operation."""
+        self.done.append(name)
+        if len(self.done) - 1 == self.at:
+            if self.kind == "die":
+                os._exit(9)
+            raise OSError(self.kind, os.strerror(self.kind), self.folder)
+
+    def counted(self, name, function):
+        def call(path, *rest, **options):
+            if isinstance(path, int) or "dir_fd" in options or self.folder in os.fspath(path):
+                self.happens(name)
+            return function(path, *rest, **options)
+        return call
+
+    def opened(self, function):
+        def call(path, mode="r", *rest, **options):
+            ours = not isinstance(path, int) and self.folder in os.fspath(path)
+            if not ours or mode.startswith("r"):
+                return function(path, mode, *rest, **options)
+            self.happens("open to write")
+            return FaultyFile(function(path, mode, *rest, **options), self)
+        return call
+
+    def saved(self, function):
+        """safetensors writes without Python: half of its file stands for a write that fails."""
+        def call(tensors, path):
+            function(tensors, path)
+            if len(self.done) == self.at:
+                os.truncate(path, os.path.getsize(path) // 2)
+            self.happens("save_file")
+        return call
+
+
+class FaultyFile:
+    def __init__(self, file, faults):
+        self.file, self.faults = file, faults
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, content):
+        if len(self.faults.done) == self.faults.at:
+            self.file.write(content[:len(content) // 2])
+            self.file.flush()
+        self.faults.happens("write")
+        return self.file.write(content)
+
+
+def save_step(out_dir, step, val_loss=None):
+    state = {"iter": step, "val_loss": val_loss, "best_val_loss": None, "tokens": 0, "seconds": 0.0,
+             "wandb_id": None}
+    weights = {"w": torch.full((50,), float(step))}
+    checkpoint.save(out_dir, weights, {"m": torch.zeros(50)}, state, {"vocab_size": 2}, TOKENIZER, 2)
+
+
+def run_with_checkpoints(out_dir):
+    """Three steps of which 20 is damaged, so that it is written anew, and of which 10 is then to go;
+    and what a killed process has left."""
+    for step, val_loss in ((5, 1.0), (10, 3.0), (15, 2.0), (20, 4.0)):
+        save_step(out_dir, step, val_loss)
+    (out_dir / "checkpoints/00000020/model.safetensors").write_bytes(b"gone")
+    (out_dir / "checkpoints/.00000020.new").mkdir()
+    (out_dir / "checkpoints/.00000020.new/trainer.json").write_text("{")
+
+
+def attempt(out_dir, monkeypatch, at, kind):
+    """Saves step 20 with a fault. Returns the operations done; of a process that died, None."""
+    def save():
+        with monkeypatch.context() as patch:
+            faults = Faults(patch, out_dir, at, kind)
+            try:
+                save_step(out_dir, 20, 0.5)
+            except BadInput as error:
+                assert "cannot write checkpoint" in str(error)
+            return faults.done
+
+    if kind != "die":
+        return save()
+    child = os.fork()
+    if child == 0:
+        save()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 9
+    return None
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO, "die"], ids=["ENOSPC", "EIO", "die"])
+def test_a_fault_at_every_operation_of_a_save(tmp_path, monkeypatch, kind, capsys):
+    """What --resume then reads is whole, checkpoints that stay are as they were, the next save works."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no power fails here: it only takes time
+    run_with_checkpoints(tmp_path / "start")
+    before = {name: data for name, data in content(tmp_path / "start/checkpoints").items()
+              if name.startswith(("00000005", "00000015"))}
+    assert len(before) == 12
+    shutil.copytree(tmp_path / "start", tmp_path / "counted")
+    operations = attempt(tmp_path / "counted", monkeypatch, None, None)
+    assert set(operations) == {*OPERATIONS, "open to write", "write", "save_file"}
+    for at, name in enumerate(operations):
+        folder = shutil.copytree(tmp_path / "start", tmp_path / f"{at} {name}")
+        attempt(folder, monkeypatch, at, kind)
+        for step in ("00000005", "00000015"):
+            now = content(folder / "checkpoints" / step)
+            for path, data in now.items():
+                assert before[f"{step}/{path}"] == data
+            assert not now or len(now) == 6, (at, name, step)
+        found = checkpoint.load(folder, fall_back=True)
+        assert found.trainer["iter"] in (15, 20)
+        assert found.model["w"].tolist() == [float(found.trainer["iter"])] * 50
+        save_step(folder, 25, 0.25)
+        left = [path.name for path in checkpoint.checkpoints(folder)]
+        assert left[-1] == "00000025" and checkpoint.load(folder).trainer["iter"] == 25
+        assert not list((folder / "checkpoints").glob(".*"))
+        best = json.loads((folder / "checkpoints/best.json").read_text())
+        assert best == {"folder": "00000025"}
+    with capsys.disabled():
+        print(f"\n{len(operations)} operations of a save")
