@@ -271,7 +271,7 @@ def attempt(out_dir, monkeypatch, at, kind):
 
 
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO, "die"], ids=["ENOSPC", "EIO", "die"])
-def test_a_fault_at_every_operation_of_a_save(tmp_path, monkeypatch, kind, capsys):
+def test_a_fault_at_every_operation_of_a_save(tmp_path, monkeypatch, kind):
     """What --resume then reads is whole, checkpoints that stay are as they were, the next save works."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # no power fails here: it only takes time
     run_with_checkpoints(tmp_path / "start")
@@ -298,5 +298,4 @@ def test_a_fault_at_every_operation_of_a_save(tmp_path, monkeypatch, kind, capsy
         assert not list((folder / "checkpoints").glob(".*"))
         best = json.loads((folder / "checkpoints/best.json").read_text())
         assert best == {"folder": "00000025"}
-    with capsys.disabled():
-        print(f"\n{len(operations)} operations of a save")
+    print(f"{len(operations)} operations of a save")

@@ -1,4 +1,5 @@
 """train.py: what a run writes, that it can be repeated, stopped and continued, and what it refuses before writing anything."""
+import errno
 import fcntl
 import json
 import math
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +23,18 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, content, metrics, one_line, run, untimed
 from safetensors.torch import load_file
+from test_checkpoint import rewrite
 
+import train as train_script
+import training.metrics
+import training.report
+from data import load_dataset
+from model import GPT, GPTConfig
 from training import checkpoint
-from training.run_folder import read_options
+from training.machine import Machine, parameters_at_least
+from training.parallel import World
+from training.report import sample_text
+from training.run_folder import FolderLock, data_sha256, pieces, read_options
 
 KEYS = {"iter", "train_loss", "val_loss", "val_bpb", "lr", "tokens", "tokens_per_s", "seconds"}
 STRAIGHT = ("--dropout=0.1", "--eval_interval=10", "--log_interval=5")  # how `trained` was made, besides TINY
@@ -363,6 +375,360 @@ def test_overwrite_does_not_clear_before_everything_has_checked_out(train, run_f
     train.refuses(*TINY, f"--out_dir={run_folder}", "--overwrite", bad, unchanged=run_folder)
 
 
+# -- lock first, then look --------------------------------------------------------------------------
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_wiped(train, here, monkeypatch):
+    """This command waits for its data; the folder was empty when it looked."""
+    def wait(*arguments):
+        monkeypatch.setattr(train_script, "load_dataset", load_dataset)
+        train.call([*TINY, "--max_iters=4", "--out_dir=run"])
+        return load_dataset(*arguments)
+
+    for more in ([], ["--overwrite"]):
+        shutil.rmtree(here / "run", ignore_errors=True)
+        monkeypatch.setattr(train_script, "load_dataset", wait)
+        with pytest.raises(SystemExit) as exit:
+            train.call([*TINY, "--max_iters=2", "--out_dir=run", *more])
+        line = train.capsys.readouterr().err
+        assert exit.value.code == 2 and "another run has begun in run" in line and "--resume" in line
+        assert metrics("run")[-1]["iter"] == 4
+        assert json.loads((here / "run/config.json").read_text())["max_iters"] == 4
+        assert [folder.name for folder in checkpoint.checkpoints("run")] == ["00000004"]
+
+
+@pytest.mark.parametrize("action", ["--resume", "--overwrite"])
+def test_a_start_that_waits_has_the_lock_already(train, home, run_folder, monkeypatch, action):
+    def wait(*arguments):
+        other = run(home, "train.py", "--resume", "--max_iters=40", f"--out_dir={run_folder}")
+        assert f"process id {os.getpid()};" in one_line(other)
+        return load_dataset(*arguments)
+
+    monkeypatch.setattr(train_script, "load_dataset", wait)
+    train(*TINY, action, "--max_iters=22", f"--out_dir={run_folder}")
+    assert metrics(run_folder)[-1]["iter"] == 22
+    with FolderLock() as lock:
+        lock.take(run_folder)  # it was released when the command ended
+
+
+def test_a_run_is_evaluated_without_a_lock(train, run_folder):
+    lock = run_folder / "lock"
+    lock.unlink()
+    train("--eval_only", f"--out_dir={run_folder}")
+    assert not lock.exists()
+
+
+# -- data that have changed -------------------------------------------------------------------------
+
+@pytest.fixture
+def changed_data(home, tmp_path, monkeypatch):
+    """letters, with the same alphabet and as many tokens in another order."""
+    import data.dataset
+    shutil.copytree(home / "data/letters", tmp_path / "data/letters")
+    path = tmp_path / "data/letters/train.bin"
+    np.fromfile(path, dtype="<u2")[::-1].tofile(path)
+    monkeypatch.setattr(data.dataset, "DATA", tmp_path / "data")
+
+
+@pytest.mark.parametrize("action", ["--resume", "--eval_only"])
+def test_data_of_the_same_name_that_have_changed_are_refused(train, run_folder, changed_data, action):
+    command = [action, f"--out_dir={run_folder}", "--max_iters=21"]
+    line = train.refuses(*command, unchanged=run_folder)
+    assert "letters has changed" in line and "--other_data" in line and "00000020" in line
+    assert "warning    data set letters has changed" in train(*command, "--other_data")
+    if action == "--resume":  # from now on these are its data
+        assert "letters has changed" not in train(*command, "--max_iters=22")
+
+
+def test_the_checksum_of_data_is_recorded_and_small_changes_show(train, trained, here, home, tmp_path):
+    config = json.loads((trained / "config.json").read_text())
+    saved = json.loads((trained / "checkpoints/00000020/config.json").read_text())
+    assert re.fullmatch("[0-9a-f]{64}", config["data_sha256"])
+    assert config["data_sha256"] == saved["data_sha256"]
+    data = SimpleNamespace(folder=shutil.copytree(home / "data/letters", tmp_path / "letters"))
+    assert data_sha256(data) == config["data_sha256"]
+    (data.folder / "meta.json").write_text("{}")  # the tokens are what counts
+    assert data_sha256(data) == config["data_sha256"]
+    tokens = np.fromfile(data.folder / "val.bin", dtype="<u2")
+    tokens[-1] = 27 - tokens[-1]
+    tokens.tofile(data.folder / "val.bin")
+    assert data_sha256(data) != config["data_sha256"]
+
+
+def test_the_pieces_of_a_large_file_reach_from_its_start_to_its_end():
+    size = 10**9
+    starts = pieces(size)
+    assert len(starts) == 64 and starts[0] == 0 and starts[-1] == size - 2**20
+    assert starts == sorted(starts)
+    assert pieces(0) == [] and pieces(1) == [0] and pieces(2**20 + 1) == [0, 2**20]
+
+
+# -- a run folder that somebody else made -----------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", ".metrics.jsonl", "config.json", "checkpoints/newest.json"])
+def test_no_file_is_written_through_a_link(train, run_folder, tmp_path, name):
+    victim = tmp_path / "victim"
+    path = run_folder / name
+    content_before = path.read_text() if path.exists() else ""
+    victim.write_text(content_before)
+    path.unlink(missing_ok=True)
+    path.symlink_to(victim)
+    if name == "lock":
+        line = train.refuses("--resume", f"--out_dir={run_folder}", "--max_iters=21", unchanged=run_folder)
+        assert str(path) in line and "link" in line
+    else:
+        train("--resume", f"--out_dir={run_folder}", "--max_iters=21")
+        assert not path.is_symlink()
+    assert victim.read_text() == content_before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "wandb"])
+def test_no_folder_is_written_through_a_link(train, run_folder, tmp_path, name):
+    victim = tmp_path / "victim"
+    path = run_folder / name
+    if path.exists():
+        path.rename(victim)
+    else:
+        victim.mkdir()
+    path.symlink_to(victim)
+    line = train.refuses("--resume", f"--out_dir={run_folder}", "--max_iters=21", unchanged=victim)
+    assert str(path) in line and "link" in line
+    before = content(victim)
+    train(*TINY, "--overwrite", f"--out_dir={run_folder}", "--max_iters=2")  # clears the link alone
+    assert content(victim) == before and not path.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "config.json"])
+def test_a_pipe_in_a_run_folder_does_not_hang(train, run_folder, name):
+    path = run_folder / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    signal.alarm(30)  # ends the tests: nobody else could
+    try:
+        train.call(["--resume", f"--out_dir={run_folder}", "--max_iters=21"])
+        assert path.is_file()
+    except SystemExit as exit:
+        assert exit.code == 2 and str(path) in train.capsys.readouterr().err
+    signal.alarm(0)
+
+
+def test_only_this_command_can_start_wandb(train, run_folder, monkeypatch):
+    def started(*_, **__):
+        raise AssertionError("wandb was started")
+
+    monkeypatch.setattr(training.metrics, "start_wandb", started)
+    asking = json.dumps(json.loads((run_folder / "config.json").read_text()) | {"wandb_log": True})
+    (run_folder / "config.json").write_text(asking)
+    for folder in checkpoint.checkpoints(run_folder):
+        saved = json.loads((folder / "config.json").read_text()) | {"wandb_log": True}
+        rewrite(folder / "config.json", json.dumps(saved).encode())
+    train("--resume", f"--out_dir={run_folder}", "--max_iters=21")
+    shutil.rmtree(run_folder / "checkpoints")
+    (run_folder / "config.json").write_text(asking)
+    train("--resume", f"--out_dir={run_folder}", "--max_iters=2")
+    with pytest.raises(AssertionError):
+        train.call(["--resume", "--wandb_log", f"--out_dir={run_folder}", "--max_iters=3"])
+
+
+def test_only_this_command_can_fetch_weights(train, run_folder):
+    shutil.rmtree(run_folder / "checkpoints")
+    path = run_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_from": "gpt2"}))
+    line = train.refuses("--resume", f"--out_dir={run_folder}", unchanged=run_folder)
+    assert "config.json" in line and "--init_from=gpt2" in line
+
+
+@pytest.mark.parametrize("learning_rate", ["null", '"fast"', "1" + 400 * "0", "NaN", "[1]"])
+def test_a_bad_config_json_is_one_line(train, run_folder, learning_rate):
+    shutil.rmtree(run_folder / "checkpoints")
+    path = run_folder / "config.json"
+    path.write_text(path.read_text().replace('"learning_rate": 0.01', f'"learning_rate": {learning_rate}'))
+    line = train.refuses("--resume", f"--out_dir={run_folder}", unchanged=run_folder)
+    assert "config.json is damaged" in line and "--overwrite" in line
+
+
+def test_what_killed_processes_left_goes_at_the_next_start(train, run_folder):
+    ours = [".config.json.4711", f".config.json.{'0f' * 16}.tmp", f".metrics.jsonl.{'ab' * 16}.tmp", ".metrics.jsonl"]
+    theirs = [".config.json.swp", ".notes.1", ".DS_Store", f".mine.{'0f' * 16}.tmp"]
+    for name in ours + theirs:
+        (run_folder / name).write_text("")
+    train("--resume", f"--out_dir={run_folder}", "--max_iters=21")
+    assert {path.name for path in run_folder.glob(".*")} == set(theirs)
+
+
+# -- overwriting ------------------------------------------------------------------------------------
+
+def rename_that(fails, monkeypatch, error):
+    """Path.rename raises `error` where fails(path)."""
+    rename = Path.rename
+
+    def call(self, target):
+        if fails(self):
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", call)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints"])
+def test_a_run_that_cannot_be_moved_away_stays_whole(train, run_folder, monkeypatch, name):
+    busy = OSError(errno.EBUSY, "Device or resource busy")
+    with monkeypatch.context() as patch:
+        rename_that(lambda path: path == run_folder / name, patch, busy)
+        line = train.refuses(*TINY, "--overwrite", f"--out_dir={run_folder}", unchanged=run_folder)
+    assert "busy" in line
+    train("--resume", f"--out_dir={run_folder}", "--max_iters=21")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+def test_a_run_half_cleared_is_not_gone_on_with(train, run_folder, monkeypatch, name):
+    """Killed just before that part is moved."""
+    with monkeypatch.context() as patch:
+        rename_that(lambda path: path == run_folder / name, patch, SystemExit(9))
+        with pytest.raises(SystemExit):
+            train.call([*TINY, "--overwrite", f"--out_dir={run_folder}", "--max_iters=2"])
+    for action in (["--resume"], ["--eval_only"], []):
+        assert "--overwrite" in train.refuses(*TINY, *action, f"--out_dir={run_folder}", unchanged=run_folder)
+    train(*TINY, "--overwrite", f"--out_dir={run_folder}", "--max_iters=2", "--log_interval=1")
+    assert [row["iter"] for row in metrics(run_folder)] == [1, 2, 2]
+    assert not list(run_folder.glob(".*"))
+
+
+def test_an_old_run_that_cannot_be_deleted_is_a_line_and_goes_later(train, run_folder, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def busy(path, *rest, **options):
+        if ".overwritten." in str(path):
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        return rmtree(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        out = train(*TINY, "--overwrite", f"--out_dir={run_folder}", "--max_iters=2")
+    assert "warning" in out and metrics(run_folder)[-1]["iter"] == 2
+    assert [path.name.split(".")[-1] for path in run_folder.glob(".*")] == ["checkpoints"]
+    train("--resume", f"--out_dir={run_folder}", "--max_iters=3")
+    assert not list(run_folder.glob(".*"))
+
+
+# -- what does not fit into memory ------------------------------------------------------------------
+
+@pytest.mark.parametrize("option", ["--batch_size=2147483647", "--n_layer=1000000", "--gradient_accumulation_steps=2147483647",
+                                    "--n_embd=2000000", "--ffn_hidden=2147483647"])
+def test_what_cannot_fit_is_refused_at_once(train, here, option):
+    started = time.monotonic()
+    line = train.refuses(*TINY, "--n_embd=128", option, "--out_dir=run")
+    name, _, value = option[2:].partition("=")
+    assert f"{name} {value}" in line and "GiB" in line and not (here / "run").exists()
+    assert time.monotonic() - started < 20
+
+
+def test_the_estimate_is_below_what_training_takes():
+    config = GPTConfig(vocab_size=100, n_embd=32, n_layer=3, mixer="pelican")
+    parameters = sum(p.numel() for p in GPT(config).parameters())
+    assert 0.9 * parameters < parameters_at_least(config) <= parameters
+    config = GPTConfig(vocab_size=100, n_embd=32, n_layer=3, arch="llama", embed_rank=4)
+    parameters = sum(p.numel() for p in GPT(config).parameters())
+    assert 0.5 * parameters < parameters_at_least(config) <= parameters
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_first_step_without_memory_leaves_no_run_behind(train, here, run_folder, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "backward", fails)
+        train.refuses(*TINY, "--out_dir=run")
+        assert not (here / "run").exists()
+        (here / "mine").mkdir()
+        (here / "mine/notes.txt").write_text("mine")
+        train.refuses(*TINY, "--out_dir=mine")
+        train.refuses("--resume", "--max_iters=25", f"--out_dir={run_folder}", unchanged=run_folder / "checkpoints")
+    assert (run_folder / "config.json").exists() and len(metrics(run_folder)) == 6
+    train(*TINY, "--max_iters=1", "--out_dir=mine")
+
+
+# -- answers ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def no_answers(home, tmp_path, monkeypatch):
+    """no_answers(split): the rows of that split of `recall` ask for nothing any more."""
+    import data.dataset
+    shutil.copytree(home / "data/recall", tmp_path / "data/recall")
+    monkeypatch.setattr(data.dataset, "DATA", tmp_path / "data")
+
+    def clear(split):
+        path = tmp_path / f"data/recall/{split}_targets.bin"
+        path.write_bytes(bytes(path.stat().st_size))
+    return clear
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_data_that_ask_for_nothing_are_named(train, no_answers, split):
+    no_answers(split)
+    with pytest.raises(SystemExit) as exit:
+        train.call([*TINY, "--dataset=recall", "--max_iters=1", "--out_dir=run"])
+    line = train.capsys.readouterr().err
+    assert exit.value.code == 2 and line.count("\n") == 1
+    assert "data/recall" in line and "no answer is due" in line
+
+
+def test_a_pass_without_an_answer_counts_for_nothing():
+    """Its mean over no targets would be 0/0."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=8))
+    x = torch.randint(5, (2, 4))
+    y = torch.tensor([[-1] * 4, [-1, 3, -1, 2]])
+    machine = Machine(torch.device("cpu"), torch.autocast("cpu", enabled=False), World())
+    losses, gradients = [], []
+    for rows in (1, 2):
+        model.zero_grad()
+        losses.append(train_script.backward(model, model.loss, x, y, rows, machine))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1]) and torch.allclose(*gradients, atol=1e-7)
+
+
+# -- the end of a run -------------------------------------------------------------------------------
+
+def test_a_run_ends_with_some_of_its_text_and_the_next_command(train, trained):
+    out = trained.with_suffix(".log").read_text()
+    text = out.partition("\na sample:\n")[2].partition("\n\nthe run is in ")[0]
+    assert len(text) >= 90 and set(text) <= set("abcdefghijklmnopqrstuvwxyz \n")
+    assert f"the run is in {trained}\n" in out
+    assert f"python sample.py --out_dir={trained}\n" in out and "pelican" not in out
+
+
+def test_the_pelican_recipe_names_a_mixer_that_sees_more(shakespeare_char, clone):
+    shutil.copytree(shakespeare_char, clone / "data/shakespeare_char", dirs_exist_ok=True)
+    done = run(clone, "train.py", "configs/shakespeare_pelican.py", "--max_iters=1", "--eval_tokens=100")
+    assert "python train.py configs/shakespeare.py\n" in done.stdout, done
+
+
+def test_a_recall_run_has_no_text(train):
+    out = train(*TINY, "--dataset=recall", "--max_iters=1", "--out_dir=run")
+    assert "the run is in run" in out and "sample" not in out
+
+
+def test_the_sample_changes_nothing_and_cannot_fail_the_run(train, here, monkeypatch):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    config = GPTConfig(vocab_size=28, block_size=16, n_layer=1, n_head=1, n_embd=8, dropout=0.5)
+    torch.set_rng_state(before)
+    model = GPT(config)
+    machine = Machine(torch.device("cpu"), torch.autocast("cpu", enabled=False), World())
+    data = load_dataset("letters", 16)
+    state = torch.get_rng_state()
+    texts = {sample_text(model, data, machine) for _ in range(2)}
+    assert len(texts) == 1 and torch.equal(state, torch.get_rng_state())
+
+    def fails(*_):
+        raise RuntimeError("no text today")
+
+    monkeypatch.setattr(training.report, "sample_text", fails)
+    out = train(*TINY, "--max_iters=1", "--out_dir=run")
+    assert "no sample: RuntimeError: no text today" in out and checkpoint.load("run")
+
+
 # -- bad input: one line, status 2, nothing written -------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, naming", [
@@ -384,6 +750,7 @@ def test_overwrite_does_not_clear_before_everything_has_checked_out(train, run_f
     (["--init_from=nowhere"], ["nowhere"]),
     (["nowhere.py"], ["nowhere.py"]),
     (["--mixer_file=nowhere.py"], ["nowhere.py"]),
+    (["--wandb_log", "--wandb_project=a/b"], ["a/b", "wandb_project"]),
 ])
 def test_bad_input_is_named_in_one_line(train, argv, naming):
     line = train.refuses(*TINY, *argv)
@@ -499,6 +866,11 @@ def test_a_mixer_file_that_does_not_work(train, sample, here, trained, text, rea
     for script, argv in ((train, TINY), (sample, [f"--out_dir={trained}"])):
         line = script.refuses(*argv, "--mixer_file=mine.py")
         assert "mine.py" in line and reason in line
+
+
+def test_a_mode_that_wandb_does_not_know_is_named(train, here, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    assert "WANDB_MODE=nonsense" in train.refuses(*TINY, "--wandb_log", "--out_dir=run")
 
 
 # -- torch.compile and wandb ------------------------------------------------------------------------------------------
