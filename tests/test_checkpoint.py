@@ -1,4 +1,5 @@
-"""Checkpoints: what is in one, which are kept, and that a damaged or hostile one is named and never run."""
+"""Checkpoints: what is in one, which are kept, and that a damaged or hostile one is named and
+never run."""
 import errno
 import hashlib
 import json
@@ -18,7 +19,8 @@ from base.errors import BadInput
 from model import GPT, GPTConfig
 from training import checkpoint
 
-FILES = ["model.safetensors", "optimizer.safetensors", "trainer.json", "config.json", "tokenizer.json"]
+FILES = ["model.safetensors", "optimizer.safetensors", "trainer.json", "config.json",
+         "tokenizer.json"]
 
 
 def newest(out_dir):
@@ -34,12 +36,14 @@ def rewrite(path, data):
 
 
 def trainer(iteration, val_loss=None):
-    return {"iter": iteration, "val_loss": val_loss, "best_val_loss": None, "tokens": 0, "seconds": 0.0, "wandb_id": None}
+    return {"iter": iteration, "val_loss": val_loss, "best_val_loss": None, "tokens": 0,
+            "seconds": 0.0, "wandb_id": None}
 
 
 def save(out_dir, iteration, val_loss=1.0, keep_last=2, value=0.0):
     """A small checkpoint, through the real thing."""
-    checkpoint.save(out_dir, {"w": torch.full((3,), value)}, {}, trainer(iteration, val_loss), {"vocab_size": 2},
+    weights = {"w": torch.full((3,), value)}
+    checkpoint.save(out_dir, weights, {}, trainer(iteration, val_loss), {"vocab_size": 2},
                     '{"tokenizer": "char", "alphabet": "ab"}', keep_last=keep_last)
 
 
@@ -47,15 +51,19 @@ def names(out_dir):
     return [folder.name for folder in checkpoint.checkpoints(out_dir)]
 
 
-# -- what is saved ----------------------------------------------------------------------------------------------------
+# -- what is saved -------------------------------------------------------------------------------
 
 def test_a_checkpoint_holds_all_that_it_takes(trained):
     run = checkpoint.load(trained)
-    assert run.folder == newest(trained) and {p.name for p in run.folder.iterdir()} == {*FILES, "manifest.json"}
-    assert run.trainer["iter"] == 20 and run.config["vocab_size"] == 28 and run.tokenizer.decode(run.tokenizer.encode("abc\n")) == "abc\n"
+    assert run.folder == newest(trained)
+    assert {p.name for p in run.folder.iterdir()} == {*FILES, "manifest.json"}
+    assert run.trainer["iter"] == 20
+    assert run.config["vocab_size"] == 28
+    assert run.tokenizer.decode(run.tokenizer.encode("abc\n")) == "abc\n"
     model = checkpoint.build_model(run)
     assert not model.training
-    assert sum(t.numel() for t in run.model.values()) == sum(p.numel() for p in model.parameters())  # a tied head once
+    # a tied head once
+    assert sum(t.numel() for t in run.model.values()) == sum(p.numel() for p in model.parameters())
     for name, p in model.named_parameters():
         assert torch.equal(p, run.model[name])
     moments = {name for name in run.optimizer if name.startswith("exp_avg.")}
@@ -63,9 +71,11 @@ def test_a_checkpoint_holds_all_that_it_takes(trained):
 
 
 def test_an_untied_head_and_an_untrained_one_come_back(tmp_path):
-    config = {"vocab_size": 5, "block_size": 4, "n_layer": 2, "n_head": 1, "n_embd": 8, "tie_head": False, "mixer": "pelican,causal_mean", "arch": "llama"}
+    config = {"vocab_size": 5, "block_size": 4, "n_layer": 2, "n_head": 1, "n_embd": 8,
+              "tie_head": False, "mixer": "pelican,causal_mean", "arch": "llama"}
     model = GPT(GPTConfig(**config)).eval()
-    checkpoint.save(tmp_path, checkpoint.model_tensors(model), {}, trainer(0), config, '{"tokenizer": "char", "alphabet": "abcde"}', 1)
+    checkpoint.save(tmp_path, checkpoint.model_tensors(model), {}, trainer(0), config,
+                    '{"tokenizer": "char", "alphabet": "abcde"}', 1)
     again = checkpoint.build_model(checkpoint.load(tmp_path))
     idx = torch.tensor([[0, 3, 2]])
     assert torch.equal(model(idx)[0], again(idx)[0])
@@ -74,9 +84,11 @@ def test_an_untied_head_and_an_untrained_one_come_back(tmp_path):
 
 def test_the_newest_few_and_the_best_are_kept(tmp_path):
     for iteration in range(1, 7):
-        save(tmp_path, iteration, val_loss={2: 0.5, 5: None}.get(iteration, 1.0), keep_last=3, value=float(iteration))
+        save(tmp_path, iteration, val_loss={2: 0.5, 5: None}.get(iteration, 1.0), keep_last=3,
+             value=float(iteration))
     assert names(tmp_path) == ["00000002", "00000004", "00000005", "00000006"]
-    assert checkpoint.load(tmp_path).trainer["iter"] == 6 and checkpoint.load(tmp_path, "best").trainer["iter"] == 2
+    assert checkpoint.load(tmp_path).trainer["iter"] == 6
+    assert checkpoint.load(tmp_path, "best").trainer["iter"] == 2
     assert checkpoint.load(tmp_path, "00000004").model["w"].tolist() == [4.0] * 3
     for name, folder in (("newest", "00000006"), ("best", "00000002")):
         assert json.loads((tmp_path / f"checkpoints/{name}.json").read_text()) == {"folder": folder}
@@ -101,7 +113,8 @@ def test_a_checkpoint_written_again_takes_the_place_of_the_damaged_one(tmp_path)
     save(tmp_path, 20, value=1.0)
     (tmp_path / "checkpoints/00000020/model.safetensors").write_bytes(b"gone")
     save(tmp_path, 20, value=2.0)
-    assert names(tmp_path) == ["00000010", "00000020"] and checkpoint.load(tmp_path).model["w"][0] == 2.0
+    assert names(tmp_path) == ["00000010", "00000020"]
+    assert checkpoint.load(tmp_path).model["w"][0] == 2.0
 
 
 def test_what_a_killed_process_left_is_not_read_and_is_cleared(tmp_path):
@@ -110,7 +123,8 @@ def test_what_a_killed_process_left_is_not_read_and_is_cleared(tmp_path):
     (tmp_path / "checkpoints/.newest.json.77").write_text("{")
     assert names(tmp_path) == ["00000010"] and checkpoint.load(tmp_path).trainer["iter"] == 10
     save(tmp_path, 20)
-    assert names(tmp_path) == ["00000010", "00000020"] and not list((tmp_path / "checkpoints").glob(".*"))
+    assert names(tmp_path) == ["00000010", "00000020"]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_dot_files_of_others_stay(tmp_path):
@@ -127,7 +141,8 @@ def test_dot_files_of_others_stay(tmp_path):
     assert {path.name for path in root.glob(".*")} == {*theirs, ".snapshot"}
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_a_line_and_goes_later(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_cannot_be_deleted_is_a_line_and_goes_later(tmp_path, monkeypatch,
+                                                                      capsys):
     """As on NFS, where a file that somebody still reads keeps its folder from going."""
     save(tmp_path, 10, val_loss=2.0)
     save(tmp_path, 20)
@@ -205,7 +220,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_file_of_another_model_is_listed_name_by_name():
-    model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=8, mixer="pelican"))
+    model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=8,
+                          mixer="pelican"))
     tensors = dict(checkpoint.model_tensors(model))
     before = {name: t.clone() for name, t in tensors.items()}
     other = {name: t + 1 for name, t in tensors.items()}
@@ -214,11 +230,13 @@ def test_a_file_of_another_model_is_listed_name_by_name():
     other["embed.weight"] = torch.zeros(7, 8)
     with pytest.raises(BadInput) as error:
         checkpoint.load_model(model, other, "here")
-    assert all(part in str(error.value) for part in ("here", "+extra", "-norm.weight", "embed.weight (7, 8)", "(5, 8)"))
-    assert all(torch.equal(before[name], t) for name, t in checkpoint.model_tensors(model).items())  # nothing half copied
+    assert all(part in str(error.value) for part in ("here", "+extra", "-norm.weight",
+                                                     "embed.weight (7, 8)", "(5, 8)"))
+    # nothing half copied
+    assert all(torch.equal(before[name], t) for name, t in checkpoint.model_tensors(model).items())
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------
+# -- damage --------------------------------------------------------------------------------------
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
@@ -230,27 +248,60 @@ def flip(path):
     path.write_bytes(data)
 
 
+def empty(path):
+    path.write_bytes(b"")
+
+
+def be_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def be_of_another_checkpoint(path):
+    shutil.copy(path.parents[1] / "00000010" / path.name, path)
+
+
+def be_a_list(path):
+    path.write_text("[]")
+
+
+def be_an_empty_object(path):
+    path.write_text("{}")
+
+
+def be_no_text(path):
+    path.write_bytes(b"\xff\xfe\x00")
+
+
+# what is done -> (the file, how)
 DAMAGE = {
-    **{f"{name} cut": lambda folder, name=name: cut(folder / name) for name in FILES},
-    **{f"{name} with a bit flipped": lambda folder, name=name: flip(folder / name) for name in FILES},
-    **{f"{name} missing": lambda folder, name=name: (folder / name).unlink() for name in [*FILES, "manifest.json"]},
-    **{f"{name} empty": lambda folder, name=name: (folder / name).write_bytes(b"") for name in [*FILES, "manifest.json"]},
-    "manifest.json a list": lambda folder: (folder / "manifest.json").write_text("[]"),
-    "model.safetensors not in the manifest": lambda folder: (folder / "manifest.json").write_text("{}"),
-    "manifest.json not text": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"),
-    "model.safetensors of another checkpoint": lambda folder: shutil.copy(folder.parent / "00000010/model.safetensors", folder),
-    "model.safetensors a folder": lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()),
-    "manifest.json a folder": lambda folder: ((folder / "manifest.json").unlink(), (folder / "manifest.json").mkdir()),
+    "manifest.json a list": ("manifest.json", be_a_list),
+    "model.safetensors not in the manifest": ("manifest.json", be_an_empty_object),
+    "manifest.json not text": ("manifest.json", be_no_text),
+    "manifest.json a folder": ("manifest.json", be_a_folder),
+    "manifest.json missing": ("manifest.json", Path.unlink),
+    "manifest.json empty": ("manifest.json", empty),
+    "model.safetensors of another checkpoint": ("model.safetensors", be_of_another_checkpoint),
+    "model.safetensors a folder": ("model.safetensors", be_a_folder),
 }
+for file in FILES:
+    DAMAGE[f"{file} cut"] = (file, cut)
+    DAMAGE[f"{file} with a bit flipped"] = (file, flip)
+    DAMAGE[f"{file} missing"] = (file, Path.unlink)
+    DAMAGE[f"{file} empty"] = (file, empty)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_with_what_is_wrong_and_what_is_whole(kind, run_folder, capsys):
-    DAMAGE[kind](newest(run_folder))
+def test_a_damaged_checkpoint_is_named_with_what_is_wrong_and_what_is_whole(kind, run_folder,
+                                                                            capsys):
+    name, damage = DAMAGE[kind]
+    damage(newest(run_folder) / name)
     with pytest.raises(BadInput) as error:
         checkpoint.load(run_folder)
     message = str(error.value)
-    assert str(newest(run_folder)) in message and kind.split()[0] in message and "00000010" in message
+    assert str(newest(run_folder)) in message
+    assert kind.split()[0] in message
+    assert "00000010" in message
     assert checkpoint.load(run_folder, fall_back=True).trainer["iter"] == 10
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "00000020" in said and "00000010" in said
@@ -286,7 +337,9 @@ def test_a_checkpoint_that_is_not_there(run_folder, tmp_path):
             checkpoint.load(run_folder, name)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"folder": "00000099"}', '{"folder": "../../elsewhere"}', '{"folder": 3}', None])
+@pytest.mark.parametrize("text", [
+    "", "{}", "[]", None,
+    '{"folder": "00000099"}', '{"folder": "../../elsewhere"}', '{"folder": 3}'])
 def test_a_damaged_pointer_is_named(text, run_folder):
     path = run_folder / "checkpoints/best.json"
     path.unlink() if text is None else path.write_text(text)
@@ -300,10 +353,11 @@ def test_without_newest_json_the_newest_whole_checkpoint_is_found(run_folder):
         try:
             assert checkpoint.load(run_folder).trainer["iter"] == 20
         except BadInput as error:
-            assert "newest.json" in str(error) and "00000020" in str(error)  # or it is named, with what is whole
+            # or it is named, with what is whole
+            assert "newest.json" in str(error) and "00000020" in str(error)
 
 
-# -- hostile files ----------------------------------------------------------------------------------------------------
+# -- hostile files -------------------------------------------------------------------------------
 
 class Hostile:
     """Unpickled, it leaves a mark."""
@@ -331,7 +385,8 @@ def test_the_trap_works(tmp_path):
     assert mark.exists()
 
 
-@pytest.mark.parametrize("agreeing", [False, True], ids=["found by the manifest", "with a manifest that agrees"])
+@pytest.mark.parametrize("agreeing", [False, True],
+                         ids=["found by the manifest", "with a manifest that agrees"])
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_nothing_in_a_checkpoint_is_run(name, agreeing, run_folder, tmp_path, train, sample):
     mark = tmp_path / "mark"
@@ -342,7 +397,8 @@ def test_nothing_in_a_checkpoint_is_run(name, agreeing, run_folder, tmp_path, tr
         else:
             path.write_bytes(data)
         assert "00000020" in sample.refuses(f"--out_dir={run_folder}", unchanged=run_folder)
-        assert "00000020" in train.refuses(f"--out_dir={run_folder}", "--eval_only", unchanged=run_folder)
+        assert "00000020" in train.refuses(f"--out_dir={run_folder}", "--eval_only",
+                                           unchanged=run_folder)
         (run_folder / "checkpoints/newest.json").write_bytes(data)  # not read as code either
         (run_folder / "checkpoints/best.json").write_bytes(data)
         sample.refuses(f"--out_dir={run_folder}", "--checkpoint=best", unchanged=run_folder)
@@ -383,11 +439,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize("name, values, naming", WRONG, ids=str)
-def test_a_file_of_the_wrong_content_is_one_line_although_the_manifest_agrees(name, values, naming, run_folder, train):
+def test_a_file_of_the_wrong_content_is_one_line_although_the_manifest_agrees(name, values, naming,
+                                                                              run_folder, train):
     path = newest(run_folder) / name
     old = json.loads(path.read_text())
     rewrite(path, json.dumps(old | values if values else {}).encode())
-    line = train.refuses(f"--out_dir={run_folder}", "--resume", "--max_iters=21", unchanged=run_folder / "checkpoints")
+    line = train.refuses(f"--out_dir={run_folder}", "--resume", "--max_iters=21",
+                         unchanged=run_folder / "checkpoints")
     assert naming in line
 
 
@@ -397,15 +455,18 @@ def test_json_nested_too_deeply_is_one_line(run_folder, train):
     assert "config.json" in line and "00000020" in line
 
 
-def test_tensors_of_the_wrong_shape_are_one_line_although_the_manifest_agrees(run_folder, train, sample):
+def test_tensors_of_the_wrong_shape_are_one_line_although_the_manifest_agrees(run_folder, train,
+                                                                              sample):
     for name in ("model.safetensors", "optimizer.safetensors"):
         path = newest(run_folder) / name
         tensors = load_file(path)
-        wrong = {n: t[:-1].clone() if n.endswith("embed.weight") and t.dim() else t for n, t in tensors.items()}
+        wrong = {n: t[:-1].clone() if n.endswith("embed.weight") and t.dim() else t for n,
+                 t in tensors.items()}
         save_file(wrong, run_folder / "wrong")
         rewrite(path, (run_folder / "wrong").read_bytes())
         (run_folder / "wrong").unlink()
-        line = train.refuses(f"--out_dir={run_folder}", "--resume", "--max_iters=21", unchanged=run_folder / "checkpoints")
+        line = train.refuses(f"--out_dir={run_folder}", "--resume", "--max_iters=21",
+                             unchanged=run_folder / "checkpoints")
         assert "embed.weight" in line
         save_file(tensors, path)
         rewrite(path, path.read_bytes())
@@ -414,6 +475,9 @@ def test_tensors_of_the_wrong_shape_are_one_line_although_the_manifest_agrees(ru
 
 
 def test_no_source_reads_anything_that_could_run_code():
-    for path in [*ROOT.glob("*.py"), *(p for name in ("base", "data", "tools", "training") for p in ROOT.glob(f"{name}/*.py"))]:
-        text = path.read_text()
-        assert not re.search(r"\bimport pickle|\btorch\.load\(|allow_pickle=True|\beval\(|\bexec\(", text.replace(".eval()", "")), path
+    unsafe = r"\bimport pickle|\btorch\.load\(|allow_pickle=True|\beval\(|\bexec\("
+    sources = list(ROOT.glob("*.py"))
+    for name in ("base", "data", "tools", "training"):
+        sources += ROOT.glob(f"{name}/*.py")
+    for path in sources:
+        assert not re.search(unsafe, path.read_text().replace(".eval()", "")), path
