@@ -182,7 +182,7 @@ def test_the_validation_loss_is_that_of_the_saved_weights_over_the_whole_split(t
     """Recomputed with plain torch: one block written out by hand, every token but the first a
     target once."""
     w = weights(trained, 20)
-    names = set(w)
+
     def take(*parts):
         [name, *_] = [name for name in sorted(w) if all(part in name for part in parts)]
         return w[name]
