@@ -351,6 +351,18 @@ def test_resume_takes_the_runs_own_options_over_the_defaults(run_folder):
                                                                                  5)
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is(train, run_folder, trained, here):
+    """Also where no --out_dir names it."""
+    folder = here / "out/letters_softmax"
+    folder.parent.mkdir()
+    run_folder.rename(folder)
+    before = content(trained)
+    out = train("--resume", "--dataset=letters", "--max_iters=21")
+    assert "going on from out/letters_softmax/checkpoints/00000020" in out
+    assert metrics(folder)[-1]["iter"] == 21 and content(trained) == before
+    assert json.loads((folder / "config.json").read_text())["out_dir"] == "out/letters_softmax"
+
+
 def test_resume_says_what_differs_from_the_run_so_far(train, run_folder):
     out = train("--resume", f"--out_dir={run_folder}", "--max_iters=21", "--dropout=0.2")
     assert "dropout 0.1 -> 0.2" in out and "max_iters 20 -> 21" in out and "n_layer" not in out
