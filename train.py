@@ -171,11 +171,11 @@ def train(options, record, model, data, machine, saved):
     """From the start, or from the checkpoint `saved`, whose weights the model has, to max_iters.
     record: config.json."""
     run = Training(options, record, model, data, machine, saved)
-    stop = catch_signals()
+    caught = catch_signals()
     stopping = False
     while True:
         if run.step < options.max_iters:
-            stopping = run.update(bool(stop))
+            stopping = run.update(caught)
             if run.step % options.log_interval == 0 or run.step == options.max_iters:
                 run.log_training()
         if run.step % options.eval_interval == 0 or run.step == options.max_iters:
@@ -203,6 +203,7 @@ class Training:
         device, world = machine.device, machine.world
         self.rows_at_once = rows_per_pass(
             options.batch_size, options.block_size, device, world.size)
+        self.forward_flops = model.flops_per_token(options.block_size)
         loss_fn = model.loss
         if options.compile:
             loss_fn = compiled(
@@ -231,8 +232,8 @@ class Training:
         self.last_log = time.perf_counter()
         self.last_tokens = self.tokens
 
-    def update(self, stop):
-        """One step of the optimiser. Returns whether a process has been told to `stop`."""
+    def update(self, caught):
+        """One step of the optimiser. Returns whether a process has `caught` a signal by then."""
         options, step, world = self.options, self.step, self.machine.world
         self.lr = learning_rate(step, options)
         for group in self.optimizer.param_groups:
@@ -246,8 +247,8 @@ class Training:
         loss = backward(self.model, self.loss_fn, x, y, self.rows_at_once, self.machine)
         largest = options.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest).item()
-        sums = world.total([loss / world.size, stop], self.machine.device)
-        self.train_loss, stop = sums
+        sums = world.total([loss / world.size, bool(caught)], self.machine.device)
+        self.train_loss, stopping = sums
         if not math.isfinite(self.train_loss + norm):
             raise not_finite(f"loss {self.train_loss}, gradient norm {norm}", step, options)
         self.optimizer.step()
@@ -256,14 +257,14 @@ class Training:
         self.step += 1
         self.tokens += x.numel()
         self.bar.update()
-        return bool(stop)
+        return bool(stopping)
 
     def log(self, **values):
         if not self.metrics:
             return
-        flops = self.model.flops_per_token(self.options.block_size)
-        if flops is not None:
-            flops *= 3 * self.tokens  # the backward pass is twice the forward pass
+        flops = None
+        if self.forward_flops is not None:  # the backward pass is twice the forward pass
+            flops = 3 * self.forward_flops * self.tokens
         seconds = time.perf_counter() - self.started
         self.metrics.log(iter=self.step, tokens=self.tokens, flops=flops, seconds=seconds, **values)
 

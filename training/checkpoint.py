@@ -142,8 +142,9 @@ def save(out_dir, tensors, optimizer, trainer, config, tokenizer, keep_last):
         # apart from them
         write_json(root / "newest.json", {"folder": folder.name})
         kept = [old for old in checkpoints(out_dir) if int(old.name) <= trainer["iter"]]
-        evaluated = [old for old in kept if val_loss(old) is not None]
-        best = min(evaluated, key=val_loss, default=None)
+        losses = {old: val_loss(old) for old in kept}
+        evaluated = [old for old in kept if losses[old] is not None]
+        best = min(evaluated, key=losses.get, default=None)
         if best:
             write_json(root / "best.json", {"folder": best.name})
     except (OSError, SafetensorError, BadInput) as error:

@@ -119,8 +119,9 @@ def own_options(config, source, remedy):
     option goes on following it. BadInput, naming `source` and `remedy`, for a value that is none
     of the option's.
 
-    Left out are the machine, what was asked of that one command, a mixer file, which is code, and
-    wandb_log: to run code or to use the network is only for this command to say."""
+    Left out are the folder, which may have moved, the machine, what was asked of that one command,
+    a mixer file, which is code, and wandb_log: to run code or to use the network is only for this
+    command to say."""
     names = {f.name for f in fields(Options)}
     values = {name: value for name, value in config.items() if name not in NOT_OPTIONS}
     unknown = [name for name in values if name not in names]
@@ -130,7 +131,7 @@ def own_options(config, source, remedy):
         checked = Options(**values)
     except ValidationError as error:
         raise BadInput(f"{source} is damaged: {one_line(error)}; {remedy}") from error
-    for name in ("device", "wandb_log", *OF_ONE_COMMAND):
+    for name in ("out_dir", "device", "wandb_log", *OF_ONE_COMMAND):
         values.pop(name, None)
     if values.get("lr_decay_iters") == checked.max_iters:
         del values["lr_decay_iters"]
@@ -360,11 +361,10 @@ def open_plainly(path):
         if error.errno == errno.ELOOP:
             raise BadInput(f"{path} is a link, and a run writes through none; remove it") from error
         raise
-    file = open(handle, "r+", errors="replace")
     if not stat.S_ISREG(os.fstat(handle).st_mode):
-        file.close()
+        os.close(handle)
         raise BadInput(f"{path} is no regular file; remove it")
-    return file
+    return open(handle, "r+", errors="replace")
 
 
 @contextlib.contextmanager
