@@ -112,6 +112,45 @@ def test_an_unknown_name_is_refused_with_the_nearest(argument, expected):
     assert argument.partition("=")[0] in message and expected in message
 
 
+@pytest.mark.parametrize("argument, expected", [
+    ("--lr=1", "nearest: --learning_rate"), ("--heads=2", "nearest: --n_head"),
+    ("--layers=3", "nearest: --n_layer"), ("--dim=3", "nearest: --n_embd"),
+    ("--d_model=3", "nearest: --n_embd"), ("--steps=3", "nearest: --max_iters"),
+    ("--epochs=3", "--max_iters"), ("--tokenizer=gpt2", "python -m data.text --tokenizer="),
+    ("--config=x.py", "train.py configs/shakespeare.py"),
+])
+def test_what_newcomers_type_is_pointed_to_its_place(argument, expected, config):
+    assert expected in complaint(argument)
+    name, _, value = argument[2:].partition("=")
+    assert expected.replace(": --", ": ") in complaint(config(f"{name} = {value!r}"))
+
+
+def test_the_nearest_names_of_mixers_and_data_sets(train):
+    assert "mixer 'softmx'; nearest: softmax; have " in train.refuses("--mixer=softmx")
+    assert "nearest: lln_diag; " in train.refuses("--mixer=softmax,llndiag")
+    message = train.refuses("--dataset=leters")
+    assert "no data set 'leters'; nearest: letters; have " in message
+    assert "nearest" not in train.refuses("--dataset=zzzz")
+
+
+def test_help_is_grouped_and_lists_the_mixers_and_the_data_sets(here, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    headings = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+    assert headings == [
+        "positional arguments", "options", "model", "mixer lln, lln_diag", "mixer lln_diag",
+        "mixer ssa", "mixer performer", "mixer linformer", "data and evaluation", "optimiser",
+        "run", "wandb"]
+    words = " ".join(text.split())
+    assert f"have {', '.join(MIXERS)} [default: softmax]" in words
+    for heading, name in (("mixer ssa", "ssa_share"), ("optimiser", "beta1"),
+                          ("data and evaluation", "dataset"), ("wandb", "wandb_log"),
+                          ("run", "mixer_file"), ("model", "n_layer")):
+        assert f"--{name}" in text.split(f"\n{heading}:\n")[1].split("\n\n")[0]
+    assert re.search(r"have [^[]*\bletters, [^[]*\[default: shakespeare_char\]", words)
+
+
 def test_an_unknown_name_of_sample():
     assert "--temprature" in complaint("--temprature=1", cls=SampleOptions)
     assert "--temperature" in complaint("--temprature=1", cls=SampleOptions)
@@ -332,6 +371,37 @@ def test_a_config_file_that_does_not_run(text, reason, config):
     with pytest.raises(BadInput) as error:
         parse(path)
     assert path in str(error.value) and reason in " ".join(str(error.value).split())
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("learning_rate = 10**400", "learning_rate = 1000"),
+    ("n_layer = 10**6000", "n_layer = <int>"),  # more digits than Python writes
+    ("class A:\n    def __repr__(self): 1 / 0\nn_layer = A()", "n_layer = <A>"),
+    ("n_layer = [0] * 10**5", "n_layer = [0, 0, 0"),
+])
+def test_a_value_that_is_long_to_write(text, shown, config):
+    message = complaint(config(text))
+    assert shown in message and "input should be" in message and len(message) < 500
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--n_embd=2147483647", "--n_head=1"], "n_embd 2147483647 makes ffn_hidden 8589934588"),
+    (["--n_embd=2147483646", "--n_head=1", "--arch=llama"], "makes ffn_hidden 5726623104"),
+    (["--n_layer=1000000"], "--n_layer=1000000: input should be less than or equal to 10000"),
+    ([f"--seed={'1' * 5000}"], "exceeded maximum size"),
+    ([f"--batch_size={10**30}"], "input should be less than 2147483648"),
+    (["--mixer=linformer", "--linformer_segment=2147483647", "--linformer_slots=2147483647"],
+     "out of memory (Storage size calculation overflowed"),
+    (["--n_embd=2147483646", "--n_head=1", "--ffn_hidden=1"], "out of memory"),
+])
+def test_sizes_beyond_all_bounds(argv, message, train):
+    assert message in train.refuses("--dataset=letters", "--device=cpu", *argv)
+
+
+def test_a_vocabulary_beyond_all_bounds():
+    for size in (10**30, 2**31, 0):
+        with pytest.raises(ValueError, match="vocab_size"):
+            GPTConfig(vocab_size=size)
 
 
 def test_a_config_file_that_is_not_there(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from base.command_line import parse_options, read_config_file
 from base.errors import BadInput
-from base.files import read_json
+from base.files import exists, read_json
 from config import Options, filled_in
 from model import model_config
 from training import checkpoint, pretrained
@@ -70,7 +70,7 @@ def own_options(config):
 
 
 def holds_run(out_dir):
-    return any((Path(out_dir) / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints"))
+    return any(exists(Path(out_dir) / name) for name in ("config.json", "metrics.jsonl", "checkpoints"))
 
 
 def compare_with(saved, options, config):
