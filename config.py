@@ -14,7 +14,7 @@ from typing import Literal, Optional
 from base.command_line import one_line
 from base.errors import BadInput
 from base.options import checked, option
-from data.files import data_sets
+from data.dataset import dataset_names
 from mixers import MIXERS, MixerOptions, has_effect, layer_mixers, load_mixer_file, mechanism_of
 
 ACTIVATIONS = (
@@ -74,7 +74,7 @@ class ModelOptions(MixerOptions, SkeletonOptions):
 class DataOptions:
     heading = "data and evaluation"
     dataset: str = option(
-        "shakespeare_char", "a folder of data/; prepared when missing", names=data_sets)
+        "shakespeare_char", "a folder of data/; prepared when missing", names=dataset_names)
     eval_split: Literal["val", "test"] = option(
         "val", "what --eval_only evaluates on; recall tasks have a test split")
     eval_interval: int = option(
@@ -86,6 +86,8 @@ class DataOptions:
 @checked
 class OptimiserOptions:
     heading = "optimiser"
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "muon: Muon for the weights of the blocks' linear layers, AdamW for the rest")
     batch_size: int = option(12, "sequences per micro-step, over all processes", ge=1)
     gradient_accumulation_steps: int = option(1, "micro-steps per optimiser step", ge=1)
     max_iters: int = option(2000, "optimiser steps", ge=0)
@@ -112,6 +114,8 @@ class RunOptions:
         "line]", min_length=1)
     resume: bool = option(False, "go on from the newest checkpoint in out_dir")
     overwrite: bool = option(False, "clear a run that out_dir already holds")
+    other_data: bool = option(
+        False, "go on with a run although its data set has changed since")
     eval_only: bool = option(False, "only evaluate the newest checkpoint in out_dir")
     init_from: Optional[str] = option(
         None, "start from the weights of this run folder, of gpt2, gpt2-medium, gpt2-large, "
@@ -127,6 +131,8 @@ class RunOptions:
         "be checked for it on a CPU")
     seed: int = option(1337, "of the weights, the batches and dropout", ge=0, lt=2**63)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
+    threads: Optional[int] = option(
+        None, "CPU threads, at most one a core [default: torch's]", ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of the heavy operations; auto: bfloat16 where it is fast")
     compile: bool = option(

@@ -74,6 +74,12 @@ def end(program, status, message):
     sys.exit(status)
 
 
+def first_few(names):
+    """The first five of a list of texts, and how many more there are."""
+    listed = ", ".join(names[:5])
+    return listed if len(names) <= 5 else f"{listed} and {len(names) - 5} more"
+
+
 @contextlib.contextmanager
 def exit_on_bad_input(program):
     """Around a script's main(): BadInput ends it in one line on standard error, with status 2.
