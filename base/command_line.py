@@ -91,7 +91,7 @@ def repr_of(value):
 def run_config_file(path):
     """All names that a config file leaves behind, name -> value. BadInput if it does not run."""
     if not is_file(path):
-        raise BadInput(f"config file {path} does not exist")
+        raise BadInput(f"config file {shortened(path)} does not exist, or is no file")
     try:
         return runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises

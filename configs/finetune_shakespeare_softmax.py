@@ -1,6 +1,8 @@
-"""GPT-2 (124M) tuned on tiny Shakespeare, by its own BPE: for a GPU. The recipe of the other finetune_shakespeare_*.py.
+"""GPT-2 (124M) tuned on tiny Shakespeare, by its own BPE: for a GPU.
 
-python train.py configs/finetune_shakespeare_softmax.py                    --max_iters=0: GPT-2's own validation loss
+    python train.py configs/finetune_shakespeare_softmax.py
+
+With --max_iters=0: GPT-2's own validation loss.
 """
 init_from = "gpt2"     # the model's options come with it
 dataset = "shakespeare"

@@ -1,4 +1,4 @@
-"""Induction heads in the size of Gu and Dao 2023 (see data/induction_paper). For a GPU; not run by us.
+"""Induction heads in the size of Gu and Dao 2023 (see data/induction_paper). For a GPU; not run.
 
 python train.py configs/induction_paper.py --mixer=causal_mean,lln
 """

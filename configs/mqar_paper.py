@@ -1,9 +1,12 @@
-"""Multi-query associative recall in the size that zoology now uses (see data/mqar_paper). For a GPU; not run by us.
+"""Multi-query associative recall in the size that zoology now uses (see data/mqar_paper).
+
+For a GPU; not run by us.
 
 python train.py configs/mqar_paper.py --mixer=causal_mean,lln
 
-There the first layer of every model is a short convolution; here it is causal_mean, which sees a token and the one before,
-and the mixer in question is the second. Neither has positions, so that rows four times as long can be tested.
+There the first layer of every model is a short convolution; here it is causal_mean, which sees a
+token and the one before, and the mixer in question is the second. Neither has positions, so that
+rows four times as long can be tested.
 """
 dataset = "mqar_paper"
 mixer = "causal_mean,softmax"

@@ -1,4 +1,9 @@
-"""python train.py configs/parity.py"""
+"""Parity on a laptop: of the bits so far, also in rows four times as long as trained on.
+
+    python train.py configs/parity.py --mixer=lln
+
+Expect an accuracy of 0.51 to 0.57 on the test split whatever the mixer: none learns it.
+"""
 from configs.mqar import *
 
 dataset = "parity"

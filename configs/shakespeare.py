@@ -1,6 +1,10 @@
-"""nanoGPT's CPU setting on tiny Shakespeare, by characters: a minute or two on a laptop. The recipe of all shakespeare_*.py.
+"""nanoGPT's CPU setting on tiny Shakespeare, by characters: a minute or two on a laptop.
 
-python train.py configs/shakespeare.py
+    python train.py configs/shakespeare.py --mixer=lln
+
+Expect, on the second half of the validation text, five seeds: softmax 1.92 nats a character,
+causal_max 1.78, lln 1.94, pelican 2.50. Linformer wants --linformer_segment=16: in segments of 64
+tokens, as long as the context, it would be softmax attention.
 """
 dataset = "shakespeare_char"
 n_layer = 4

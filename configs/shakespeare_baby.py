@@ -1,6 +1,8 @@
-"""nanoGPT's "baby GPT" on tiny Shakespeare, by characters: 10.6M parameters, minutes on a GPU, hours on a laptop.
+"""nanoGPT's "baby GPT" on tiny Shakespeare, by characters: 10.6M parameters.
 
-python train.py configs/shakespeare_baby.py
+    python train.py configs/shakespeare_baby.py
+
+Minutes on a GPU, hours on a laptop.
 """
 dataset = "shakespeare_char"
 n_layer = 6

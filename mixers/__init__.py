@@ -38,7 +38,7 @@ import runpy
 from functools import partial
 from pathlib import Path
 
-from base.command_line import nearest, one_line
+from base.command_line import nearest, one_line, shortened
 from base.errors import BadInput
 from base.files import is_file, read_bytes
 from base.options import checked, declared, replace_options
@@ -157,7 +157,7 @@ def load_mixer_file(path):
     A file that has run, is the same still and whose mixers are there does not run again. BadInput
     if it does not run, registers none, or declares options that cannot be."""
     if not is_file(path):
-        raise BadInput(f"mixer_file {path} does not exist")
+        raise BadInput(f"mixer_file {shortened(path)} does not exist, or is no file")
     code = read_bytes(Path(path), CODE_BYTES, "name a Python file")
     key = Path(path).resolve()
     before = dict(MIXERS)

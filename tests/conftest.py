@@ -1,12 +1,14 @@
-"""What the tests share: real scripts on real files, with models and data sets small enough for a second of training.
+"""What the tests share: real scripts on real files, models and data sets for a second of training.
 
-`home` is a copy of the repository with two data sets of its own, `trained` a finished run in it; both are shared by all
-tests and never written to. `train` and `sample` run a script's main() in this process, `run` starts a process.
+`home` is a copy of the repository with data sets of its own, `trained` a finished run in it; both
+are shared by all tests and never written to. `train` and `sample` run a script's main() in this
+process, `run` starts a process.
 """
 import json
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread costs more than it brings; before torch is loaded
+# for models this small a second thread costs more than it brings; before torch is loaded
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
 import shutil
@@ -17,13 +19,18 @@ from pathlib import Path
 
 import pytest
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: what the tests start would be deaf to Ctrl-C too
+# in a shell's background job: what the tests start would be deaf to Ctrl-C too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "*.tmp", "__pycache__")
 
-TINY = ["--dataset=letters", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--device=cpu", "--learning_rate=0.01", "--warmup_iters=5"]
+TINY = [
+    "--dataset=letters", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16",
+    "--batch_size=4", "--device=cpu", "--learning_rate=0.01", "--warmup_iters=5",
+]
+UNTIMED = ("seconds", "tokens_per_s", "peak_bytes")  # differ from one run to the next
 
 
 def copy_repository(folder):
@@ -38,8 +45,8 @@ def copy_repository(folder):
 def run(cwd, *command, env=(), timeout=120, **options):
     """python *command as a process of its own: its return code, stdout and stderr."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          env=own | dict(env), timeout=timeout, check=False, **options)
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=own | dict(env),
+                          capture_output=True, text=True, timeout=timeout, check=False, **options)
 
 
 def one_line(done):
@@ -55,12 +62,16 @@ def metrics(out_dir):
 
 def untimed(rows):
     """Rows of metrics without what differs from one run to the next."""
-    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s", "peak_bytes")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in UNTIMED} for row in rows]
 
 
 def content(folder):
-    """Every file below a folder, path -> bytes; but not the lock, which says nothing about a run."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.name != "lock"}
+    """Every file below a folder, path -> bytes; but not the lock, which says nothing of a run."""
+    files = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.name != "lock":
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    return files
 
 
 @pytest.fixture
@@ -90,7 +101,8 @@ def vocab_bpe(bpe_wheel):
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A copy of the repository with the data sets `letters` (28 symbols), `digits` (as many others) and `recall` (rows)."""
+    """A copy of the repository with the data sets `letters` (28 symbols), `digits` (as many others)
+    and `recall` (rows)."""
     from data.files import write_text_dataset
     from data.tasks import mqar, write_task
     from data.tokenizer import char_tokenizer_of
@@ -102,17 +114,22 @@ def home(tmp_path_factory):
     text = letters + "".join(draw.choice(words) + draw.choice(letters[26:]) for _ in range(4000))
     for name, symbols in (("letters", letters), ("digits", others)):
         same = text.translate(str.maketrans(letters, symbols))
-        write_text_dataset(home / "data" / name, same, char_tokenizer_of(same), "0" * 64, "data.text")
+        write_text_dataset(home / "data" / name, same, char_tokenizer_of(same), "0" * 64,
+                           "data.text")
     few, many = dict(length=12, pairs=1), dict(length=12, pairs=3)
-    write_task(home / "data" / "recall", mqar, 16, "tests", [(100, few), (100, many)], *[[(20, few), (20, many)]] * 2)
+    to_train, to_test = [(100, few), (100, many)], [(20, few), (20, many)]
+    write_task(home / "data" / "recall", mqar, 16, "tests", to_train, to_test, to_test)
     return home
 
 
 @pytest.fixture(scope="session")
 def trained(home):
-    """A run folder: 20 steps with dropout, checkpoints at 10 and 20. What the run printed is in trained.log beside it."""
+    """A run folder: 20 steps with dropout, checkpoints at 10 and 20.
+
+    What the run printed is in trained.log beside it."""
     folder = home / "out" / "trained"
-    done = run(home, "train.py", *TINY, "--dropout=0.1", "--max_iters=20", "--eval_interval=10", "--log_interval=5", f"--out_dir={folder}")
+    done = run(home, "train.py", *TINY, "--dropout=0.1", "--max_iters=20", "--eval_interval=10",
+               "--log_interval=5", f"--out_dir={folder}")
     assert done.returncode == 0 and done.stderr == "", done
     folder.with_suffix(".log").write_text(done.stdout)
     return folder
@@ -126,7 +143,9 @@ def run_folder(trained, tmp_path):
 
 @pytest.fixture
 def here(home, tmp_path, monkeypatch):
-    """This process works in an empty folder, with the data sets of `home`; what a script changes in it is put back."""
+    """This process works in an empty folder, with the data sets of `home`.
+
+    What a script changes in the process is put back."""
     import data.dataset
     import data.files
     from mixers import MIXERS, gather_options
@@ -136,7 +155,8 @@ def here(home, tmp_path, monkeypatch):
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    mixers, handlers = dict(MIXERS), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    mixers = dict(MIXERS)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield folder
     MIXERS.clear()
     MIXERS.update(mixers)
@@ -147,7 +167,8 @@ def here(home, tmp_path, monkeypatch):
 
 class Script:
     """A script's main() in this process: script(*arguments) returns what it printed on stdout;
-    script.refuses(*arguments) the one line on stderr of a command that ended with status 2 and wrote nothing."""
+    script.refuses(*arguments) the one line on stderr of a command that ended with status 2 and
+    wrote nothing."""
 
     def __init__(self, name, here, monkeypatch, capsys):
         self.name, self.here, self.monkeypatch, self.capsys = name, here, monkeypatch, capsys
@@ -172,7 +193,8 @@ class Script:
             self.call(arguments)
         line = self.capsys.readouterr().err
         assert exit.value.code == 2
-        assert line.startswith(f"{self.name}.py: ") and line.count("\n") == 1 and line.endswith("\n"), line
+        assert line.startswith(f"{self.name}.py: "), line
+        assert line.count("\n") == 1 and line.endswith("\n"), line
         assert content(watched) == before
         return line
 

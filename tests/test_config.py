@@ -1,6 +1,8 @@
-"""The options: both ways to set them, what is refused and how, the recipes in configs/, the learning rate's schedule."""
+"""The options: both ways to set them, what is refused and how; the recipes in configs/; the
+learning rate's schedule."""
 import json
 import math
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from conftest import ROOT, TINY
 import train as train_script
 from base.command_line import parse_options
 from base.errors import BadInput
-from config import ModelOptions, Options
+from config import ModelOptions, Options, filled_in
 from mixers import (
     MIXERS,
     MixerOptions,
@@ -48,7 +50,7 @@ def config(tmp_path):
     return write
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
+# -- the command line --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("cls", [Options, SampleOptions])
 def test_help_lists_every_option_with_its_help(cls, capsys):
@@ -90,25 +92,66 @@ def test_help_lists_every_option_with_its_help(cls, capsys):
     (["--n_layer=3", "--n_layer=5"], "n_layer", 5),
 ])
 def test_a_value_on_the_command_line(argv, name, value):
-    # the base holds another value everywhere, so that no default can stand in for the one that was given
+    # the base holds another value everywhere, so that no default can stand in for the one given
     base = {"lr_decay_iters": 1, "min_lr": 1e-9, "ffn_bias": True, "pos": "rope"}
     found = getattr(parse(*argv, base=base), name)
     assert found == value and type(found) is type(value)
 
 
 def test_a_boolean_takes_no_word_that_is_not_its_own(config):
-    options, config_file, given = parse_options(Options, ["--compile", config("n_layer = 2"), "--seed=1"], "tests")
+    argv = ["--compile", config("n_layer = 2"), "--seed=1"]
+    options, config_file, given = parse_options(Options, argv, "tests")
     assert options.compile is True and options.n_layer == 2 and config_file.endswith("mine.py")
     assert given == {"compile", "seed"}
 
 
 @pytest.mark.parametrize("argument, expected", [
-    ("--n_layr=3", "--n_layer"), ("--learningrate=1", "--learning_rate"), ("--max-iters=5", "--max_iters"),
-    ("--mixr", "--mixer"), ("--no-compil", "--no-compile"), ("--n_lay=3", "--n_layer"), ("--zzzzzzzz", "--help"),
+    ("--n_layr=3", "--n_layer"), ("--learningrate=1", "--learning_rate"),
+    ("--max-iters=5", "--max_iters"), ("--mixr", "--mixer"), ("--no-compil", "--no-compile"),
+    ("--n_lay=3", "--n_layer"), ("--zzzzzzzz", "--help"),
 ])
 def test_an_unknown_name_is_refused_with_the_nearest(argument, expected):
     message = complaint(argument)
     assert argument.partition("=")[0] in message and expected in message
+
+
+@pytest.mark.parametrize("argument, expected", [
+    ("--lr=1", "nearest: --learning_rate"), ("--heads=2", "nearest: --n_head"),
+    ("--layers=3", "nearest: --n_layer"), ("--dim=3", "nearest: --n_embd"),
+    ("--d_model=3", "nearest: --n_embd"), ("--steps=3", "nearest: --max_iters"),
+    ("--epochs=3", "--max_iters"), ("--tokenizer=gpt2", "python -m data.text --tokenizer="),
+    ("--config=x.py", "train.py configs/shakespeare.py"),
+])
+def test_what_newcomers_type_is_pointed_to_its_place(argument, expected, config):
+    assert expected in complaint(argument)
+    name, _, value = argument[2:].partition("=")
+    assert expected.replace(": --", ": ") in complaint(config(f"{name} = {value!r}"))
+
+
+def test_the_nearest_names_of_mixers_and_data_sets(train):
+    assert "mixer 'softmx'; nearest: softmax; have " in train.refuses("--mixer=softmx")
+    assert "nearest: lln_diag; " in train.refuses("--mixer=softmax,llndiag")
+    message = train.refuses("--dataset=leters")
+    assert "no data set 'leters'; nearest: letters; have " in message
+    assert "nearest" not in train.refuses("--dataset=zzzz")
+
+
+def test_help_is_grouped_and_lists_the_mixers_and_the_data_sets(here, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    headings = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+    assert headings == [
+        "positional arguments", "options", "model", "mixer lln, lln_diag", "mixer lln_diag",
+        "mixer ssa", "mixer performer", "mixer linformer", "data and evaluation", "optimiser",
+        "run", "wandb"]
+    words = " ".join(text.split())
+    assert f"have {', '.join(MIXERS)} [default: softmax]" in words
+    for heading, name in (("mixer ssa", "ssa_share"), ("optimiser", "beta1"),
+                          ("data and evaluation", "dataset"), ("wandb", "wandb_log"),
+                          ("run", "mixer_file"), ("model", "n_layer")):
+        assert f"--{name}" in text.split(f"\n{heading}:\n")[1].split("\n\n")[0]
+    assert re.search(r"have [^[]*\bletters, [^[]*\[default: shakespeare_char\]", words)
 
 
 def test_an_unknown_name_of_sample():
@@ -117,14 +160,16 @@ def test_an_unknown_name_of_sample():
 
 
 @pytest.mark.parametrize("argv, naming", [
-    (["a.py", "b.py"], "b.py"), (["xxcompile=False"], "xxcompile"), (["--n_layer"], "n_layer"), (["--no-n_layer"], "n_layer"),
+    (["a.py", "b.py"], "b.py"), (["xxcompile=False"], "xxcompile"), (["--n_layer"], "n_layer"),
+    (["--no-n_layer"], "n_layer"),
 ])
 def test_a_stray_argument_is_named(argv, naming, config):
     assert naming in complaint(*argv)
 
 
 @pytest.mark.parametrize("name, text", [
-    ("n_layer", "2.5"), ("n_layer", "two"), ("n_layer", ""), ("n_layer", "True"), ("n_layer", "None"), ("dropout", "big"),
+    ("n_layer", "2.5"), ("n_layer", "two"), ("n_layer", ""), ("n_layer", "True"),
+    ("n_layer", "None"), ("dropout", "big"),
     ("learning_rate", "nan"), ("learning_rate", "inf"), ("compile", "maybe"), ("compile", "1"),
     ("arch", "gpt3"), ("lr_schedule", "step"), ("min_lr", "low"), ("out_dir", ""),
 ])
@@ -133,8 +178,9 @@ def test_a_wrong_type_on_the_command_line(name, text):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("n_layer", "4"), ("n_layer", True), ("n_layer", 2.5), ("n_layer", None), ("n_layer", [4]), ("dropout", "0"), ("compile", 1),
-    ("compile", "False"), ("arch", "gpt3"), ("mixer", 3), ("mixer", None), ("learning_rate", True), ("min_lr", "low"), ("bias", 0),
+    ("n_layer", "4"), ("n_layer", True), ("n_layer", 2.5), ("n_layer", None), ("n_layer", [4]),
+    ("dropout", "0"), ("compile", 1), ("compile", "False"), ("arch", "gpt3"), ("mixer", 3),
+    ("mixer", None), ("learning_rate", True), ("min_lr", "low"), ("bias", 0),
 ])
 def test_a_wrong_type_in_a_config_file(name, value, config):
     path = config(f"{name} = {value!r}")
@@ -143,9 +189,11 @@ def test_a_wrong_type_in_a_config_file(name, value, config):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("n_layer", 0), ("n_head", -1), ("block_size", 0), ("dropout", 1.0), ("dropout", -0.1), ("learning_rate", -1.0), ("batch_size", 0),
-    ("gradient_accumulation_steps", 0), ("eval_interval", 0), ("log_interval", 0), ("max_iters", -1), ("seed", -1), ("seed", 2**63),
-    ("beta1", 1.0), ("beta2", 1.0), ("head_temperature", 0.0), ("lr_decay_iters", -1), ("warmup_iters", -1), ("keep_last", 0),
+    ("n_layer", 0), ("n_head", -1), ("block_size", 0), ("dropout", 1.0), ("dropout", -0.1),
+    ("learning_rate", -1.0), ("batch_size", 0), ("gradient_accumulation_steps", 0),
+    ("eval_interval", 0), ("log_interval", 0), ("max_iters", -1), ("seed", -1), ("seed", 2**63),
+    ("beta1", 1.0), ("beta2", 1.0), ("head_temperature", 0.0), ("lr_decay_iters", -1),
+    ("warmup_iters", -1), ("keep_last", 0),
     ("grad_clip", -1.0), ("norm_eps", 0.0), ("n_kv_head", 0), ("embed_rank", 0), ("eval_tokens", 0),
 ])
 def test_a_value_out_of_range_both_ways(name, value, config):
@@ -285,12 +333,13 @@ def test_a_mixer_file_runs_once(here, config):
     assert read_options([f"--mixer_file={file}"], "tests")[0].mine_gate == 0.125
 
 
-# -- config files -----------------------------------------------------------------------------------------------------
+# -- config files ------------------------------------------------------------------------------
 
 def test_the_command_line_goes_over_the_file_and_the_file_over_the_defaults(config):
     path = config("n_layer = 7\nlearning_rate = 1\ndecay_lr = False\ncompile = True\nmin_lr = None")
     options = parse(path, "--n_layer=2", "--no-compile", base={"n_layer": 9, "n_head": 8})
-    assert (options.n_layer, options.learning_rate, options.decay_lr, options.compile) == (2, 1.0, False, False)
+    assert (options.n_layer, options.learning_rate) == (2, 1.0)
+    assert (options.decay_lr, options.compile) == (False, False)
     assert type(options.learning_rate) is float
     assert (options.n_head, options.n_embd) == (8, 128)
     assert parse("--n_layer=2", path).n_layer == 2  # wherever it stands
@@ -308,7 +357,8 @@ block_size = 2 ** int(math.log2(128))
 batch_size = rows(_tokens)
 """)
     options = parse(path)
-    assert (options.block_size, options.batch_size, options.n_layer, options.bias) == (128, 32, 4, False)
+    assert (options.block_size, options.batch_size) == (128, 32)
+    assert (options.n_layer, options.bias) == (4, False)
 
 
 def test_an_unknown_name_in_a_config_file_is_refused_with_the_nearest(config):
@@ -333,6 +383,37 @@ def test_a_config_file_that_does_not_run(text, reason, config):
     assert path in str(error.value) and reason in " ".join(str(error.value).split())
 
 
+@pytest.mark.parametrize("text, shown", [
+    ("learning_rate = 10**400", "learning_rate = 1000"),
+    ("n_layer = 10**6000", "n_layer = <int>"),  # more digits than Python writes
+    ("class A:\n    def __repr__(self): 1 / 0\nn_layer = A()", "n_layer = <A>"),
+    ("n_layer = [0] * 10**5", "n_layer = [0, 0, 0"),
+])
+def test_a_value_that_is_long_to_write(text, shown, config):
+    message = complaint(config(text))
+    assert shown in message and "input should be" in message and len(message) < 500
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--n_embd=2147483647", "--n_head=1"], "n_embd 2147483647 makes ffn_hidden 8589934588"),
+    (["--n_embd=2147483646", "--n_head=1", "--arch=llama"], "makes ffn_hidden 5726623104"),
+    (["--n_layer=1000000"], "--n_layer=1000000: input should be less than or equal to 10000"),
+    ([f"--seed={'1' * 5000}"], "exceeded maximum size"),
+    ([f"--batch_size={10**30}"], "input should be less than 2147483648"),
+    (["--mixer=linformer", "--linformer_segment=2147483647", "--linformer_slots=2147483647"],
+     "out of memory (Storage size calculation overflowed"),
+    (["--n_embd=2147483646", "--n_head=1", "--ffn_hidden=1"], "out of memory"),
+])
+def test_sizes_beyond_all_bounds(argv, message, train):
+    assert message in train.refuses("--dataset=letters", "--device=cpu", *argv)
+
+
+def test_a_vocabulary_beyond_all_bounds():
+    for size in (10**30, 2**31, 0):
+        with pytest.raises(ValueError, match="vocab_size"):
+            GPTConfig(vocab_size=size)
+
+
 def test_a_config_file_that_is_not_there(tmp_path):
     for path in (tmp_path / "none.py", tmp_path):
         assert f"{path} does not exist" in complaint(str(path))
@@ -345,30 +426,43 @@ def test_every_recipe_describes_a_model(path):
     assert GPTConfig(vocab_size=65, **model).n_embd == options.n_embd
 
 
+def test_a_config_file_is_a_recipe_and_not_what_an_option_says_as_well():
+    """But for the first command, the papers' cells, and the one that an outside check names."""
+    kept = {"shakespeare_pelican", "cosmopedia_lln", "finetune_shakespeare_ssa"}
+    for path in CONFIGS:
+        imported = re.findall(r"^from configs.(\w+) import", path.read_text(), re.MULTILINE)
+        if not imported or path.stem in kept:
+            continue
+        recipe, base = read_recipe(path.stem), read_recipe(imported[0])
+        assert {name for name in recipe if recipe[name] != base[name]} != {"mixer"}, path
+
+
+def read_recipe(name):
+    return asdict(parse(str(ROOT / f"configs/{name}.py")))
+
+
+def test_the_recipe_of_the_first_command_differs_in_the_mixer_alone():
+    assert read_recipe("shakespeare_pelican") == read_recipe("shakespeare") | {"mixer": "pelican"}
+    assert read_recipe("cosmopedia_lln") == read_recipe("cosmopedia") | {"mixer": "lln"}
+
+
 @pytest.mark.parametrize("name", sorted(MIXERS))
-def test_every_mixer_has_the_laptop_recipe_under_its_name(name):
-    recipe = asdict(parse(str(ROOT / "configs" / f"shakespeare_{name}.py")))
-    own = {"linformer_segment": 16} if name == "linformer" else {}  # with the default it would be softmax in so short a context
-    assert recipe == asdict(parse(str(ROOT / "configs/shakespeare.py"))) | {"mixer": name} | own
-
-
-def test_the_recipes_for_cosmopedia_differ_in_the_mixer_alone():
-    base = asdict(parse(str(ROOT / "configs/cosmopedia.py")))
-    names = {path.stem.removeprefix("cosmopedia_") for path in ROOT.glob("configs/cosmopedia_*.py")} & MIXERS.keys() - {"pelican"}  # that is the paper's
-    assert len(names) == 9
-    for name in names:
-        assert asdict(parse(str(ROOT / f"configs/cosmopedia_{name}.py"))) == base | {"mixer": name}
+def test_every_recipe_takes_every_mixer_as_an_option(name):
+    for path in CONFIGS:
+        options = parse(str(path), f"--mixer={name}")
+        assert filled_in(options).mixer == name
 
 
 def test_the_laptop_recipe_is_nanogpts_setting_for_a_cpu():
     options = asdict(parse(str(ROOT / "configs/shakespeare.py")))
-    nanogpt = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "max_iters": 2000, "learning_rate": 1e-3,
-               "warmup_iters": 100, "beta2": 0.99, "weight_decay": 0.1, "grad_clip": 1.0, "dropout": 0.0, "bias": False,
+    nanogpt = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
+               "max_iters": 2000, "learning_rate": 1e-3, "warmup_iters": 100, "beta2": 0.99,
+               "weight_decay": 0.1, "grad_clip": 1.0, "dropout": 0.0, "bias": False,
                "lr_schedule": "cosine", "decay_lr": True}
     assert {name: options[name] for name in nanogpt} == nanogpt
 
 
-# -- what follows from other options ----------------------------------------------------------------------------------
+# -- what follows from other options -----------------------------------------------------------
 
 def resolved(*argv):
     """Options as train.py uses them, for a folder that holds no run."""
@@ -378,7 +472,8 @@ def resolved(*argv):
 def test_the_decay_follows_max_iters_and_the_lowest_rate_follows_the_highest(here):
     options = resolved("--max_iters=50", "--learning_rate=0.5")
     assert (options.lr_decay_iters, options.min_lr, options.warmup_iters) == (50, 0.05, 100)
-    options = resolved("--max_iters=50", "--lr_decay_iters=80", "--min_lr=0.01", "--learning_rate=0.5")
+    options = resolved("--max_iters=50", "--lr_decay_iters=80", "--min_lr=0.01",
+                       "--learning_rate=0.5")
     assert (options.lr_decay_iters, options.min_lr) == (80, 0.01)
     assert resolved("--min_lr=0").min_lr == 0.0
     assert resolved("--min_lr=0.001", "--learning_rate=0.001").min_lr == 0.001
@@ -388,7 +483,8 @@ def test_the_decay_follows_max_iters_and_the_lowest_rate_follows_the_highest(her
 
 def rates(*argv, steps=None):
     options = resolved("--learning_rate=1", "--min_lr=0.2", *argv)
-    return [train_script.learning_rate(step, options) for step in range(steps or options.max_iters + 5)]
+    steps = steps or options.max_iters + 5
+    return [train_script.learning_rate(step, options) for step in range(steps)]
 
 
 def test_warm_up_is_linear_and_ends_at_the_peak(here):

@@ -25,6 +25,7 @@ from safetensors.numpy import save
 
 from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input
+from base.files import exists
 from base.options import checked, option
 from data import files, load_dataset
 from data.tokenizer import read_prompt
@@ -227,7 +228,7 @@ def read_tokens(options, run, config):
                            f"with --length={block}")
     else:
         name = run.config.get("dataset")
-        if not (files.DATA / str(name) / "meta.json").exists():
+        if not exists(files.DATA / str(name) / "meta.json"):
             raise BadInput(f"data/{name}, which the run was trained on, is not here; give a text with --start")
         data = load_dataset(name, block)
         check_tokenizer(run, data)

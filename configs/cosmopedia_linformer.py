@@ -1,4 +1,0 @@
-"""python train.py configs/cosmopedia_linformer.py"""
-from configs.cosmopedia import *
-
-mixer = "linformer"

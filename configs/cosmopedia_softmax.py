@@ -1,4 +1,0 @@
-"""python train.py configs/cosmopedia_softmax.py"""
-from configs.cosmopedia import *
-
-mixer = "softmax"

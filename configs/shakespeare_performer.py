@@ -1,4 +1,0 @@
-"""python train.py configs/shakespeare_performer.py"""
-from configs.shakespeare import *
-
-mixer = "performer"

@@ -1,4 +1,0 @@
-"""python train.py configs/shakespeare_ssa.py"""
-from configs.shakespeare import *
-
-mixer = "ssa"
