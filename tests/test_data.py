@@ -357,30 +357,36 @@ def test_two_processes_at_once(clone, corpus, tmp_path):
 
 
 def test_two_texts_of_one_name_at_once_do_not_mix(data):
-    """Two writers, each slow between its files: what is left is one of the two, whole."""
+    """One writer pauses behind its first file, and meanwhile another one writes, or would."""
     contents = ["abcdefgh " * 300, "ijklmnop " * 300]
+    fork = multiprocessing.get_context("fork")
+    pauses = fork.Event()
 
-    def write_slowly(content):
-        fsync = os.fsync
+    def first_writer():
+        fsync, calls = os.fsync, []
 
         def slow_fsync(handle):
-            time.sleep(0.02)
+            calls.append(handle)
+            if len(calls) == 2:
+                pauses.set()
+                time.sleep(1)
             fsync(handle)
 
         os.fsync = slow_fsync
-        for _ in range(5):
-            write("mine", content)
+        write("mine", contents[0])
 
-    fork = multiprocessing.get_context("fork")
-    writers = [fork.Process(target=write_slowly, args=(content,)) for content in contents]
+    def second_writer():
+        pauses.wait()
+        write("mine", contents[1])
+
+    writers = [fork.Process(target=first_writer), fork.Process(target=second_writer)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
     loaded = load_dataset("mine", 8)
-    text = loaded.tokenizer.decode([*loaded.train, *loaded.val])
-    assert text in contents and loaded.meta["alphabet"] == "".join(sorted(set(text)))
+    assert loaded.tokenizer.decode([*loaded.train, *loaded.val]) == contents[1]
     assert not leftovers(data)
 
 
