@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import content, copy_repository, metrics, one_line, run
+from conftest import content, copy_repository, metrics, run
 
 import train as train_script
 from base.errors import BadInput
-from data import dataset, files, load_dataset, tasks
+from data import dataset, files, load_dataset, prepare, tasks
 from data.tokenizer import NumberTokenizer, load_tokenizer
 from mixers import MIXERS
 from training.parallel import World
@@ -250,7 +250,7 @@ def test_the_rows_are_those_they_have_always_been(name, load):
     assert digest.hexdigest() == SHA256[name]
 
 
-def test_prepared_by_hand_and_again(prepared):
+def test_prepared_by_hand_and_again(load, prepared):
     folder = prepared / "data" / "mqar"
     done = run(prepared, "-m", "data.prepare", "mqar")
     assert done.returncode == 0 and done.stderr == "", done
@@ -263,17 +263,18 @@ def test_prepared_by_hand_and_again(prepared):
     meta = json.loads(before["meta.json"])
     assert meta["made_by"] == "data.prepare"
     (folder / "meta.json").write_text(json.dumps(meta | {"made_by": "data/mqar/prepare.py"}))
-    assert run(prepared, "-m", "data.prepare", "mqar").returncode == 0
+    prepare.main(["mqar"])
     assert content(folder) == before
 
     (folder / "meta.json").write_text(json.dumps(meta | {"made_by": "data.text"}))
-    line = one_line(run(prepared, "-m", "data.prepare", "mqar"))
-    assert "data/mqar is there and was not made by data.prepare; move data/mqar away" in line
+    with pytest.raises(BadInput, match="data/mqar is there and was not made by data.prepare; move"):
+        prepare.main(["mqar"])
     (folder / "meta.json").write_bytes(before["meta.json"])
 
     for name, message in (("mine", "data/mine does not prepare itself; give its text: python -m"),
                           ("../mqar", "'../mqar' cannot name a data set")):
-        assert message in one_line(run(prepared, "-m", "data.prepare", name))
+        with pytest.raises(BadInput, match=message):
+            prepare.main([name])
 
 
 def test_a_damaged_recall_set_says_how_to_prepare_it(data):
