@@ -1,5 +1,6 @@
 """data/cosmopedia on made-up files in the schema of the data set: tokens against a slow reading,
 interruptions, bad files, and a hub of our own."""
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -18,7 +19,6 @@ from hub import Hub
 from base.errors import BadInput
 from data import dataset, load_dataset
 from data.cosmopedia import prepare as cosmopedia
-from data.files import locked
 from data.tokenizer import gpt2_tokenizer
 
 END = 50256
@@ -308,7 +308,8 @@ def test_nothing_is_written_through_a_link(kind, name, going_on, texts, folder, 
 
 def test_one_at_a_time(texts, folder, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    with locked(folder):
+    with open(tmp_path / ".cosmopedia.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         message = "is being prepared by another process; wait for it or stop it"
         with pytest.raises(BadInput, match=message):
             prepare(source, folder)

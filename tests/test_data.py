@@ -349,8 +349,10 @@ def test_two_processes_at_once(clone, corpus, tmp_path):
     folder = clone / "data" / "shakespeare_char"
     (folder / "input.txt").write_bytes(corpus)
     code = "from data import load_dataset; print(len(load_dataset('shakespeare_char', 64).train))"
-    for out in both_outputs(clone, ["-c", code], ["-c", code]):
+    outputs = both_outputs(clone, ["-c", code], ["-c", code])
+    for out in outputs:
         assert out.split()[-1] == "1003854"
+    assert sum("wrote data/shakespeare_char" in out for out in outputs) == 1  # the other waited
     assert not leftovers(clone)
     done = run(tmp_path, str(folder / "prepare.py"))  # by itself, from anywhere
     assert done.returncode == 0 and "1,003,854 train tokens" in done.stdout
