@@ -85,7 +85,9 @@ def prepare(folder):
             return
     if prepares_itself(folder):
         print(f"preparing data/{name} ...", flush=True)
-        prepare_again(folder)
+        with locked(folder):
+            if not exists(folder / "meta.json"):  # or else another process was faster
+                prepare_again(folder)
     elif exists(folder):
         raise BadInput(f"data/{name} has no meta.json: it is no data set, or its preparation did "
                        f"not finish; remove it and {how_to_prepare(name)}")

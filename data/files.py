@@ -39,8 +39,8 @@ def check_name(name):
 @contextlib.contextmanager
 def locked(folder, wait=True):
     """Inside, no other process writes data/<name>, a folder. Without `wait`, BadInput if one
-    does."""
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    does. Who has the lock may take it again."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock", is_singleton=True)
     with writing(folder):
         try:
             lock.acquire(timeout=-1 if wait else 0)

@@ -13,7 +13,7 @@ from typing import Callable
 import numpy as np
 
 from base.errors import BadInput
-from data.files import SPLITS, write_folder
+from data.files import SPLITS, check_ours, write_folder
 from data.tokenizer import NumberTokenizer
 
 SEED = 2024
@@ -297,5 +297,7 @@ def write_task(folder, task, vocab_size, made_by, train, val, test):
 
 def write_recall_set(folder):
     """Write data/<name>, a folder named like an entry of RECALL_SETS."""
+    made_by = "data.prepare"
+    check_ours(folder, made_by)  # before rows are drawn, which takes seconds
     made = RECALL_SETS[folder.name]
-    write_task(folder, made.task, made.vocab_size, "data.prepare", made.train, made.val, made.test)
+    write_task(folder, made.task, made.vocab_size, made_by, made.train, made.val, made.test)

@@ -1,6 +1,6 @@
 """A server on 127.0.0.1 that speaks as much of the Hugging Face hub's API as `datasets` asks for.
 
-    with Hub("HuggingFaceTB/cosmopedia-100k", {"data/train-00000-of-00001.parquet": content}) as hub:
+    with Hub("HuggingFaceTB/cosmopedia-100k", {"data/train-00000-of-00001.parquet": bytes}) as hub:
         ...  # in processes with the environment hub.environment(folder)
         hub.asked  # [(method, path without the repository, Range header or None)]
 
@@ -16,8 +16,8 @@ import urllib.parse
 class Hub:
     """One data set, {path: bytes}, at one commit. Two habits for tests:
 
-    bad = {end of a path: (status, body)}    is what these paths answer instead
-    breaks_after = n                          a file's answer ends after n bytes, the connection with it
+    bad = {end of a path: (status, body)}    what these paths answer instead
+    breaks_after = n                         after so many bytes of a file the connection ends
     """
 
     def __init__(self, repository, files):

@@ -349,38 +349,46 @@ def test_two_processes_at_once(clone, corpus, tmp_path):
     folder = clone / "data" / "shakespeare_char"
     (folder / "input.txt").write_bytes(corpus)
     code = "from data import load_dataset; print(len(load_dataset('shakespeare_char', 64).train))"
-    for out in both_outputs(clone, ["-c", code], ["-c", code]):
+    outputs = both_outputs(clone, ["-c", code], ["-c", code])
+    for out in outputs:
         assert out.split()[-1] == "1003854"
+    assert sum("wrote data/shakespeare_char" in out for out in outputs) == 1  # the other waited
     assert not leftovers(clone)
     done = run(tmp_path, str(folder / "prepare.py"))  # by itself, from anywhere
     assert done.returncode == 0 and "1,003,854 train tokens" in done.stdout
 
 
 def test_two_texts_of_one_name_at_once_do_not_mix(data):
-    """Two writers, each slow between its files: what is left is one of the two, whole."""
+    """One writer pauses behind its first file, and meanwhile another one writes, or would."""
     contents = ["abcdefgh " * 300, "ijklmnop " * 300]
+    fork = multiprocessing.get_context("fork")
+    pauses = fork.Event()
 
-    def write_slowly(content):
-        fsync = os.fsync
+    def first_writer():
+        fsync, calls = os.fsync, []
 
         def slow_fsync(handle):
-            time.sleep(0.02)
+            calls.append(handle)
+            if len(calls) == 2:
+                pauses.set()
+                time.sleep(1)
             fsync(handle)
 
         os.fsync = slow_fsync
-        for _ in range(5):
-            write("mine", content)
+        write("mine", contents[0])
 
-    fork = multiprocessing.get_context("fork")
-    writers = [fork.Process(target=write_slowly, args=(content,)) for content in contents]
+    def second_writer():
+        pauses.wait()
+        write("mine", contents[1])
+
+    writers = [fork.Process(target=first_writer), fork.Process(target=second_writer)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
     loaded = load_dataset("mine", 8)
-    text = loaded.tokenizer.decode([*loaded.train, *loaded.val])
-    assert text in contents and loaded.meta["alphabet"] == "".join(sorted(set(text)))
+    assert loaded.tokenizer.decode([*loaded.train, *loaded.val]) == contents[1]
     assert not leftovers(data)
 
 

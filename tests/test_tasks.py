@@ -1,5 +1,9 @@
-"""The recall tasks: an oracle that reads each row from its start agrees with every answer; splits share nothing; batches
-are whole rows; accuracy is counted right; the scripts take them as they take a text."""
+"""The recall tasks: an oracle that reads each row from its start agrees with every answer; splits
+share nothing; batches are whole rows; accuracy is counted right; the scripts take them as they take
+a text."""
+import hashlib
+import inspect
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -7,27 +11,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, copy_repository, metrics, run
+from conftest import content, copy_repository, metrics, run
 
 import train as train_script
 from base.errors import BadInput
-from data import dataset, files, load_dataset, tasks
+from data import dataset, files, load_dataset, prepare, tasks
 from data.tokenizer import NumberTokenizer, load_tokenizer
 from mixers import MIXERS
 from training.machine import Machine
 from training.parallel import World
 
-SETS = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py") if "write_task" in path.read_text())
-SMALL = [name for name in SETS if not name.endswith("_paper")]
-TINY = ["--dataset=recall", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=12", "--batch_size=12", "--device=cpu",
-        "--learning_rate=0.01", "--warmup_iters=5"]
+SMALL = sorted(name for name in tasks.RECALL_SETS if not name.endswith("_paper"))
+TINY = ["--dataset=recall", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=12",
+        "--batch_size=12", "--device=cpu", "--learning_rate=0.01", "--warmup_iters=5"]
 
 
 def draw(task, n=200, seed=0, **cell):
     return task(np.random.default_rng(seed), n, **cell)
 
 
-# -- the answers ------------------------------------------------------------------------------------------------------
+# -- the answers ----------------------------------------------------------------------------------
 
 # what is due when these tokens have been read, 0 for nothing: each oracle sees no more than that
 
@@ -65,22 +68,41 @@ CELLS = [
     (tasks.parity, solve_parity, dict(vocab_size=3, length=32, asked_from=1)),
     (tasks.parity, solve_parity, dict(vocab_size=3, length=32, asked_from=17)),
 ]
+IDS = [f"{task.__name__}-{i}" for i, (task, _, _) in enumerate(CELLS)]
 
 
-@pytest.mark.parametrize("task, solve, cell", CELLS, ids=[f"{task.__name__}-{i}" for i, (task, *_) in enumerate(CELLS)])
+@pytest.mark.parametrize("task, solve, cell", CELLS, ids=IDS)
 def test_an_oracle_that_reads_from_the_start_agrees_with_every_answer(task, solve, cell):
     tokens, targets = draw(task, **cell)
     assert tokens.shape == targets.shape == (200, cell["length"])
-    assert tokens.min() >= 1 and max(tokens.max(), targets.max()) < cell["vocab_size"] and targets.min() >= 0
+    assert tokens.min() >= 1 and targets.min() >= 0
+    assert max(tokens.max(), targets.max()) < cell["vocab_size"]
     assert (targets > 0).any(axis=1).all()
     for row, due in zip(tokens.tolist(), targets.tolist()):
         assert due == [solve(row[:t + 1], **cell) for t in range(len(row))]
 
 
-@pytest.mark.parametrize("task, solve, cell", CELLS, ids=[f"{task.__name__}-{i}" for i, (task, *_) in enumerate(CELLS)])
+@pytest.mark.parametrize("task, solve, cell", CELLS, ids=IDS)
 def test_a_seed_gives_the_same_rows_and_another_seed_others(task, solve, cell):
     first, again, other = draw(task, **cell), draw(task, **cell), draw(task, seed=1, **cell)
     assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+EXAMPLES = [
+    (tasks.mqar, solve_mqar, dict(vocab_size=16, length=12, pairs=2)),
+    (tasks.induction, solve_induction, dict(vocab_size=16, length=8)),
+    (tasks.copying, solve_copying, dict(vocab_size=16, length=10, symbols=3)),
+    (tasks.parity, solve_parity, dict(vocab_size=3, length=6, asked_from=3)),
+]
+
+
+@pytest.mark.parametrize("task, solve, cell", EXAMPLES)
+def test_the_rows_that_docstrings_draw(task, solve, cell):
+    drawn = re.search(r"tokens ([ \d]+).*\n +targets ([ .\d]+)", inspect.getdoc(task))
+    tokens = [int(word) for word in drawn[1].split()]
+    targets = [0 if word == "." else int(word) for word in drawn[2].split()]
+    assert len(tokens) == cell["length"] and max(tokens) < cell["vocab_size"]
+    assert targets == [solve(tokens[:t + 1], **cell) for t in range(len(tokens))]
 
 
 def test_mqar_keys_stand_twice_values_once_each_in_its_half():
@@ -117,30 +139,40 @@ def test_induction_triggers_and_copied_symbols_stand_anywhere():
 def test_passkeys_stand_at_their_depth(depth):
     tokens, _ = draw(tasks.passkey, n=2000, vocab_size=32, length=65, depth=depth)
     starts = (tokens == 1).argmax(1)  # of 55 places
-    assert (tokens == 1).sum() == 2000 and set(starts) == set(range(55 * depth // 100, 55 * (depth + 25) // 100))
+    expected = range(55 * depth // 100, 55 * (depth + 25) // 100)
+    assert (tokens == 1).sum() == 2000 and set(starts) == set(expected)
 
 
-def test_what_needs_no_recall():
-    """The README's figures of guessing: in mqar the value most often due at that place (any of the row's is right in 3 of 28 answers); in
-    copying the most frequent of the symbols that are still due, whose order is not known."""
-    by_place = []
+def test_what_mqar_needs_no_recall_for():
+    """The README's figure of guessing: the value most often due at that place. (Any of the row's is
+    right in 3 of 28 answers.)"""
+    right = answers = 0
     for pairs in (4, 8, 16):
         tokens, targets = draw(tasks.mqar, n=4000, vocab_size=64, length=64, pairs=pairs)
         row, place = np.nonzero(targets)
-        index = (tokens[row, 1:2 * pairs:2] == targets[row, place][:, None]).argmax(1)  # of the pair asked for
+        values = tokens[row, 1:2 * pairs:2]
+        due = targets[row, place][:, None]
+        pair = (values == due).argmax(1)  # the one asked for
         count = np.zeros((64, pairs))
-        np.add.at(count, (place, index), 1)
-        by_place.append(count.max(1).sum())
-    answers = 4000 * (4 + 8 + 16)
-    assert sum(by_place) / answers == pytest.approx(0.16, abs=5e-3)
+        np.add.at(count, (place, pair), 1)
+        right += count.max(1).sum()
+        answers += len(row)
+    assert answers == 4000 * (4 + 8 + 16)
+    assert right / answers == pytest.approx(0.16, abs=5e-3)
+
+
+def test_what_copying_needs_no_recall_for():
+    """Likewise: the most frequent of the symbols that are still due, whose order is not known."""
     right = answers = 0
+    rows = np.arange(1000)
     for length, symbols in ((16, 8), (32, 16), (64, 8), (64, 16)):
         _, targets = draw(tasks.copying, n=1000, vocab_size=32, length=length, symbols=symbols)
         left = np.zeros((1000, 32))
-        np.add.at(left, (np.arange(1000)[:, None], targets[:, -symbols:]), 1)
-        for due in targets[:, -symbols:].T:  # its share of those left, where the largest is guessed
-            right += (left == left.max(1, keepdims=True))[np.arange(1000), due].dot(1 / (left == left.max(1, keepdims=True)).sum(1))
-            left[np.arange(1000), due] -= 1
+        np.add.at(left, (rows[:, None], targets[:, -symbols:]), 1)
+        for due in targets[:, -symbols:].T:
+            largest = left == left.max(1, keepdims=True)
+            right += (largest[rows, due] / largest.sum(1)).sum()  # one of the largest is guessed
+            left[rows, due] -= 1
             answers += 1000
     assert right / answers == pytest.approx(0.32, abs=5e-3)
 
@@ -151,7 +183,7 @@ def test_mqar_needs_room_for_its_pairs():
             draw(tasks.mqar, **cell)
 
 
-# -- the files --------------------------------------------------------------------------------------------------------
+# -- the files ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
@@ -168,29 +200,90 @@ def load(prepared, monkeypatch):
 
 
 def parts(data, split):
-    """[(length, tokens (rows, length), targets)] of each cell, read from the files and meta.json alone."""
-    read = lambda file: np.fromfile(data.folder / file, "<u2").reshape(-1, max(cell["length"] for cell in data.meta["cells"][split]))
-    tokens, targets, start, found = read(f"{split}.bin"), read(f"{split}_targets.bin"), 0, []
-    for cell in data.meta["cells"][split]:
+    """[(length, tokens (rows, length), targets)] of each cell, by the files and meta.json alone."""
+    cells = data.meta["cells"][split]
+    shape = -1, max(cell["length"] for cell in cells)
+    tokens = np.fromfile(data.folder / f"{split}.bin", "<u2").reshape(shape)
+    targets = np.fromfile(data.folder / f"{split}_targets.bin", "<u2").reshape(shape)
+    found, start = [], 0
+    for cell in cells:
         rows, length = slice(start, start + cell["rows"]), cell["length"]
-        assert not tokens[rows, length:].any() and not targets[rows, length:].any()  # padding, and nothing due there
+        # padding, and nothing due there
+        assert not tokens[rows, length:].any() and not targets[rows, length:].any()
         found.append((length, tokens[rows, :length], targets[rows, :length]))
         start += cell["rows"]
     assert start == len(tokens) and tokens.size == data.meta[f"{split}_tokens"]
     return found
 
 
+def rows_of(data, split):
+    """The rows of a split, a set of (length, bytes)."""
+    found = set()
+    for length, tokens, _ in parts(data, split):
+        found |= {(length, row.tobytes()) for row in tokens}
+    return found
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_no_row_to_validate_or_to_test_is_trained_on(name, load):
     data = load(name)
-    held_out = {(length, row.tobytes()) for split in ("val", "test") for length, tokens, _ in parts(data, split) for row in tokens}
-    lengths = {length for length, _ in held_out}
+    val, test = rows_of(data, "val"), rows_of(data, "test")
+    assert not val & test
     for trained, tokens, _ in parts(data, "train"):
-        for length in lengths:
-            beginnings = {(length, row[:length].tobytes()) for row in tokens} if length <= trained else set()
-            assert not beginnings & held_out
-    rows = {split: {row.tobytes() for _, tokens, _ in parts(data, split) for row in tokens} for split in ("val", "test")}
-    assert not rows["val"] & rows["test"]
+        for length in {length for length, _ in val | test if length <= trained}:
+            beginnings = {(length, row[:length].tobytes()) for row in tokens}
+            assert not beginnings & (val | test)
+
+
+SHA256 = {  # of all .bin files, as the seven prepare.py wrote them that the table replaced
+    "copying": "4a50c14e09c004b0c8239dcabf6b2ecaeadd8c0c6ee9394ae1515d5acd69e879",
+    "induction": "27564f258f97ed9b16735107919be7e848c99904a31dadd7d685a9c64fa0c190",
+    "mqar": "61061b1cdd8b62b88d09578e809ef6a1a47c3b1f2526b98ade91819dce46d723",
+    "parity": "b2a1e1f704980a20ee6968d256f7a3076ce02d1b20200919dec82537fb99a24b",
+    "passkey": "821a92c742df8a69b9f4e13be596010121fea8a392ff72aaaceca7323eea3e4b",
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_rows_are_those_they_have_always_been(name, load):
+    digest = hashlib.sha256()
+    for path in sorted(load(name).folder.glob("*.bin")):
+        digest.update(path.read_bytes())
+    assert digest.hexdigest() == SHA256[name]
+
+
+def test_prepared_by_hand_and_again(load, prepared):
+    folder = prepared / "data" / "mqar"
+    done = run(prepared, "-m", "data.prepare", "mqar")
+    assert done.returncode == 0 and done.stderr == "", done
+    assert done.stdout.startswith("wrote data/mqar: 64 symbols, 3,840,000 train tokens")
+    before = content(folder)
+    assert set(before) == {"meta.json", "tokenizer.json", "train.bin", "train_targets.bin",
+                           "val.bin", "val_targets.bin", "test.bin", "test_targets.bin"}
+
+    # as older versions left it
+    meta = json.loads(before["meta.json"])
+    assert meta["made_by"] == "data.prepare"
+    (folder / "meta.json").write_text(json.dumps(meta | {"made_by": "data/mqar/prepare.py"}))
+    prepare.main(["mqar"])
+    assert content(folder) == before
+
+    (folder / "meta.json").write_text(json.dumps(meta | {"made_by": "data.text"}))
+    with pytest.raises(BadInput, match="data/mqar is there and was not made by data.prepare; move"):
+        prepare.main(["mqar"])
+    (folder / "meta.json").write_bytes(before["meta.json"])
+
+    for name, message in (("mine", "data/mine does not prepare itself; give its text: python -m"),
+                          ("../mqar", "'../mqar' cannot name a data set")):
+        with pytest.raises(BadInput, match=message):
+            prepare.main([name])
+
+
+def test_a_damaged_recall_set_says_how_to_prepare_it(data):
+    make("mqar", tasks.mqar, 16, PAIRS, PAIRS, PAIRS)
+    (data / "mqar" / "val.bin").unlink()
+    with pytest.raises(BadInput, match="; prepare it again: python -m data.prepare mqar"):
+        load_dataset("mqar", 12)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -202,8 +295,10 @@ def test_the_sets_hold_what_their_tasks_draw(name, load):
             arguments = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", cell["name"])}
             assert tokens.min() > 0 and tokens.max() < data.vocab_size
             for row, due in zip(tokens[:5].tolist(), targets[:5].tolist()):
-                assert due == [solve(row[:t + 1], data.vocab_size, **arguments) for t in range(length)]
-            assert draw(task, 1, vocab_size=data.vocab_size, **arguments)[0].shape == (1, length)
+                solved = [solve(row[:t + 1], data.vocab_size, **arguments) for t in range(length)]
+                assert due == solved
+            drawn, _ = draw(task, 1, vocab_size=data.vocab_size, **arguments)
+            assert drawn.shape == (1, length)
 
 
 def make(name, task, vocab_size, train, val, test):
@@ -221,57 +316,74 @@ def data(monkeypatch, tmp_path):
     return tmp_path / "data"
 
 
+PAIRS = [(20, dict(length=12, pairs=2))]
+
+
 def test_rows_of_a_small_space_are_kept_apart(data):
-    """128 rows of 7 bits, 40 of them held out: a training row of 7 or 9 bits never begins with one of those."""
+    """128 rows of 7 bits, 40 of them held out: no training row, of 7 or of 9 bits, begins with one
+    of those."""
     short, long = dict(length=7, asked_from=1), dict(length=9, asked_from=8)
-    bits = make("bits", tasks.parity, 3, [(300, short), (300, long)], [(20, short)], [(20, short)])
-    held_out = {row.tobytes() for split in ("val", "test") for _, tokens, _ in parts(bits, split) for row in tokens}
+    train = [(300, short), (300, long)]
+    bits = make("bits", tasks.parity, 3, train, [(20, short)], [(20, short)])
+    held_out = {row for _, row in rows_of(bits, "val") | rows_of(bits, "test")}
     drawn = {row[:7].tobytes() for _, tokens, _ in parts(bits, "train") for row in tokens}
     assert 30 <= len(held_out) <= 40 and not held_out & drawn and len(drawn) > 70
+    shortest = dict(length=2, asked_from=1)
     with pytest.raises(BadInput, match="too few different rows of .*length.* for each split"):
-        make("few", tasks.parity, 3, [(10, dict(length=2, asked_from=1))], [(50, dict(length=2, asked_from=1))], [(50, dict(length=2, asked_from=1))])
+        make("few", tasks.parity, 3, [(10, shortest)], [(50, shortest)], [(50, shortest)])
     assert not (data / "few").exists()
 
 
 def test_writing_again_gives_the_same_bytes(data):
-    content = []
-    for name in ("one", "two"):
-        made = make(name, tasks.mqar, 16, [(50, dict(length=12, pairs=2))], [(20, dict(length=12, pairs=2))], [(20, dict(length=12, pairs=2))])
-        content.append({path.name: path.read_bytes() for path in made.folder.iterdir()})
-    assert content[0] == content[1] and len(content[0]) == 8
+    first = content(make("one", tasks.mqar, 16, PAIRS, PAIRS, PAIRS).folder)
+    second = content(make("two", tasks.mqar, 16, PAIRS, PAIRS, PAIRS).folder)
+    assert first == second and len(first) == 8
 
 
 def test_every_cell_of_every_split_has_a_seed_of_its_own(data, monkeypatch):
     states, draw = [], tasks.draw
-    monkeypatch.setattr(tasks, "draw", lambda task, rng, *more, **cell: states.append(str(rng.bit_generator.state)) or draw(task, rng, *more, **cell))
-    make("two", tasks.mqar, 16, *[[(9, dict(length=12, pairs=2)), (9, dict(length=12, pairs=3))]] * 3)
+
+    def noted(task, rng, *more, **cell):
+        states.append(str(rng.bit_generator.state))
+        return draw(task, rng, *more, **cell)
+
+    monkeypatch.setattr(tasks, "draw", noted)
+    cells = [(9, dict(length=12, pairs=2)), (9, dict(length=12, pairs=3))]
+    make("two", tasks.mqar, 16, cells, cells, cells)
     assert len(states) == len(set(states)) == 6
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------
+# -- batches --------------------------------------------------------------------------------------
 
 @pytest.fixture
 def mixed(data):
     """Rows of 12 and 8 tokens."""
-    cells = [dict(length=12, pairs=2), dict(length=8, pairs=1)]
-    return make("mixed", tasks.mqar, 16, [(60, cell) for cell in cells], [(7, cell) for cell in cells], [(5, cells[0]), (3, dict(length=20, pairs=4))])
+    long, short, longest = (dict(length=12, pairs=2), dict(length=8, pairs=1),
+                            dict(length=20, pairs=4))
+    return make("mixed", tasks.mqar, 16, [(60, long), (60, short)], [(7, long), (7, short)],
+                [(5, long), (3, longest)])
 
 
 def test_a_batch_is_whole_rows_from_everywhere(mixed):
-    tokens, targets = (np.fromfile(mixed.folder / file, "<u2").reshape(120, 12) for file in ("train.bin", "train_targets.bin"))
+    tokens = np.fromfile(mixed.folder / "train.bin", "<u2").reshape(120, 12)
+    targets = np.fromfile(mixed.folder / "train_targets.bin", "<u2").reshape(120, 12)
     number = {row.tobytes(): i for i, row in enumerate(tokens)}
     x, y = mixed.batch(seed=3, step=7, n=300, block_size=12)
-    assert x.shape == y.shape == (300, 12) and x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+    assert x.shape == y.shape == (300, 12) and x.dtype == y.dtype == torch.int64
+    assert x.is_contiguous() and y.is_contiguous()
     drawn = [number[row.numpy().astype("<u2").tobytes()] for row in x]
-    assert len(set(drawn)) > 100 and drawn != sorted(drawn) and 60 < sum(i < 60 for i in drawn) < 240
-    assert torch.equal(y, torch.from_numpy(targets[drawn].astype(np.int64)).masked_fill(torch.from_numpy(targets[drawn] == 0), -1))
+    assert len(set(drawn)) > 100 and drawn != sorted(drawn)
+    assert 60 < sum(i < 60 for i in drawn) < 240
+    due = targets[drawn].astype(np.int64)
+    assert torch.equal(y, torch.from_numpy(np.where(due == 0, -1, due)))
 
 
 def test_a_batch_depends_on_seed_and_step_alone(mixed):
     first = mixed.batch(1, 2, 4, 12)[0]
     mixed.batch(1, 3, 4, 12)
     assert torch.equal(first, mixed.batch(1, 2, 4, 12)[0])
-    assert not any(torch.equal(first, mixed.batch(seed, step, 4, 12)[0]) for seed, step in ((1, 3), (2, 2), (2, 1)))
+    for seed, step in ((1, 3), (2, 2), (2, 1)):
+        assert not torch.equal(first, mixed.batch(seed, step, 4, 12)[0])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -282,16 +394,22 @@ def test_an_evaluation_reads_every_row_once_cell_by_cell_and_no_padding(mixed, r
             assert x.shape == y.shape == (len(x), lengths[cell]) and 0 < len(x) <= rows
             read[cell] += zip(x.tolist(), y.tolist())
         for found, (_, tokens, targets) in zip(read, parts(mixed, split)):
-            assert found == [(row, [token or -1 for token in due]) for row, due in zip(tokens.tolist(), targets.tolist())]
-    assert [x.tolist() for x, _ in mixed.val_batches(12, rows)] == [x.tolist() for x, _, _ in mixed.eval_batches("val", 12, rows)]
+            answers = np.where(targets == 0, -1, targets.astype(int))
+            assert found == list(zip(tokens.tolist(), answers.tolist()))
+    for (x, _), (same, _, _) in zip(mixed.val_batches(12, rows),
+                                    mixed.eval_batches("val", 12, rows), strict=True):
+        assert torch.equal(x, same)
 
 
 def test_a_capped_evaluation_reads_the_same_share_of_every_cell(mixed):
-    count = lambda cap: [sum(len(x) for x, _, cell in mixed.eval_batches("val", 12, 4, cap) if cell == c) for c in (0, 1)]
-    assert (count(140), count(139), count(70), count(1)) == ([7, 7], [6, 6], [3, 3], [1, 1])
+    for max_tokens, expected in ((140, [7, 7]), (139, [6, 6]), (70, [3, 3]), (1, [1, 1])):
+        rows = [0, 0]
+        for x, _, cell in mixed.eval_batches("val", 12, 4, max_tokens):
+            rows[cell] += len(x)
+        assert rows == expected
 
 
-# -- counting ---------------------------------------------------------------------------------------------------------
+# -- counting -------------------------------------------------------------------------------------
 
 class Fixed(torch.nn.Module):
     """A model that says 5 with probability 0.5, else each of the other 15 alike."""
@@ -299,7 +417,9 @@ class Fixed(torch.nn.Module):
     def forward(self, idx, targets):
         logits = torch.full((*idx.shape, 16), 0.0)
         logits[..., 5] = math.log(15)
-        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(),
+                                                 ignore_index=-1)
+        return logits, loss
 
 
 def evaluate(data, split="val", block_size=12, pos="learned", eval_tokens=2**20):
@@ -309,15 +429,16 @@ def evaluate(data, split="val", block_size=12, pos="learned", eval_tokens=2**20)
 
 
 def test_accuracy_and_loss_by_hand(data):
-    """Four answers of two cells, three of them 5: each counts alike, whatever its batch, row or cell."""
-    made = make("mixed", tasks.mqar, 16, [(3, dict(length=6, pairs=1))], [(1, dict(length=6, pairs=1)), (1, dict(length=12, pairs=3))],
-                [(1, dict(length=6, pairs=1))])
+    """Four answers of two cells, three of them 5: each counts alike, whatever its batch or cell."""
+    one, three = dict(length=6, pairs=1), dict(length=12, pairs=3)
+    made = make("mixed", tasks.mqar, 16, [(3, one)], [(1, one), (1, three)], [(1, one)])
     targets = np.zeros((2, 12), "<u2")
     targets[0, 4] = 9
     targets[1, [6, 8, 10]] = 5
     targets.tofile(made.folder / "val_targets.bin")
     result = evaluate(load_dataset("mixed", 12))
-    assert result.accuracy == 0.75 and result.by_cell == {"length=6 pairs=1": 0.0, "length=12 pairs=3": 1.0} and result.bpb is None
+    assert result.accuracy == 0.75 and result.bpb is None
+    assert result.by_cell == {"length=6 pairs=1": 0.0, "length=12 pairs=3": 1.0}
     assert result.loss == pytest.approx((3 * math.log(2) + math.log(30)) / 4)
 
 
@@ -326,52 +447,73 @@ def test_rows_that_learned_positions_do_not_reach_are_left_out(mixed):
     assert evaluate(mixed, "test", pos="rope").by_cell["length=20 pairs=4"] is not None
 
 
-# -- the scripts ------------------------------------------------------------------------------------------------------
+# -- the scripts ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def recall(home):
     """A run on home's data set `recall`."""
     folder = home / "out" / "recall"
-    done = run(home, "train.py", *TINY, "--max_iters=20", "--eval_interval=10", "--log_interval=5", f"--out_dir={folder}")
+    done = run(home, "train.py", *TINY, "--max_iters=20", "--eval_interval=10", "--log_interval=5",
+               f"--out_dir={folder}")
     assert done.returncode == 0 and done.stderr == "", done
     return folder, done.stdout
+
+
+ACCURACY = ("val_accuracy", "val_accuracy_by_cell")
+
+
+def said_of(row):
+    """What a script prints of a row of metrics with an evaluation."""
+    return (f"val loss {row['val_loss']:.4f} nats per answer | "
+            f"accuracy {row['val_accuracy']:.4f}")
 
 
 def test_a_run_logs_its_accuracy(recall, trained):
     folder, out = recall
     rows = metrics(folder)
     for row in rows:
-        assert row["val_bpb"] is None and (row["val_accuracy"] is None) == (row["val_accuracy_by_cell"] is None) == (row["val_loss"] is None)
+        assert row["val_bpb"] is None
+        absent = {key: row[key] is None for key in ("val_loss", *ACCURACY)}
+        assert len(set(absent.values())) == 1
     evals = [row for row in rows if row["val_loss"]]
-    assert len(evals) == 2 and all(set(row["val_accuracy_by_cell"]) == {"length=12 pairs=1", "length=12 pairs=3"} for row in evals)
-    assert f"val loss {evals[-1]['val_loss']:.4f} nats per answer | accuracy {evals[-1]['val_accuracy']:.4f}" in out
-    assert f"length=12 pairs=3: {evals[-1]['val_accuracy_by_cell']['length=12 pairs=3']:.4f}" in out
+    assert len(evals) == 2
+    for row in evals:
+        assert set(row["val_accuracy_by_cell"]) == {"length=12 pairs=1", "length=12 pairs=3"}
+    assert said_of(evals[-1]) in out
+    hard = evals[-1]["val_accuracy_by_cell"]["length=12 pairs=3"]
+    assert f"length=12 pairs=3: {hard:.4f}" in out
     assert "recall: 200 rows of 12 tokens to train on, 40 to validate" in out
-    assert all(row["val_accuracy"] is row["val_accuracy_by_cell"] is None for row in metrics(trained))
+    for row in metrics(trained):
+        assert row["val_accuracy"] is row["val_accuracy_by_cell"] is None
 
 
 def test_the_test_split_is_evaluated_when_asked_for(recall, train):
     folder, _ = recall
     last = metrics(folder)[-1]
     out = train("--eval_only", f"--out_dir={folder}")
-    assert f"val loss {last['val_loss']:.4f} nats per answer | accuracy {last['val_accuracy']:.4f}" in out
+    assert said_of(last) in out
     out = train("--eval_only", "--eval_split=test", f"--out_dir={folder}")
-    total, cells = re.search(r"test loss [\d.]+ nats per answer \| accuracy ([\d.]+)", out), re.findall(r"^length=12 pairs=(\d) +([\d.]+)$", out, re.MULTILINE)
+    total = re.search(r"test loss [\d.]+ nats per answer \| accuracy ([\d.]+)", out)
+    cells = re.findall(r"^length=12 pairs=(\d) +([\d.]+)$", out, re.MULTILINE)
     assert [pairs for pairs, _ in cells] == ["1", "3"] and "changed" not in out
-    assert float(total[1]) == pytest.approx((20 * float(cells[0][1]) + 60 * float(cells[1][1])) / 80, abs=1e-4)
+    mean = (20 * float(cells[0][1]) + 60 * float(cells[1][1])) / 80
+    assert float(total[1]) == pytest.approx(mean, abs=1e-4)
 
 
 def test_the_test_split_of_a_text_and_of_a_training_run(train, recall, trained):
-    assert "data/letters has no test split" in train.refuses("--eval_only", "--eval_split=test", f"--out_dir={trained}")
+    line = train.refuses("--eval_only", "--eval_split=test", f"--out_dir={trained}")
+    assert "data/letters has no test split" in line
     assert "--eval_only" in train.refuses(*TINY, "--eval_split=test", "--out_dir=new")
 
 
 def test_each_answer_counts_alike_in_a_step_of_several_batches(train):
     """Rows of one pair and of three: the mean over micro-batches is not the mean over answers."""
     train(*TINY, "--max_iters=5", "--log_interval=1", "--out_dir=whole")
-    train(*TINY, "--max_iters=5", "--log_interval=1", "--batch_size=2", "--gradient_accumulation_steps=6", "--out_dir=parts")
-    losses = [[row["train_loss"] or row["val_loss"] for row in metrics(name)] for name in ("whole", "parts")]
-    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    train(*TINY, "--max_iters=5", "--log_interval=1", "--batch_size=2",
+          "--gradient_accumulation_steps=6", "--out_dir=parts")
+    whole = [row["train_loss"] or row["val_loss"] for row in metrics("whole")]
+    parts = [row["train_loss"] or row["val_loss"] for row in metrics("parts")]
+    assert len(whole) == 6 and parts == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
@@ -390,20 +532,25 @@ def test_a_run_continues_a_row(recall, sample):
     out = sample(f"--out_dir={folder}", "--start=3 12 3", "--max_new_tokens=2", "--num_samples=1")
     assert re.fullmatch(r"3 12 3 \d+ \d+ \n---------------\n", out)
     assert "--start='" in sample.refuses(f"--out_dir={folder}")
-    for start, wrong in (("3 x", "x"), ("3 16", "16"), ("-1", "-1"), (" ", "' '"), ("3 " + "9" * 5000, "999")):
+    for start, wrong in (("3 x", "x"), ("3 16", "16"), ("-1", "-1"), (" ", "' '"),
+                         ("3 " + "9" * 5000, "999")):
         line = sample.refuses(f"--out_dir={folder}", f"--start={start}")
         assert wrong in line and "numbers from 0 to 15" in line
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------
+# -- damage ---------------------------------------------------------------------------------------
 
 def change(path, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
 @pytest.mark.parametrize("old, new", [
-    ('"rows": 60', '"rows": 61'), ('"rows": 7', '"rows": -7'), ('"rows": 7', '"rows": "7"'), ('"length": 12', '"length": 6'), ('"val": [', '"valid": ['),
-    ('"name"', '"title"'), ('"cells": {', '"cells": 3, "were": {'), ('"row_length": 12', '"row_length": 11'), ('"row_length": 12', '"row_length": null')])
+    ('"rows": 60', '"rows": 61'), ('"rows": 7', '"rows": -7'), ('"rows": 7', '"rows": "7"'),
+    ('"length": 12', '"length": 6'), ('"val": [', '"valid": ['), ('"name"', '"title"'),
+    ('"cells": {', '"cells": 3, "were": {'), ('"cells": {', '"cells": [1], "were": {'),
+    ('"val": [', '"val": [1], "other": ['), ('"val": [', '"val": [], "other": ['),
+    ('"test": [', '"../../outside": ['), ('"rows": 60', '"rows": %d' % 10**30),
+    ('"row_length": 12', '"row_length": 11'), ('"row_length": 12', '"row_length": null')])
 def test_damaged_cells(mixed, old, new):
     change(mixed.folder / "meta.json", old, new)
     with pytest.raises(BadInput, match="data/mixed/meta.json is damaged: .*prepare it again"):
@@ -413,8 +560,9 @@ def test_damaged_cells(mixed, old, new):
 def test_damaged_rows(mixed):
     path = mixed.folder / "val_targets.bin"
     whole = path.read_bytes()
-    for content, message in ((whole[:-2], "val_targets.bin has 334 bytes"), (whole[:-2] + b"\x10\x00", "holds the token 16")):
-        path.write_bytes(content)
+    for damaged, message in ((whole[:-2], "val_targets.bin has 334 bytes"),
+                             (whole[:-2] + b"\x10\x00", "holds the token 16")):
+        path.write_bytes(damaged)
         with pytest.raises(BadInput, match=message):
             load_dataset("mixed", 12)
     path.unlink()
@@ -422,30 +570,43 @@ def test_damaged_rows(mixed):
         load_dataset("mixed", 12)
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_rows_without_an_answer(split, mixed):
+    path = mixed.folder / f"{split}_targets.bin"
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(BadInput, match=f"{split}_targets.bin: row 0 has no answer due.*prepare"):
+        load_dataset("mixed", 12)
+    row = len(whole) // len(mixed.splits[split][0])
+    path.write_bytes(whole[:row] + bytes(row) + whole[2 * row:])
+    with pytest.raises(BadInput, match=f"{split}_targets.bin: row 1 has no answer due"):
+        load_dataset("mixed", 12)
+
+
 def test_the_numbers_of_a_tokenizer(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(NumberTokenizer(16).to_json())
     tokenizer = load_tokenizer(path)
-    assert tokenizer.vocab_size == 16 and tokenizer.encode(tokenizer.decode([0, 15, 7])) == [0, 15, 7]
-    assert tokenizer.decode_bytes([1]) + tokenizer.decode_bytes([12]) == tokenizer.decode_bytes([1, 12]) == b"1 12 "
+    assert tokenizer.vocab_size == 16
+    assert tokenizer.encode(tokenizer.decode([0, 15, 7])) == [0, 15, 7]
+    assert tokenizer.decode_bytes([1]) + tokenizer.decode_bytes([12]) == b"1 12 "
+    assert tokenizer.decode_bytes([1, 12]) == b"1 12 "
     for wrong in ("null", "0", '"16"', "true"):
         path.write_text('{"tokenizer": "numbers", "vocab_size": %s}' % wrong)
-        with pytest.raises(BadInput, match="tokenizer.json is damaged: its vocab_size"):
+        with pytest.raises(BadInput, match="tokenizer.json is damaged: vocab_size: "):
             load_tokenizer(path)
 
 
-# -- what can be learnt -----------------------------------------------------------------------------------------------
+# -- what can be learnt ---------------------------------------------------------------------------
 
 def accuracy_of(cwd, name, *arguments):
     """Trains configs/<name>.py and returns the accuracy on the test split."""
-    done = run(cwd, "train.py", f"configs/{name}.py", *arguments, "--out_dir=out/learnt", "--overwrite", timeout=400)
+    done = run(cwd, "train.py", f"configs/{name}.py", *arguments, "--out_dir=out/learnt",
+               "--overwrite", timeout=400)
     assert done.returncode == 0, done
     done = run(cwd, "train.py", "--eval_only", "--eval_split=test", "--out_dir=out/learnt")
     print(done.stdout)
     return float(re.search(r"test loss .* accuracy ([\d.]+)", done.stdout)[1])
-
-
-
 
 
 @pytest.mark.slow
@@ -457,6 +618,7 @@ def test_softmax_recalls(name, prepared):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, choices, answers", [("mqar", 32, 28_000), ("induction", 30, 3000)])
 def test_without_a_mixer_there_is_nothing_but_chance(name, choices, answers, prepared):
-    """The question and its position say nothing about the answer, one of `choices` alike: exactly 1 / choices is to be expected."""
+    """The question and its position say nothing about the answer, one of `choices` alike."""
     chance = 1 / choices
-    assert abs(accuracy_of(prepared, name, "--mixer=pelican", "--max_iters=200") - chance) < 5 * math.sqrt(chance / answers)
+    accuracy = accuracy_of(prepared, name, "--mixer=pelican", "--max_iters=200")
+    assert abs(accuracy - chance) < 5 * math.sqrt(chance / answers)

@@ -150,7 +150,8 @@ class Hub:
     def __init__(self, limit):
         print(f"fetching {HUB}", flush=True)
         import datasets  # takes a second
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else two lines an attempt
+        for library in ("datasets", "huggingface_hub"):  # what they log comes as our one line
+            logging.getLogger(library).setLevel(logging.CRITICAL)
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         datasets.config.STREAMING_READ_MAX_RETRIES = 2  # its own 20 take minutes
