@@ -58,7 +58,8 @@ from tools.bench_measure import run_cell
 from training.device import choose_device, choose_dtype, lacks_compiler
 from training.run_folder import open_plainly
 
-BATCHES = {"train": "4", "prefill": "4", "decode": "1,32"}  # the modes, and their batches unless set
+# the modes, and their batches unless set
+BATCHES = {"train": "4", "prefill": "4", "decode": "1,32"}
 ONE_OF_EACH_KIND = "softmax,linformer,lln,causal_max,pelican"
 VOCABULARY = 65  # where the data set is not prepared
 ROOT = Path(__file__).resolve().parent
@@ -107,7 +108,7 @@ def whole_numbers(name, text):
     """The numbers of the list option --name=text. BadInput for one that is none from 1 up."""
     for entry in entries_of(text):
         if not entry.isascii() or not entry.isdecimal() or not 0 < float(entry) < 2**31:
-            raise BadInput(f"--{name}={text}: {entry!r} is not a whole number from 1 up, below 2^31")
+            raise BadInput(f"--{name}={text}: {entry!r} is not a whole number from 1 up")
     return list(dict.fromkeys(int(entry) for entry in entries_of(text)))
 
 
@@ -296,7 +297,8 @@ class Results:
             except ValidationError as error:
                 detail = error.errors(include_url=False)[0]
                 where = ".".join(map(str, detail["loc"]))
-                raise BadInput(f"{place}: {where[:100]}: {detail['msg'][:200]}; {remedy}") from error
+                what = f"{where[:100]}: {detail['msg'][:200]}"
+                raise BadInput(f"{place}: {what}; {remedy}") from error
             except ValueError as error:
                 raise BadInput(f"{place}: no valid JSON; {remedy}") from error
             if row["status"] != "error":  # errors get another chance
