@@ -359,11 +359,10 @@ def open_plainly(path):
         if error.errno == errno.ELOOP:
             raise BadInput(f"{path} is a link, and a run writes through none; remove it") from error
         raise
-    file = open(handle, "r+", errors="replace")
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # open() does not take a pipe
+        os.close(handle)
         raise BadInput(f"{path} is no regular file; remove it")
-    return file
+    return open(handle, "r+", errors="replace")
 
 
 @contextlib.contextmanager
