@@ -26,6 +26,7 @@ there, and cells of other commands stay), results.csv and plots, both of this co
 last line on stdout is all of it in JSON. tools/bench_measure.py measures a cell,
 tools/bench_scaling.py says what the figures mean.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
 import fcntl
 import hashlib
@@ -84,17 +85,14 @@ class BenchOptions(ModelOptions):
         "shakespeare_char",
         f"the data set whose vocabulary to take, if prepared; otherwise {VOCABULARY}")
     mixer_file: Optional[str] = option(
-        None, "a Python file of yours that registers its mixer in mixers.MIXERS", min_length=1)
+        None, "a Python file of yours that registers its mixer in mixers.MIXERS", min_length=1,
+        first=load_mixer_file)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of the heavy operations; auto: bfloat16 where it is fast")
     compile: bool = option(
         False, "torch.compile training and prefill; decoding is never compiled")
 
-
-# what counts here of a config file
-OF_CONFIG_FILES = {f.name for f in fields(ModelOptions)}
-OF_CONFIG_FILES |= {"dataset", "mixer_file", "device", "dtype", "compile"}
 
 
 # What is asked for --------------------------------------------------------------------------------
@@ -124,8 +122,6 @@ def mixers_of(options, given):
     for name, instead in (("mixer", "mixers"), ("block_size", "lengths")):
         if name in given:
             raise BadInput(f"--{name} is of one model; give --{instead} instead")
-    if options.mixer_file:
-        load_mixer_file(options.mixer_file)
     of_the_config = options.mixer.replace(",", "+")
     names = mixer_names(options.mixers or f"{ONE_OF_EACH_KIND},{of_the_config}")
     for name in given:
@@ -406,8 +402,8 @@ def main():
     # ends like Ctrl-C, and the cell's process with it
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options, _, given = parse_options(
-        BenchOptions, sys.argv[1:], __doc__.splitlines()[0],
-        of_config_files=OF_CONFIG_FILES, file_class=Options)
+        BenchOptions, sys.argv[1:], __doc__.splitlines()[0], file_class=Options,
+        leave_out=("out_dir", "overwrite"))  # of a training
     names = mixers_of(options, given)
     device = choose_device(options.device)
     if options.compile and lacks_compiler(device):

@@ -24,8 +24,7 @@ from typing import Any, Optional
 
 from base.errors import BadInput, printable
 from base.files import exists, read_json, writing
-from config import Options
-from model import model_config
+from config import Options, filled_in
 from tools.records import Sweep, holds_run
 from tools.score import read_scores
 from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options
@@ -53,7 +52,7 @@ class Run:
         """As train.py would have them, name -> value. BadInput for what it would refuse."""
         arguments = [*self.command()[1:], "--overwrite"]  # or it would refuse the folder
         options, _ = read_options(arguments, "")
-        return resolved(asdict(options))
+        return asdict(options)
 
     def scores(self, data_sha256=None):
         """What its scores.json says if it is finished, otherwise None. BadInput if the folder
@@ -77,8 +76,7 @@ class Run:
 
 def resolved(values):
     """Options, name -> value, with those of the model that follow from others filled in."""
-    model = model_config(values | {"vocab_size": 1}, "options")
-    return values | asdict(model)
+    return asdict(filled_in(Options(**values)))
 
 
 @dataclass
