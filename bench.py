@@ -94,7 +94,6 @@ class BenchOptions(ModelOptions):
         False, "torch.compile training and prefill; decoding is never compiled")
 
 
-
 # What is asked for --------------------------------------------------------------------------------
 
 def entries_of(text):
