@@ -2,8 +2,9 @@
 
     figures = run_cell(cell, mixer_file=None, seconds=1.0, cell_seconds=120.0)
 
-cell: {"mode": "train", "prefill", "decode" or "ceiling", "batch", "length", "model": a GPTConfig's options, "device", "dtype",
-"compile"}. figures: {"status": "ok", "ms": ..., ...}, or the status alone: "oom", "timeout" or "error".
+cell: {"mode": "train", "prefill", "decode" or "ceiling", "batch", "length", "model": a GPTConfig's
+options, "device", "dtype", "compile"}. figures: {"status": "ok", "ms": ..., ...}, or what came
+instead: {"status": "oom"}, {"status": "timeout"}, {"status": "error", "error": in one line}.
 
 B batch, T length.
 """
@@ -15,6 +16,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from statistics import median, quantiles
@@ -33,17 +35,20 @@ from training.optimizer import make_optimizer
 from training.parallel import World
 
 PIECE = 2048         # tokens of a prefix fed at once, over all sequences
-DECODED = 32         # tokens after a prefix, at most: so few that its length stays what the cell says
+DECODED = 32         # tokens after a prefix, at most: so few that the length stays what it is
 CEILING_ROWS = 8192  # more rows make a matrix product no faster
 
 
 def run_cell(cell, mixer_file, seconds, cell_seconds):
-    """The figures of a cell, measured for about `seconds` by a new process that may live for cell_seconds."""
-    context = multiprocessing.get_context("forkserver")  # a process that has only imported, whose forks start at once
-    context.set_forkserver_preload(["torch", "torch._dynamo", "pydantic"])  # dynamo: what an optimiser's first step imports
+    """The figures of a cell, measured for about `seconds` by a new process that may live for
+    cell_seconds."""
+    context = multiprocessing.get_context("forkserver")  # it has only imported: forks start at once
+    # dynamo: what an optimiser's first step imports
+    context.set_forkserver_preload(["torch", "torch._dynamo", "pydantic"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=send_figures, args=(cell, mixer_file, seconds, theirs))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for us, who then end the other
+    # inherited: Ctrl-C is for us, who then end the other
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process.start()
     theirs.close()
     try:
@@ -53,35 +58,55 @@ def run_cell(cell, mixer_file, seconds, cell_seconds):
         figures = ours.recv()
         process.join(5)
         return figures
-    except EOFError:  # it ended without a word: killed for want of memory, or by an error that stands on stderr
+    except EOFError:  # it ended without a word
         process.join()
-        return {"status": "oom" if process.exitcode == -signal.SIGKILL else "error"}
+        if process.exitcode == -signal.SIGKILL:  # for want of memory
+            return {"status": "oom"}
+        return {"status": "error", "error": f"its process ended with status {process.exitcode}"}
     finally:
         process.kill()
         process.join()
 
 
 def send_figures(cell, mixer_file, seconds, connection):
+    """What the new process does. A mixer that fails, a user's own say, is a cell that failed."""
     limit_memory(cell["device"])
-    if mixer_file:
-        load_mixer_file(mixer_file)
     try:
-        connection.send({"status": "ok", **figures(cell, seconds)})
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        connection.send({"status": "oom"})
+        if mixer_file:
+            load_mixer_file(mixer_file)
+        found = {"status": "ok", **figures(cell, seconds)}
+    except Exception as error:
+        if is_out_of_memory(error) or "size calculation overflowed" in str(error):
+            found = {"status": "oom"}
+        else:
+            found = {"status": "error", "error": in_one_line(error)}
+    connection.send(found)
+
+
+def in_one_line(error):
+    """What happened, and the last place that is not in a library."""
+    words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    places = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if "site-packages" not in frame.filename]
+    return f"{words} ({places[-1].filename}:{places[-1].lineno})"
 
 
 def figures(cell, seconds):
+    """The figures of a cell, measured in this process for about `seconds` (dict)."""
     mode, batch, length = cell["mode"], cell["batch"], cell["length"]
-    device, dtype, training = choose_device(cell["device"]), getattr(torch, cell["dtype"]), mode == "train"
+    training = mode == "train"
+    device = choose_device(cell["device"])
+    dtype = getattr(torch, cell["dtype"])
     config = GPTConfig(**cell["model"])
     torch.manual_seed(0)
     model = GPT(config).to(device).train(training)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
     if mode == "ceiling":
-        return {"ceiling_flops_per_s": matmul_ceiling(model, CEILING_ROWS, dtype, device, True, seconds)}
+        ceiling = matmul_ceiling(model, CEILING_ROWS, dtype, device, True, seconds)
+        return {"ceiling_flops_per_s": ceiling}
     tokens = torch.randint(config.vocab_size, (batch, length + 1), device=device)
     first = flops = ceiling = None
     if mode == "decode":
@@ -89,25 +114,35 @@ def figures(cell, seconds):
         with torch.inference_mode(), autocast():
             times, first, memory = decode(model, tokens[:, :length], seconds, device)
     else:
-        ceiling = matmul_ceiling(model, min(batch * length, CEILING_ROWS), dtype, device, training, seconds / 4)
+        rows = min(batch * length, CEILING_ROWS)
+        ceiling = matmul_ceiling(model, rows, dtype, device, training, seconds / 4)
         flops = model.flops_per_token(length)
-        step = (training_step if training else prefill_step)(model, tokens, autocast, cell["compile"], device)
+        make_step = training_step if training else prefill_step
+        step = make_step(model, tokens, autocast, cell["compile"], device)
         timed(step, device, seconds / 4, at_least=1)
         times = timed(step, device, seconds)
         memory = memory_of(step, device, held(device))
     ms = [1e3 * t for t in times]
-    return {"ms": median(ms), "ms_quantiles": quantiles(ms, n=20, method="inclusive"), "repeats": len(times),
-            "first_token_ms": first and 1e3 * first, **memory, "state_bytes": model.state_bytes(length, dtype),
-            "flops_per_token": flops and flops * (3 if training else 1),
-            "ceiling_flops_per_s": ceiling, "parameters": sum(p.numel() for p in model.parameters())}
+    return {
+        "ms": median(ms),
+        "ms_quantiles": quantiles(ms, n=20, method="inclusive"),  # of 5, 10, ..., 95 %
+        "repeats": len(times),
+        "first_token_ms": first and 1e3 * first,
+        **memory,
+        "state_bytes": model.state_bytes(length, dtype),
+        "flops_per_token": flops and flops * (3 if training else 1),
+        "ceiling_flops_per_s": ceiling,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
-# Time -----------------------------------------------------------------------------------------------------------------
+# Time ---------------------------------------------------------------------------------------------
 
 def timed(function, device, seconds, at_least=3, at_most=1000):
     """Seconds of each of several calls, which go on for about `seconds`."""
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < at_least or len(times) < at_most and time.perf_counter() < end:
+    times = []
+    end = time.perf_counter() + seconds
+    while len(times) < at_least or (len(times) < at_most and time.perf_counter() < end):
         started = time.perf_counter()
         function()
         torch.get_device_module(device).synchronize()
@@ -116,17 +151,30 @@ def timed(function, device, seconds, at_least=3, at_most=1000):
 
 
 def matmul_ceiling(model, rows, dtype, device, training, seconds):
-    """FLOP/s of the products that the model's linear layers make of `rows` tokens, forward and in training both backward
-    ones, in `dtype` and with nothing around them."""
+    """FLOP/s of the products that the model's linear layers make of `rows` tokens, forward and in
+    training both backward ones, in `dtype` and with nothing around them."""
     shapes = Counter(tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
     flops = total = 0
     for (n_out, n_in), count in shapes.items():
-        x, w, dy = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
-        products = lambda: (x @ w.T, dy @ w, dy.T @ x) if training else x @ w.T
+        products = products_of(rows, n_in, n_out, dtype, device, training)
         timed(products, device, 0, at_least=2)
         flops += count * 2 * rows * n_in * n_out * (3 if training else 1)
         total += count * median(timed(products, device, seconds / len(shapes)))
     return flops / total
+
+
+def products_of(rows, n_in, n_out, dtype, device, training):
+    """A function that makes the products of a linear layer without bias."""
+    x = torch.randn(rows, n_in, device=device, dtype=dtype)
+    w = torch.randn(n_out, n_in, device=device, dtype=dtype)
+    dy = torch.randn(rows, n_out, device=device, dtype=dtype)
+
+    def products():
+        x @ w.T
+        if training:
+            dy @ w
+            dy.T @ x
+    return products
 
 
 def training_step(model, tokens, autocast, compiled, device):
@@ -157,7 +205,8 @@ def prefill_step(model, tokens, autocast, compiled, device):
 
 
 def decode(model, prefix, seconds, device):
-    """Seconds per token after the prefix (B, T), one after the other; seconds to the first (median); and the memory."""
+    """Seconds per token after the prefix (B, T), one after the other; seconds to the first
+    (median); and the memory."""
     pieces = prefix.split(max(1, PIECE // len(prefix)), dim=1)
     token = state = None
 
@@ -184,22 +233,24 @@ def decode(model, prefix, seconds, device):
     return times, first, memory_of(next_token, device, before)
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
 
 def limit_memory(device):
-    """On Linux, what does not fit into the memory fails here, instead of being swapped or taking another process down."""
+    """On Linux, what does not fit into the memory fails here, instead of being swapped or taking
+    another process down."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # should the kernel have to kill something, then this process
+        with contextlib.suppress(OSError):  # should the kernel have to kill something, then this
             Path("/proc/self/oom_score_adj").write_text("1000")
     if device == "cpu" and sys.platform == "linux":
         available = proc("meminfo", "MemAvailable")
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (available if soft == resource.RLIM_INFINITY else min(soft, available), hard))
+        limit = available if soft == resource.RLIM_INFINITY else min(soft, available)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def held(device):
-    """Bytes that live now: on CUDA in tensors, on Linux resident and of no file, after malloc has returned what is free;
-    None elsewhere."""
+    """Bytes that live now: on CUDA in tensors, on Linux resident and of no file, after malloc has
+    returned what is free; None elsewhere."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if device.type != "cpu" or not os.access("/proc/self/clear_refs", os.W_OK):
@@ -211,7 +262,8 @@ def held(device):
 
 
 def memory_of(step, device, before):
-    """The peak of the bytes that live during step(), and its rise over `before`; None where nobody counts them."""
+    """The peak of the bytes that live during step(), and its rise over `before`; None where nobody
+    counts them."""
     if before is None:
         return {"peak_bytes": None, "rise_bytes": None}
     if device.type == "cuda":
@@ -233,4 +285,7 @@ def memory_of(step, device, before):
 def proc(file, field):
     """Bytes of a field of /proc/file, which holds lines such as `VmRSS:   1234 kB`."""
     with open(f"/proc/{file}") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+        for line in lines:
+            if line.startswith(f"{field}:"):
+                return 1024 * int(line.split()[1])
+    raise KeyError(field)

@@ -152,7 +152,8 @@ def main():
     if not data.bytes_per_token:
         raise BadInput(f"--dataset={options.dataset} is a recall task; choose a text, such as shakespeare")
     out_dir = Path(options.out_dir or f"out/pelican/{options.dataset}")
-    for run, error in carry_out([run for run in runs_of(options, out_dir).values() if not run.finished()]):
+    runs = runs_of(options, out_dir).values()
+    for run, error in carry_out([run for run in runs if not run.finished()]):
         if error:
             raise BadInput(f"{run.folder}: {error}; the same command goes on")
         print(f"{run.folder} is trained; what it said is in {run.folder}.log", flush=True)
