@@ -43,7 +43,8 @@ from data import load_dataset
 from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of, mixer_names
 from tools.score import read_scores
 from tools.sweep_matching import matched
-from tools.sweep_runs import Run, SweepFile, carry_out, cluster, end_like_ctrl_c, read_sweep
+from tools.records import SweepFile, read_sweep
+from tools.sweep_runs import Run, carry_out, cluster, end_like_ctrl_c
 from training.device import choose_device
 from training.run_folder import holds_run
 

@@ -20,9 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Optional
-
-from pydantic import AfterValidator, BaseModel
+from typing import Any
 
 from base.errors import BadInput, printable
 from base.files import exists, read_json
@@ -104,36 +102,6 @@ def shortened(value):
     """A value from a file, as a message may show it."""
     text = printable(str(value))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-# sweep.json ---------------------------------------------------------------------------------------
-
-def plain_name(name):
-    """ValueError for what is no name of a folder within another."""
-    too_long = len(name.encode(errors="replace")) > 255
-    if name in ("", ".", "..") or too_long or "/" in name or "\0" in name:
-        raise ValueError("no name of a run")
-    return name
-
-
-class SweepFile(BaseModel):
-    """What sweep.json holds. Of the runs to compare: those that are there, are missing, have
-    failed (with the error)."""
-    config: Optional[str] = None
-    mixers: list[str] = []
-    learning_rates: list[float] = []
-    seeds: int = 0
-    match: Optional[str] = None
-    chosen: dict[str, float] = {}  # mixer -> learning rate
-    runs: list[Annotated[str, AfterValidator(plain_name)]]
-    missing: list[Annotated[str, AfterValidator(plain_name)]] = []
-    failed: dict[str, str]
-
-
-def read_sweep(folder):
-    """The sweep.json of a folder as a dict, see SweepFile. BadInput if it is damaged."""
-    path = Path(folder) / "sweep.json"
-    return read_json(path, "run the same tools.sweep once more", SweepFile).model_dump()
 
 
 # Carrying runs out --------------------------------------------------------------------------------
