@@ -59,6 +59,7 @@ class Options(ModelOptions):
     out_dir: Optional[str] = option(None, "the run's folder [default: out/<config name>, and the mixer if set on the command line]", min_length=1)
     resume: bool = option(False, "go on from the newest checkpoint in out_dir")
     overwrite: bool = option(False, "clear a run that out_dir already holds")
+    other_data: bool = option(False, "go on with a run although its data set has changed since")
     eval_only: bool = option(False, "only evaluate the newest checkpoint in out_dir")
     init_from: Optional[str] = option(None, "start from the weights of this run folder, of gpt2, gpt2-medium, gpt2-large, gpt2-xl, or of a Hugging Face folder (GPT-2, LLaMA)", min_length=1)
     train_only: Literal["all", "mixer_new"] = option("all", "all parameters, or only those that the weights of init_from lack: the mixer's new ones")

@@ -36,15 +36,15 @@ import torch
 
 from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input, printable
-from base.files import exists, write_file, write_json, writing
+from base.files import exists, read_json, write_file, write_json, writing
 from base.options import checked, option
 from mixers import has_effect, load_mixer_file
 from model import GPT, model_config
 from tools import compare_plots as plots
 from tools.compare_arms import arms_of
 from tools.compare_verdicts import interval, judge
-from tools.records import (contents_of, holds_run, is_records_file, read_records, read_sweep,
-                           scored_runs)
+from tools.records import REMEDY, contents_of, holds_run, is_records_file, read_records
+from tools.records import read_sweep, scored_runs
 from tools.score import DTYPES, scores_of
 from training.device import choose_device
 from training.metrics import start_wandb
@@ -97,9 +97,9 @@ def say_what_is_missing(folder):
     if holds_run(folder) or not exists(folder / "sweep.json"):
         return
     sweep = read_sweep(folder)
-    for run, wrong in sweep["failed"].items():
+    for run, wrong in sweep.failed.items():
         print(printable(f"not in the table: {run}: {wrong}"))
-    unfinished = set(sweep["missing"]) - {Path(run).name for run in sweep["failed"]}
+    unfinished = set(sweep.missing) - {Path(run).name for run in sweep.failed}
     if unfinished:
         print(printable(f"{folder}: the sweep has not ended, {len(unfinished)} runs are missing"))
 
@@ -365,7 +365,8 @@ def sweep_to_keep(records, sweeps, folder):
         sweeps = sweeps_among([folder])
     if not sweeps:
         return None
-    content = read_sweep(sweeps[0])
+    read_sweep(sweeps[0])
+    content = read_json(sweeps[0] / "sweep.json", REMEDY)
     missing = [record.name for record in records if record.name not in content["runs"]]
     content["runs"] = content["runs"] + missing
     return content

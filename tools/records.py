@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Optional, Union
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from base.errors import BadInput
 from base.files import JSON_BYTES, ROOT, exists, is_file, parse_json, read_bytes, read_json
@@ -42,16 +42,8 @@ PACKED_BYTES = 2**24    # the largest file of records that is read; ours have le
 UNPACKED_BYTES = 2**26  # the most that one may unpack to
 REMEDY = "leave it out, or get it anew"
 
-
-def plain_name(name):
-    """ValueError for what is no name of a folder within another."""
-    too_long = len(name.encode(errors="replace")) > 255
-    if name in ("", ".", "..") or too_long or "/" in name or "\0" in name:
-        raise ValueError("no name of a run")
-    return name
-
-
-RunName = Annotated[str, AfterValidator(plain_name)]
+# one part of a path, and none that is hidden or leads upwards
+RunName = Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]*$", max_length=255)]
 
 
 # What is in them ------------------------------------------------------------------------------
@@ -81,15 +73,8 @@ class Row(Lenient):
     peak_bytes: Optional[Measured] = None
 
 
-class SweepFile(Lenient):
-    """What sweep.json holds. Of the runs to compare: those that are there, are missing, have
-    failed (with the error)."""
-    config: Optional[str] = None
-    mixers: list[str] = []
-    learning_rates: list[Measured] = []
-    seeds: Count = 0
-    match: Optional[str] = None
-    chosen: dict[str, Measured] = {}  # mixer -> learning rate
+class Sweep(Lenient):
+    """What sweep.json says of its runs: their names, and of failed ones {folder: error}."""
     runs: list[RunName]
     missing: list[RunName] = []
     failed: dict[str, str]
@@ -151,7 +136,7 @@ def read_records(path):
     if holds_run(path):
         return [read_run(path)]
     if exists(path / "sweep.json"):
-        return [record_of(path, run) for run in read_sweep(path)["runs"]]
+        return [record_of(path, run) for run in read_sweep(path).runs]
     records = []
     for inner in inside(path):
         if is_records_file(inner):
@@ -228,9 +213,10 @@ def inside(folder):
 
 
 def read_sweep(folder):
-    """The sweep.json of a folder as a dict, see SweepFile. BadInput if it is damaged."""
+    """The Sweep of a folder's sweep.json. BadInput if it is damaged."""
     path = Path(folder) / "sweep.json"
-    return read_json(path, "run the same tools.sweep once more", SweepFile).model_dump()
+    remedy = "run the same tools.sweep once more"
+    return checked_by(Sweep.model_validate, read_json(path, remedy), path, remedy)
 
 
 def read_run(folder):

@@ -1,5 +1,4 @@
-"""Mixers x learning rates x seeds over one recipe. Run: python -m tools.sweep
-configs/shakespeare.py --seeds=3
+"""Mixers x rates x seeds over one recipe. Run: python -m tools.sweep configs/shakespeare.py
 
     python -m tools.sweep configs/shakespeare.py --mixers=all --learning_rates=5e-4,1e-3 --dry_run
     python -m tools.sweep configs/shakespeare.py --match=params --n_layer=2   any option of train.py
@@ -9,9 +8,10 @@ configs/shakespeare.py --seeds=3
 
 Every run is an ordinary run of train.py in out_dir/<mixer>-lr<rate>-seed<seed>, its output in the
 .log file beside it. What is finished is left alone and what was interrupted goes on, so the same
-command continues a sweep; a run that failed is listed with its error. On a CPU as many runs as
-there are cores go at a time, with a thread each: that is more work in an hour than one run with
-all threads does.
+command continues a sweep; a run that failed is listed with its error. A run of the same options
+that results/<name of out_dir> has a record of counts as finished. On a CPU as many runs as there
+are cores go at a time, with a thread each: that is more work in an hour than one run with all
+threads does.
 
 With several learning rates each mixer gets the one whose run ends with the lowest loss on the
 *select* data (see tools/score.py). Those runs have seed 0 and are not compared themselves: one
@@ -21,7 +21,8 @@ an earlier sweep in the same folder stay in it, unless their mixer now has anoth
 
 --match changes the other mixers' n_embd in steps of n_head channels (two a head where RoPE pairs
 them), then ffn_hidden, until their parameters, or their FLOPs per token, are within 2 % of the
-baseline's; it says what it changed. """
+baseline's; it says what it changed.
+"""
 import contextlib
 import fcntl
 import math
@@ -29,6 +30,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -41,12 +43,12 @@ from base.options import checked, option
 from config import Options
 from data import load_dataset
 from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of, mixer_names
-from tools.score import read_scores
+from tools.records import holds_run, kept_record
 from tools.sweep_matching import matched
-from tools.records import SweepFile, read_sweep
-from tools.sweep_runs import Run, carry_out, cluster, end_like_ctrl_c
+from tools.sweep_runs import (
+    Run, SweepFile, carry_out, cluster, difference, end_like_ctrl_c, read_sweep_file)
 from training.device import choose_device
-from training.run_folder import holds_run
+from training.run_folder import data_sha256
 
 
 @checked
@@ -83,7 +85,6 @@ NOT_OF_A_SWEEP = {  # options of one run, and what to do instead
     "eval_split": "leave it out: every run is scored",
     "wandb_run_name": "leave it out: a run has its folder's name",
 }
-NOTHING_YET = SweepFile(runs=[], failed={}).model_dump()
 
 
 # Options ------------------------------------------------------------------------------------------
@@ -143,7 +144,9 @@ def runs_at_once(options):
         on_a_cpu = choose_device(options.device).type == "cpu"
     if options.at_once:
         return options.at_once
-    return torch.get_num_threads() if on_a_cpu else 1
+    if not on_a_cpu:
+        return 1
+    return max(1, torch.get_num_threads() // (options.threads or 1))
 
 
 # The sweep ----------------------------------------------------------------------------------------
@@ -161,7 +164,10 @@ class Sweep:
         self.common = self.common_arguments(given)
         self.changed = {}  # mixer -> {option: value}, by --match
         self.failed = {}   # name of a run -> error
-        self.done = set()  # runs known to be finished
+        self.done = {}     # run known to be finished -> its scores
+        self.kept_record = cache(kept_record)  # reads a file each time
+        self.data_sha256 = None  # of the data set, once it is prepared
+        self.at_once = 1 if options.cluster else runs_at_once(options)
         if options.match:
             self.match()
 
@@ -213,9 +219,26 @@ class Sweep:
         return [self.run(mixer, rate, seed) for seed in seeds for mixer, rate in chosen.items()]
 
     def finished(self, run):
-        if run not in self.done and run.finished():
-            self.done.add(run)
+        if run not in self.done:
+            if holds_run(Path(run.folder)):
+                scores = run.scores(self.data_sha256)
+            else:
+                scores = self.recorded_scores(run)
+            if scores:
+                self.done[run] = scores
         return run in self.done
+
+    def recorded_scores(self, run):
+        """The scores of a run of the same options that results/<sweep> holds, or None."""
+        record = self.kept_record(self.folder.name, Path(run.folder).name)
+        wanted = run.options()
+        if record is None or not record.reached(wanted["max_iters"]):
+            return None
+        if wanted["mixer_file"] != record.config.get("mixer_file"):
+            return None
+        if difference(wanted, record.config, self.data_sha256):
+            return None
+        return record.scores
 
     def choose(self):
         """{mixer: rate} by the loss on the select data; a mixer without a finished run is left
@@ -228,7 +251,7 @@ class Sweep:
             for rate in self.rates:
                 run = self.run(mixer, rate, 0)
                 if self.finished(run):
-                    losses[rate] = read_scores(run.folder)["select"]["loss"]
+                    losses[rate] = self.done[run]["select"]["loss"]
             if losses:
                 chosen[mixer] = min(losses, key=losses.get)
                 print(self.choice(mixer, chosen[mixer], losses))
@@ -259,6 +282,12 @@ class Sweep:
         finally:
             os.close(handle)
 
+    def earlier(self):
+        """The folder's SweepFile, an empty one if there is none. BadInput if it is damaged."""
+        if exists(self.folder / "sweep.json"):
+            return read_sweep_file(self.folder)
+        return SweepFile(runs=[], failed={})
+
     def record(self, chosen, runs):
         """Writes sweep.json: which of `runs`, those to compare, are there. What it says of other
         mixers stays, and so do runs of ours that an earlier sweep has made at the same rate.
@@ -270,21 +299,20 @@ class Sweep:
         at_the_rate = tuple(self.name_of(mixer, rate, "") for mixer, rate in chosen.items())
 
         def is_kept(name):
-            if name in names or not holds_run(self.folder / name):
-                return False
-            return name.startswith(at_the_rate) or not name.startswith(ours)
+            is_there = holds_run(self.folder / name) or self.kept_record(self.folder.name, name)
+            same_rate = name.startswith(at_the_rate) or not name.startswith(ours)
+            return name not in names and is_there and same_rate
 
-        path = self.folder / "sweep.json"
         with self.locked():
-            earlier = read_sweep(self.folder) if exists(path) else NOTHING_YET
-            others = [mixer for mixer in earlier["mixers"] if mixer not in self.mixers]
-            rates_of_others = {mixer: rate for mixer, rate in earlier["chosen"].items()
+            earlier = self.earlier()
+            others = [mixer for mixer in earlier.mixers if mixer not in self.mixers]
+            rates_of_others = {mixer: rate for mixer, rate in earlier.chosen.items()
                                if mixer in others}
-            kept = [name for name in earlier["runs"] if is_kept(name)]
-            missing_of_others = [name for name in earlier["missing"] if not name.startswith(ours)]
-            failed_of_others = {name: error for name, error in earlier["failed"].items()
+            kept = [name for name in earlier.runs if is_kept(name)]
+            missing_of_others = [name for name in earlier.missing if not name.startswith(ours)]
+            failed_of_others = {name: error for name, error in earlier.failed.items()
                                 if not Path(name).name.startswith(ours)}
-            write_json(path, {
+            write_json(self.folder / "sweep.json", {
                 "config": self.config_file,
                 "mixers": others + self.mixers,
                 "learning_rates": self.rates,
@@ -299,15 +327,21 @@ class Sweep:
 
     # what happens
 
+    def say_what_is_recorded(self, runs):
+        count = sum(not holds_run(Path(run.folder)) for run in runs)
+        if count:
+            print(f"{count} runs are recorded in results/{self.folder.name} and not trained again; "
+                  "with another --out_dir they would be")
+
     def carry_out(self, runs, executor, still_to_come):
         """Carries out those not yet finished, says how each ended and how long the rest of the
         sweep will take. Yields after each."""
         before = [run for run in runs if self.finished(run)]
         left = [run for run in runs if run not in before]
+        self.say_what_is_recorded(before)
         for number, run in enumerate(before, start=1):
             print(f"[{number}/{len(runs)}] {Path(run.folder).name}: finished before")
-        at_once = 1 if executor else runs_at_once(self.options)
-        ended = carry_out(left, at_once, executor, self.folder.name)
+        ended = carry_out(left, self.at_once, executor, self.folder.name)
         started = time.perf_counter()
         for done, (run, error) in enumerate(ended, start=1):
             name = Path(run.folder).name
@@ -315,7 +349,7 @@ class Sweep:
                 self.failed[name] = error
                 outcome = f"failed: {error}"
             else:
-                outcome = f"report loss {read_scores(run.folder)['report']['loss']:.4f}"
+                outcome = f"report loss {run.scores()['report']['loss']:.4f}"
             minutes_each = (time.perf_counter() - started) / done / 60
             to_come = len(left) - done + still_to_come
             rest = f" | about {minutes_each * to_come:.0f} min left" if to_come else ""
@@ -327,6 +361,7 @@ def say_what_would_run(sweep):
     to_choose_by = sweep.to_choose_by()
     chosen_yet = all(sweep.finished(run) for run in to_choose_by)
     to_compare = sweep.to_compare(sweep.choose()) if chosen_yet else []
+    sweep.say_what_is_recorded([run for run in to_choose_by + to_compare if sweep.finished(run)])
     for run in to_choose_by + to_compare:
         state = "finished   " if sweep.finished(run) else "would run  "
         print(f"{state}python {' '.join(run.command())}")
@@ -351,8 +386,11 @@ def main():
     executor = None
     if options.cluster:
         executor = cluster(options.cluster, sweep.folder, options.cluster_options)
-    load_dataset(options.dataset, options.block_size)  # prepared once, not by several runs at once
-    if not exists(sweep.folder / "sweep.json"):
+    data = load_dataset(options.dataset, options.block_size)  # prepared once, not by several runs
+    sweep.data_sha256 = data_sha256(data)
+    if exists(sweep.folder / "sweep.json"):
+        sweep.earlier()  # were it damaged, nothing should be trained first
+    else:
         sweep.record({}, [])
     still_to_come = options.seeds * len(mixers)
     for _ in sweep.carry_out(sweep.to_choose_by(), executor, still_to_come):

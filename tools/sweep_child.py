@@ -4,7 +4,8 @@
 
 Nobody writes to the pipe: it closes when the other end's process is gone, even by kill -9. Then
 the command gets SIGTERM, upon which train.py saves a checkpoint. No system call of one operating
-system alone is needed for it. """
+system alone is needed for it.
+"""
 import os
 import runpy
 import signal

@@ -6,12 +6,12 @@
 Every run is a train.py of its own in run.folder, then its scores (see tools/score.py); what they
 print goes to the .log file beside the folder. An interrupted run goes on from its checkpoint. A
 run that another process is at, one whose sweep was killed say, is waited for. What is started
-here ends with this process (see tools/sweep_child.py). """
+here ends with this process (see tools/sweep_child.py).
+"""
 import contextlib
 import fcntl
 import os
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -20,14 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from base.errors import BadInput, printable
-from base.files import exists, read_json
+from base.files import exists, read_json, writing
 from config import Options
 from model import model_config
+from tools.records import Sweep, holds_run
 from tools.score import read_scores
-from training.run_folder import OF_ONE_COMMAND, holds_run, read_options
+from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how, but for rounding
@@ -54,17 +55,24 @@ class Run:
         options, _ = read_options(arguments, "")
         return resolved(asdict(options))
 
-    def finished(self):
-        """Whether its scores are there. BadInput if the folder holds a run of other options."""
+    def scores(self, data_sha256=None):
+        """What its scores.json says if it is finished, otherwise None. BadInput if the folder
+        holds a run of other options, or on data with another checksum."""
         path = Path(self.folder) / "config.json"
         if not exists(path):
-            return False
-        other = difference(self.options(), read_json(path, "move the run away"))
+            return None
+        config = read_json(path, "move the run away")
+        other = difference(self.options(), config, data_sha256)
         if other:
             raise BadInput(f"{self.folder} was run with {other.name} {shortened(other.ran)}, "
                            f"not {other.wanted}; choose another --out_dir, or move it away")
         scores = read_scores(self.folder)
-        return scores is not None and scores["iter"] >= self.options()["max_iters"]
+        if scores is None or scores["iter"] < self.options()["max_iters"]:
+            return None
+        return scores
+
+    def finished(self):
+        return self.scores() is not None
 
 
 def resolved(values):
@@ -80,9 +88,9 @@ class Difference:
     ran: Any
 
 
-def difference(wanted, ran):
+def difference(wanted, ran, data_sha256=None):
     """The first Difference that makes a run with the config `ran` another one than that of the
-    options `wanted`, or None.
+    options `wanted` on data with this checksum (None: not known), or None.
 
     A config that lacks an option, which has come since, counts as run with its default."""
     aside = ASIDE | {"vocab_size"}
@@ -95,6 +103,9 @@ def difference(wanted, ran):
         of_run = ran.get(name, with_defaults[name])
         if value != "auto" and name not in aside and of_run != value:
             return Difference(name, value, of_run)
+    recorded = ran.get("data_sha256")
+    if data_sha256 and recorded and recorded != data_sha256:
+        return Difference("data_sha256", data_sha256, recorded)
     return None
 
 
@@ -102,6 +113,24 @@ def shortened(value):
     """A value from a file, as a message may show it."""
     text = printable(str(value))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# sweep.json ---------------------------------------------------------------------------------------
+
+class SweepFile(Sweep):
+    """All of it: which runs to compare are there, are missing, have failed, and of what sweep."""
+    config: Optional[str] = None
+    mixers: list[str] = []
+    learning_rates: list[float] = []
+    seeds: int = 0
+    match: Optional[str] = None
+    chosen: dict[str, float] = {}  # mixer -> learning rate
+
+
+def read_sweep_file(folder):
+    """The SweepFile of a folder. BadInput if it is damaged."""
+    path = Path(folder) / "sweep.json"
+    return read_json(path, "run the same tools.sweep once more", SweepFile)
 
 
 # Carrying runs out --------------------------------------------------------------------------------
@@ -128,11 +157,11 @@ def locked_log(run):
     What is started with the file as its output holds the lock too, and goes on holding it should
     we be killed."""
     path = Path(f"{run.folder}.log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    with open(os.open(path, flags, 0o666), "a") as log:
-        if not stat.S_ISREG(os.fstat(log.fileno()).st_mode):
-            raise BadInput(f"{path} is no regular file; move it away")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = open_plainly(path)
+    with log:
+        log.seek(0, os.SEEK_END)
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -173,7 +202,7 @@ def train_and_score(run, threads=None, group=None):
     Returns None, IN_USE, or what went wrong in one line."""
     env = environment(threads, group)
     train = ["train", *run.command()[1:]]
-    if holds_run(run.folder):
+    if holds_run(Path(run.folder)):
         train.append("--resume")
     score = ["tools.score", f"--out_dir={run.folder}"]
     score += [word for word in run.arguments if word.startswith(("--mixer_file=", "--device="))]
