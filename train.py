@@ -9,21 +9,22 @@
 Writes out_dir/config.json, metrics.jsonl and checkpoints/. The batch and the dropout of a step
 depend on (seed, step) only, so that every mixer sees the same data in the same order and a
 resumed run goes on bit for bit; the validation loss is the mean over fixed windows of the
-validation split. """
+validation split.
+"""
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from base.errors import BadInput, exit_on_bad_input
-from config import ModelOptions
 from data import load_dataset
 from model import GPT, model_config
 from training import checkpoint
@@ -32,6 +33,7 @@ from training.evaluation import evaluate, print_evaluation
 from training.leaks import find_leak
 from training.machine import Machine, refuse_what_cannot_fit
 from training.metrics import Metrics, check_wandb
+from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from training.parallel import World, join, synchronise_gradients
 from training.report import describe, show_result
 from training.run_folder import (
@@ -51,8 +53,6 @@ def carry_out(world, lock):
     first = world.rank == 0  # the one that writes
     description = __doc__.splitlines()[0]
     options, saved = read_options(sys.argv[1:], description, lock if first else None)
-    # a bad model is refused before data are fetched
-    config = model_config(asdict(options) | {"vocab_size": 1}, "options")
     if options.threads:
         torch.set_num_threads(min(options.threads, os.cpu_count()))
     device = world.start(choose_device(options.device), options)
@@ -61,8 +61,8 @@ def carry_out(world, lock):
     machine = Machine(device, autocast, world)
     data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))
     data.tokenizer  # each checkpoint carries it: better to miss it now
-    config = replace(config, vocab_size=data.vocab_size)
-    options = as_chosen(options, config, device, dtype)
+    config = model_config(asdict(options) | {"vocab_size": data.vocab_size}, "options")
+    options = as_chosen(options, device, dtype)
     if options.wandb_log:
         check_wandb(options)
     if saved:
@@ -93,11 +93,10 @@ def carry_out(world, lock):
             train(options, record, model, data, machine, saved)
 
 
-def as_chosen(options, config, device, dtype):
+def as_chosen(options, device, dtype):
     """The options with what was left open as it was chosen: this is what config.json records."""
-    chosen = {f.name: getattr(config, f.name) for f in fields(ModelOptions)}
     return replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."),
-                   threads=torch.get_num_threads(), **chosen)
+                   threads=torch.get_num_threads())
 
 
 def refuse_different_starts(saved, machine):
@@ -144,16 +143,6 @@ def learning_rate(step, options):
     done = (step - options.warmup_iters) / (decay_iters - options.warmup_iters)
     left = 1 - done if options.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return low + left * (peak - low)
-
-
-def make_optimizer(model, options, device):
-    """AdamW with weight decay on matrices only: decaying norms and biases towards zero makes no
-    sense."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2),
-                             fused=device.type in ("cpu", "cuda"))
 
 
 def backward(model, loss_fn, x, y, rows_at_once, machine):
@@ -226,7 +215,7 @@ class Training:
         seconds = 0.0
         wandb_id = None
         if saved:
-            checkpoint.load_optimizer(model, self.optimizer, saved.optimizer, saved.folder)
+            load_optimizer(model, self.optimizer, saved.optimizer, saved.folder)
             self.step = saved.trainer["iter"]
             self.tokens = saved.trainer["tokens"]
             self.best_val_loss = saved.trainer["best_val_loss"]
@@ -314,7 +303,7 @@ class Training:
         """A checkpoint of this step. val_loss: of these weights, in nats, if they were
         evaluated."""
         weights = checkpoint.model_tensors(self.model)
-        moments = checkpoint.optimizer_tensors(self.model, self.optimizer)
+        moments = optimizer_tensors(self.model, self.optimizer)
         if self.metrics:
             self.metrics.sync()
             trained = None

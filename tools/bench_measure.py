@@ -26,9 +26,10 @@ from base.errors import is_out_of_memory
 from config import Options
 from mixers import load_mixer_file
 from model import GPT, GPTConfig
-from train import backward, make_optimizer
+from train import backward
 from training.device import choose_device, ready_to_decode, rows_per_pass
 from training.machine import Machine
+from training.optimizer import make_optimizer
 from training.parallel import World
 
 PIECE = 2048         # tokens of a prefix fed at once, over all sequences

@@ -22,6 +22,7 @@ losses against the baseline's, two-sided, the p values of all mixers adjusted by
 *better* or *worse* below 0.05, otherwise *inside the seed noise*. It is about seeds alone: another
 data set, size or number of steps may order them otherwise.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import csv
 import io
 import os

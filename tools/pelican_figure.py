@@ -10,6 +10,7 @@ unfinished ones go on, and more --max_iters extend them. Writes figure3.png and 
 table, to out/pelican/<dataset>, which holds the runs. Losses are in nats per token. The dashed
 lines are counted: see tools/ngrams.py.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
 import sys
 from dataclasses import dataclass, fields

@@ -16,6 +16,7 @@ or null}; beside them stand "by_position", of a text, the loss in nats at each o
 the report's windows, "by_cell", of a recall task, the report's accuracy per difficulty, "iter" and
 "vocab_size" of the model, and "weights", the checksum of what was scored.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
 import sys
 from dataclasses import dataclass, fields

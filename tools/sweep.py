@@ -23,13 +23,14 @@ an earlier sweep in the same folder stay in it, unless their mixer now has anoth
 them), then ffn_hidden, until their parameters, or their FLOPs per token, are within 2 % of the
 baseline's; it says what it changed.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
 import fcntl
 import math
 import os
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Literal, Optional
@@ -42,7 +43,7 @@ from base.files import exists, write_json, writing
 from base.options import checked, option
 from config import Options
 from data import load_dataset
-from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of, mixer_names
+from mixers import has_effect, layer_mixers, mechanism_of, mixer_names
 from tools.records import holds_run, kept_record
 from tools.sweep_matching import matched
 from tools.sweep_runs import (
@@ -74,7 +75,7 @@ class SweepOptions(Options):
     dry_run: bool = option(False, "only say what would run")
 
 
-OF_TRAINING = {f.name for f in fields(Options)} - {"out_dir"}  # what is handed on to train.py
+OF_SWEEP = {*SweepOptions.__annotations__, "out_dir"}  # the rest is handed on to train.py
 NOT_OF_A_SWEEP = {  # options of one run, and what to do instead
     "mixer": "give --mixers instead",
     "learning_rate": "give --learning_rates instead",
@@ -116,8 +117,6 @@ def check_options(options, given):
         raise BadInput("--at_once is for this machine; leave it out, --cluster hands all runs on")
     if "baseline" in given and not options.match:
         raise BadInput("--baseline is for --match; leave it out, and give it to tools.compare")
-    if options.mixer_file:
-        load_mixer_file(options.mixer_file)
     mixers = mixer_names(options.mixers)
     models = list(mixers)
     if options.match:
@@ -173,7 +172,7 @@ class Sweep:
 
     def common_arguments(self, given):
         """{option: value} that all runs are given; the config file says the rest."""
-        names = given & OF_TRAINING
+        names = given - OF_SWEEP
         if self.options.mixer_file:
             names.add("mixer_file")  # also from the config file, which scoring does not read
         if self.options.device != "auto":

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -23,12 +24,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 from base.errors import BadInput, printable
-from base.files import exists, read_json, writing
-from config import Options
-from model import model_config
+from base.files import exists, read_json
+from config import Options, filled_in
 from tools.records import Sweep, holds_run
 from tools.score import read_scores
-from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options
+from training.run_folder import OF_ONE_COMMAND, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how, but for rounding
@@ -53,7 +53,7 @@ class Run:
         """As train.py would have them, name -> value. BadInput for what it would refuse."""
         arguments = [*self.command()[1:], "--overwrite"]  # or it would refuse the folder
         options, _ = read_options(arguments, "")
-        return resolved(asdict(options))
+        return asdict(options)
 
     def scores(self, data_sha256=None):
         """What its scores.json says if it is finished, otherwise None. BadInput if the folder
@@ -77,8 +77,7 @@ class Run:
 
 def resolved(values):
     """Options, name -> value, with those of the model that follow from others filled in."""
-    model = model_config(values | {"vocab_size": 1}, "options")
-    return values | asdict(model)
+    return asdict(filled_in(Options(**values)))
 
 
 @dataclass
@@ -157,11 +156,15 @@ def locked_log(run):
     What is started with the file as its output holds the lock too, and goes on holding it should
     we be killed."""
     path = Path(f"{run.folder}.log")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        log = open_plainly(path)
-    with log:
-        log.seek(0, os.SEEK_END)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:  # a link, or a pipe that nobody reads
+        raise BadInput(f"cannot write {path}: {error.strerror}; move it away") from error
+    with open(handle, "a") as log:
+        if not stat.S_ISREG(os.fstat(log.fileno()).st_mode):
+            raise BadInput(f"{path} is no regular file; move it away")
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -30,7 +30,7 @@ from base.errors import BadInput
 from base.files import is_file, read_json, sync, write_json
 from data.tokenizer import load_tokenizer
 from model import GPT, model_config
-from training.parallel import share_like, whole
+from training.parallel import whole
 
 FILES = ("model.safetensors", "optimizer.safetensors",
          "trainer.json", "config.json", "tokenizer.json")
@@ -72,11 +72,6 @@ def model_tensors(model):
         if name in saved:
             tensors[name] = whole(tensor.detach())
     return tensors
-
-
-def optimizer_tensors(model, optimizer):
-    """AdamW's state as name -> tensor, for example exp_avg.embed.weight; empty before the first step."""
-    return {f"{key}.{name}": whole(value) for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
 
 
 def folder_name(iteration):
@@ -316,22 +311,6 @@ def init_model(model, tensors, source):
             lacking |= added
     load_model(model, tensors, source)
     return [name for name, _ in model.named_parameters() if name in lacking]
-
-
-def load_optimizer(model, optimizer, tensors, source):
-    """Gives AdamW its moments back. BadInput if they are of another model."""
-    own = {f"{key}.{name}": (p, key) for name, p in model.named_parameters() if p.requires_grad
-           for key in ("step", "exp_avg", "exp_avg_sq")}
-    odd = [f"+{name}" for name in tensors if name not in own]
-    odd += [f"-{name}" for name in own if tensors and name not in tensors]  # none at all before the first step
-    odd += [name for name, (p, key) in own.items() if name in tensors and key != "step" and tensors[name].shape != p.shape]
-    if odd:
-        raise BadInput(f"{source}: optimizer.safetensors is of another model: {', '.join(odd)}")
-    for name, tensor in tensors.items():
-        p, key = own[name]
-        # the fused kernels want the count of steps beside the parameter
-        count = tensor.to(p.device) if optimizer.defaults["fused"] else tensor
-        optimizer.state[p][key] = count if key == "step" else share_like(tensor, p)
 
 
 def build_model(checkpoint):

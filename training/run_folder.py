@@ -20,8 +20,7 @@ from pydantic import ValidationError
 from base.command_line import one_line, parse_options, read_config_file
 from base.errors import BadInput, is_out_of_memory
 from base.files import exists, read_json, write_json
-from config import Options
-from mixers import load_mixer_file
+from config import Options, filled_in
 from model import model_config
 from training import checkpoint, pretrained
 
@@ -77,10 +76,7 @@ def read_options(argv, description, lock=None):
     if not saved and options.init_from and pretrained.is_pretrained(options.init_from):
         in_file = read_config_file(config_file, Options) if config_file else {}
         options = pretrained.take_architecture(options, given | in_file.keys() | own.keys())
-    options = fill_in_rates(options)
-    if options.mixer_file:
-        load_mixer_file(options.mixer_file)
-    return options, saved
+    return filled_in(fill_in_rates(options)), saved
 
 
 def refuse_contradictions(options):
@@ -202,6 +198,11 @@ def compare_with(saved, options, config):
         raise BadInput(f"{saved.folder} was trained with train_only {trained!r}, not "
                        f"{options.train_only!r}; leave it as it was, or start a new run with "
                        "--init_from")
+    optimizer = saved.config.get("optimizer", "adamw")
+    if options.optimizer != optimizer:
+        raise BadInput(f"{saved.folder} was trained with optimizer {optimizer!r}, not "
+                       f"{options.optimizer!r}, whose state is another; leave it as it was, or "
+                       "start a new run with --init_from")
     for name, value in asdict(options).items():
         if name in saved.config and saved.config[name] != value and name not in OF_ONE_COMMAND:
             print(f"changed since {saved.folder.name}: {name} {saved.config[name]} -> {value}")
@@ -267,7 +268,7 @@ def start_from(options, model, data):
     train, or None: all. BadInput if they do not fit, or with train_only=mixer_new if they lack
     none."""
     if pretrained.is_pretrained(options.init_from):
-        tensors = pretrained.load(options.init_from, model.config)
+        tensors = pretrained.read_weights(options.init_from, model.config)
         new = checkpoint.init_model(model, tensors, options.init_from)
     else:
         start = checkpoint.load(options.init_from)
