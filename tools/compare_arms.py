@@ -6,8 +6,11 @@ from statistics import median
 
 from base.errors import BadInput
 from tools.sweep_runs import ASIDE
+from training.run_folder import NOT_OPTIONS
 
 MUST_AGREE = ("dataset", "block_size", "eval_tokens")  # or the losses are not of the same thing
+# what says nothing of how a run was trained, or is compared in another way
+NOT_COMPARED = ASIDE | NOT_OPTIONS | {"mixer", "seed"}
 
 
 @dataclass
@@ -87,7 +90,7 @@ def unequal_options(records):
     """The names of the options that are not the same for all."""
     names = []
     for name in records[0].config:
-        if name in ASIDE or name in ("mixer", "seed"):
+        if name in NOT_COMPARED:
             continue
         if len({setting(record, name) for record in records}) > 1:
             names.append(name)
@@ -101,12 +104,26 @@ def check_alike(records, unequal):
             values = ", ".join(sorted({setting(record, name) for record in records}))
             raise BadInput(f"the runs differ in {name} ({values}): "
                            "their losses are not of the same thing")
+    check_data_alike(records)
     cells = {frozenset(record.scores["by_cell"] or ()) for record in records}
     positions = {len(record.scores["by_position"] or ()) for record in records}
     if len(cells) > 1 or len(positions) > 1:
         raise BadInput("the runs were scored on rows of different lengths, as learned positions "
                        "end at block_size: compare those with learned positions apart from those "
                        "without")
+
+
+def check_data_alike(records):
+    """BadInput if data sets of one name were others. Older records do not say which they were."""
+    first = {}
+    for record in records:
+        sha256 = record.config.get("data_sha256")
+        if sha256 is not None:
+            first.setdefault(json.dumps(sha256), record)
+    if len(first) > 1:
+        one, other, *_ = first.values()
+        raise BadInput(f"{one} and {other} were trained on other data of the same name: "
+                       "their losses are not of the same thing")
 
 
 def check_seeds(records):

@@ -3,8 +3,9 @@
     P(b)     = (n(b) + d) / (N + d V)             N tokens, V symbols
     P(b | a) = (n(a, b) + k P(b)) / (n(a) + k)    n(a) pairs begin with a
 
-d and k are those of a fixed grid that do best on the last tenth of the training split, given the counts of the rest; the counts then
-are of the whole split. Only pairs that occur are held: sorting them takes some 40 bytes a training token.
+d and k are those of a fixed grid that do best on the last tenth of the training split, given the
+counts of the rest; the counts then are of the whole split. Only pairs that occur are held: sorting
+them takes some 40 bytes a training token.
 """
 import numpy as np
 
@@ -13,12 +14,16 @@ K = 2.0 ** np.arange(-4, 17)
 
 
 class Counts:
+    """Of a split's tokens, an array of ids below vocab_size, and of its pairs of neighbours."""
+
     def __init__(self, tokens, vocab_size):
         tokens = np.asarray(tokens).astype(np.int64)
-        self.V, self.N = vocab_size, len(tokens)
+        self.V = vocab_size
+        self.N = len(tokens)
         self.single = np.bincount(tokens, minlength=vocab_size)
         self.first = np.bincount(tokens[:-1], minlength=vocab_size)
-        self.pairs, self.pair_counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
+        pairs = tokens[:-1] * vocab_size + tokens[1:]
+        self.pairs, self.pair_counts = np.unique(pairs, return_counts=True)
 
     def unigram(self, b, d):
         """P(b) of an array of tokens."""
@@ -31,19 +36,26 @@ class Counts:
         return np.where(self.pairs[at] == key, self.pair_counts[at], 0)
 
     def losses(self, tokens, ds, ks):
-        """Mean loss in nats of every token but the first, which has none before it: the lowest of the unigram model over ds, the d
-        it takes, and with that d the same of the bigram model over ks: (unigram, d, bigram, k)."""
+        """Mean loss in nats of every token but the first, which has none before it: the lowest of
+        the unigram model over ds, the d it takes, and with that d the same of the bigram model
+        over ks: (unigram, d, bigram, k)."""
         tokens = np.asarray(tokens).astype(np.int64)
         a, b = tokens[:-1], tokens[1:]
-        lowest = lambda probabilities, xs: min((float(-np.log(probabilities(x)).mean()), float(x)) for x in xs)
-        unigram, d = lowest(lambda d: self.unigram(b, d), ds)
-        n_ab, n_a, p_b = self.pair(a, b), self.first[a], self.unigram(b, d)
-        return unigram, d, *lowest(lambda k: (n_ab + k * p_b) / (n_a + k), ks)
+        unigram, d = min((nats(self.unigram(b, d)), float(d)) for d in ds)
+        p_b = self.unigram(b, d)
+        n_ab, n_a = self.pair(a, b), self.first[a]
+        bigram, k = min((nats((n_ab + k * p_b) / (n_a + k)), float(k)) for k in ks)
+        return unigram, d, bigram, k
+
+
+def nats(probabilities):
+    """The mean loss of what was predicted with these probabilities."""
+    return float(-np.log(probabilities).mean())
 
 
 def counted_losses(train, val, vocab_size):
-    """Losses of a unigram and a bigram model on val, in nats per token, and their d and k: (unigram, d, bigram, k). train has at
-    least 20 tokens, val 2."""
+    """Losses of a unigram and a bigram model on val, in nats per token, and their d and k:
+    (unigram, d, bigram, k). train has at least 20 tokens, val 2."""
     cut = len(train) * 9 // 10
     _, d, _, k = Counts(train[:cut], vocab_size).losses(train[cut:], D, K)
     return Counts(train, vocab_size).losses(val, [d], [k])

@@ -58,7 +58,7 @@ class RunConfig(Lenient):
     dataset: str
     block_size: Annotated[int, Field(ge=1, lt=2**31)]
     eval_tokens: Count
-    n_layer: Annotated[int, Field(ge=1, lt=2**31)] = 1
+    n_layer: Annotated[int, Field(ge=1, lt=2**16)] = 1  # each has an entry in lists
     allow_leak: bool = False
 
 

@@ -37,7 +37,7 @@ from data import load_dataset
 from mixers import load_mixer_file
 from training import checkpoint
 from training.device import choose_device
-from training.run_folder import check_tokenizer
+from training.run_folder import check_data
 
 LOGITS_AT_ONCE = 2**24  # of a forward pass; more is no faster and needs memory
 STRIDE = 4              # tokens between the windows whose last positions are scored
@@ -52,6 +52,8 @@ class ScoreOptions:
     last_position: bool = option(
         False, "of a text, also the loss in the last position alone, where a mixer that leaks has "
         "no future to see; takes longer")
+    other_data: bool = option(
+        False, "score although the data set of that name has changed since the training")
 
 
 # scores.json ----------------------------------------------------------------------------------
@@ -185,8 +187,9 @@ def read_newest(out_dir):
             raise
 
 
-def load_scored(out_dir, device):
-    """A run's newest checkpoint, as Scored. BadInput if there is none, or its data are not here."""
+def load_scored(out_dir, device, other_data=False):
+    """A run's newest checkpoint, as Scored. BadInput if there is none, its data are not here, or
+    are others than it was trained on, unless other_data insists."""
     saved, weights = read_newest(out_dir)
     known = {f.name for f in fields(Options)}
     try:
@@ -199,7 +202,7 @@ def load_scored(out_dir, device):
                        f"a run was trained in; {checkpoint.REMEDY}")
     model = checkpoint.build_model(saved).to(device)
     data = load_dataset(options.dataset, options.block_size)
-    check_tokenizer(saved, data)
+    check_data(saved, data, insist=other_data)
     dtype = DTYPES[options.dtype]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     return Scored(saved, weights, model, data, options, autocast)
@@ -250,9 +253,9 @@ def longest_row(scored):
 
 
 @torch.no_grad()
-def score(out_dir, device):
+def score(out_dir, device, other_data=False):
     """The scores of a run's newest checkpoint (dict, see above)."""
-    scored = load_scored(out_dir, device)
+    scored = load_scored(out_dir, device, other_data)
     data = scored.data
     if not scored.is_text and "test" not in data.cells:
         raise BadInput(f"data/{data.name} has no test split to report on; prepare it with one")
@@ -292,10 +295,10 @@ def score(out_dir, device):
 
 
 @torch.no_grad()
-def last_position_loss(out_dir, device):
+def last_position_loss(out_dir, device, other_data=False):
     """Of a text, nats per token: every STRIDE-th token of the second half of the validation split,
     each predicted from the T before it."""
-    scored = load_scored(out_dir, device)
+    scored = load_scored(out_dir, device, other_data)
     data = scored.data
     if not scored.is_text:
         raise BadInput(f"--last_position is of a text, and data/{data.name} is a recall task; "
@@ -317,11 +320,11 @@ def last_position_loss(out_dir, device):
     return torch.cat(losses).mean().item()
 
 
-def scores_of(out_dir, device):
+def scores_of(out_dir, device, other_data=False):
     """The scores of a run, made and written if they are not there."""
     scores = read_scores(out_dir)
     if scores is None:
-        scores = score(out_dir, device)
+        scores = score(out_dir, device, other_data)
         write_json(Path(out_dir) / "scores.json", scores)
     return scores
 
@@ -335,7 +338,7 @@ def main():
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
     device = choose_device(options.device)
-    scores = scores_of(options.out_dir, device)
+    scores = scores_of(options.out_dir, device, options.other_data)
     for name in ("select", "report"):
         part = scores[name]
         if part["bpb"] is not None:
@@ -346,7 +349,7 @@ def main():
             other = "neither bytes nor answers are known"
         print(f"{name:6}  loss {part['loss']:.4f} nats | {other}")
     if options.last_position:
-        loss = last_position_loss(options.out_dir, device)
+        loss = last_position_loss(options.out_dir, device, options.other_data)
         print(f"in the last position alone, every {STRIDE}th token: loss {loss:.4f} nats")
 
 
