@@ -14,7 +14,9 @@ import math
 import torch
 import torch.nn as nn
 
-from mixers.parts.heads import QKV, causal_attention, into_blocks, merge_heads, qkv_flops, repeat_heads, rotate
+from mixers.parts.heads import (
+    QKV, attention_scores, causal_attention, into_blocks, merge_heads, qkv_flops, repeat_heads, rotate,
+)
 
 
 class Linformer(nn.Module):
@@ -48,23 +50,33 @@ class Linformer(nn.Module):
         return self.c_proj(merge_heads(y)), state
 
     def attend(self, q, k, v, slots_k, slots_v, n_before, completed):
-        """y (B, H, T, D) for q whose first token has n_before tokens of its segment before it, which k and v begin with,
-        and `completed` segments before that; the slots are those of all completed segments, now and before."""
-        H, T = q.shape[1:3]
+        """y (B, H, T, D) for q whose first token has n_before tokens of its segment before it,
+        which k and v begin with, and `completed` segments before that; the slots are those of all
+        completed segments, now and before."""
+        B, H, T, D = q.shape
         L = min(self.L, n_before + T)  # one short segment needs no filling up
         k, v, slots_k, slots_v = (repeat_heads(t, H) for t in (k, v, slots_k, slots_v))
-        q, k, v = into_blocks(q, L, n_before), into_blocks(k, L, 0), into_blocks(v, L, 0)  # (B, H, N, L, D)
+        q = into_blocks(q, L, n_before)  # (B, H, N, L, D)
+        k, v = into_blocks(k, L, 0), into_blocks(v, L, 0)
         N, S = q.size(2), slots_k.size(2)
-        scale = 1 / math.sqrt(q.size(-1))
-        own = (q @ k.mT * scale).masked_fill(torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1), -math.inf)
-        to_slots = q.flatten(2, 3) @ slots_k.mT * scale  # (B, H, N L, S)
-        segment = completed + torch.arange(N, device=q.device)  # of each block; it sees the slots of those before it
+
+        later = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
+        own = attention_scores(q, k).masked_fill(later, -math.inf)  # (B, H, N, L, L)
+        to_slots = attention_scores(q.flatten(2, 3), slots_k)  # (B, H, N L, S)
+        # a block sees the slots of the segments before its own
+        segment = completed + torch.arange(N, device=q.device)
         too_late = torch.arange(S, device=q.device) // self.r >= segment[:, None]  # (N, S)
         to_slots = to_slots.unflatten(2, (N, L)).masked_fill(too_late[:, None], -math.inf)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        weights = torch.cat([to_slots, own], dim=-1).softmax(-1, dtype=wide).to(v.dtype)  # (B, H, N, L, S + L)
-        y = (weights[..., :S].flatten(2, 3) @ slots_v).unflatten(2, (N, L)) + weights[..., S:] @ v
-        return y.flatten(2, 3)[:, :, n_before:n_before + T]
+
+        weights = torch.cat([to_slots, own], dim=-1).softmax(-1).to(v.dtype)  # (.., L, S + L)
+        of_slots = weights[..., :S].flatten(2, 3) @ slots_v  # (B, H, N L, D)
+        # one product adds to the other: their sum is rounded once
+        y = torch.baddbmm(
+            of_slots.reshape(-1, L, D),
+            weights[..., S:].flatten(0, 2),
+            v.flatten(0, 2),
+        )
+        return y.view(B, H, N * L, D)[:, :, n_before:n_before + T]
 
     def flops_per_token(self, T):
         H, G, D = self.c_attn.sizes

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mixers import MIXERS
-from mixers.parts.cpu_attention import BLOCK, BlockedAttention
+from mixers.parts.cpu_attention import BLOCK, BlockedAttention, exact_product
+from mixers.parts.heads import causal_attention
 from model import GPT, Dropout, GPTConfig
 from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 
@@ -18,17 +19,84 @@ def relative(rough, exact):
     return ((rough.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("T", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 7])
-def test_attention_in_blocks_is_attention_forward_and_backward(T):
+def fused(q, k, v):
+    """PyTorch's own kernel, of the last queries over all keys."""
+    mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(k.size(2) - q.size(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def errors(attention, inputs, dy):
+    """Of y and the gradients of inputs, in bfloat16, relative to float64's."""
+    def results(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
+    rough = results(attention, torch.bfloat16)
+    exact = results(attention, torch.float64)
+    assert all(t.dtype == torch.bfloat16 for t in rough)
+    return [relative(a, b) for a, b in zip(rough, exact)]
+
+
+def drawn(T, D, std, new=None):
+    """q, k, v and dy (2, 4, T, D) in bfloat16, whose scores have this standard deviation."""
+    g = torch.Generator().manual_seed(T + std)
+    q, k, v, dy = (torch.randn(2, 4, T, D, generator=g) for _ in range(4))
+    q, k = q * std ** 0.5, k * std ** 0.5
+    last = slice(T - (new or T), T)
+    return [t.bfloat16() for t in (q[:, :, last], k, v)], dy[:, :, last].bfloat16()
+
+
+@pytest.mark.parametrize("D", [32, 64])
+@pytest.mark.parametrize("std", [1, 9, 25])
+@pytest.mark.parametrize("T, new", [
+    (17, 17), (64, 64), (BLOCK - 1, BLOCK - 1), (BLOCK, BLOCK), (BLOCK + 1, BLOCK + 1), (300, 300),
+    (64, 1), (BLOCK, 1), (300, 1), (300, 5),
+])
+def test_attention_is_as_exact_as_the_fused_kernel(T, new, std, D):
+    inputs, dy = drawn(T, D, std, new)
+    ours, theirs = errors(causal_attention, inputs, dy), errors(fused, inputs, dy)
+    assert all(a < 1.5 * b for a, b in zip(ours, theirs)), (ours, theirs)
+    # and alike for every length, in training and in decoding
+    assert all(a < 0.0035 for a in ours), ours
+
+
+@pytest.mark.parametrize("std", [1, 9, 25])
+@pytest.mark.parametrize("T", [16, 64, 65, 200])
+def test_linformer_is_as_exact_as_the_fused_kernel(T, std):
+    """On slots that are given, which in a model are rounded to bfloat16 as keys and values are."""
+    D, L, r = 32, 64, 4
+    config = GPTConfig(vocab_size=3, n_embd=4 * D, linformer_segment=L, mixer="linformer")
+    linformer = GPT(config).blocks[0].mixer
+    inputs, dy = drawn(T, D, std)
+    slots = [t.unflatten(2, (-1, L // r)).mean(3) for t in
+             (u[:, :, :T // L * L] for u in inputs[1:])]
+
+    def attention(q, k, v):
+        return linformer.attend(q, k, v, *(t.to(q.dtype) for t in slots), 0, 0)
+
+    ours, theirs = errors(attention, inputs, dy), errors(fused, inputs, dy)
+    assert all(a < 1.5 * b for a, b in zip(ours, theirs)), (ours, theirs)
+
+
+def test_the_exact_product_loses_nothing_and_leaves_the_setting():
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, T, 16).bfloat16().requires_grad_() for _ in range(3)]
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    dy = torch.randn(2, 3, T, 16).bfloat16()
-    y, expected = BlockedAttention.apply(*inputs), F.scaled_dot_product_attention(*exact, is_causal=True)
-    assert y.dtype == torch.bfloat16 and relative(y, expected) < 0.01
-    rough, plain = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, exact, dy.double())
-    scale = max(g.norm() for g in plain)  # at T = 1 two of the gradients are zero
-    assert all((a.double() - b).norm() / scale < 0.01 for a, b in zip(rough, plain))
+    a, b = torch.randn(6, 70, 40).bfloat16(), torch.randn(6, 40, 90).bfloat16()
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    with torch.autocast("cpu", torch.bfloat16):
+        product = exact_product(a.float(), b.float(), 0.5)
+    assert product.dtype == torch.float32 and setting.fp32_precision == before
+    assert relative(product, 0.5 * (a.double() @ b.double())) < 1e-6
+
+
+@pytest.mark.parametrize("missing", ["setting", "softmax_backward"])
+def test_attention_in_blocks_without_what_pytorch_may_drop(missing, monkeypatch):
+    if missing == "setting":
+        monkeypatch.setattr(torch.backends.mkldnn, "matmul", None)
+    else:
+        monkeypatch.delattr(torch, "_softmax_backward_data")
+    inputs, dy = drawn(200, 32, 9)
+    assert all(error < 0.004 for error in errors(causal_attention, inputs, dy))
 
 
 def test_attention_in_blocks_sees_nothing_later():
