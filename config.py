@@ -45,6 +45,7 @@ class ModelOptions:
     ssa_key_position: bool = option(False, "SSA's position term for keys")
     ssa_value_token: bool = option(True, "SSA's token term for values")
     ssa_value_position: bool = option(False, "SSA's position term for values")
+    ssa_position: Literal["authors", "paper"] = option("authors", "SSA's position term: exp(-exp(b)) log n, or sigmoid(a) log n")
     ssa_share: bool = option(True, "SSA's token terms reuse the projection that they scale; otherwise an MLP each")
     ssa_per_head: bool = option(False, "SSA's temperatures differ between heads")
     performer_features: Optional[int] = option(None, "Performer's features m [default: D log D rounded to a multiple of 8]", ge=1)
