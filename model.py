@@ -251,7 +251,7 @@ class GPT(nn.Module):
         return 2 * sum(products) + sum(mixer.flops_per_token(T) for mixer in mixers)
 
     def state_bytes(self, T, dtype):
-        """Bytes of one sequence's state after T tokens; None if a mixer does not say."""
+        """Bytes of one sequence's state, the largest up to T tokens; None if a mixer does not say."""
         mixers = [block.mixer for block in self.blocks if block.mixer is not None]
         if not all(hasattr(mixer, "state_bytes") for mixer in mixers):
             return None

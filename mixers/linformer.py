@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 
 from mixers.parts.heads import (
-    QKV, attention_scores, causal_attention, into_blocks, merge_heads, qkv_flops, repeat_heads, rotate,
+    QKV, attention_scores, cache_bytes, causal_attention, into_blocks, merge_heads, qkv_flops,
+    repeat_heads, rotate,
 )
 
 
@@ -81,13 +82,16 @@ class Linformer(nn.Module):
     def flops_per_token(self, T):
         H, G, D = self.c_attn.sizes
         L, r = self.L, self.r
-        completed = T // L
         # the slots that a token sees, and the tokens of its own segment, on average over T
         slots = sum(r * (t // L) for t in range(T)) / T
         own = sum(t % L + 1 for t in range(T)) / T
-        compress = 2 * 2 * G * D * r * completed * L / T
+        compress = 2 * 2 * G * D * r * (T // L) * L / T
         return qkv_flops(self) + 2 * 2 * H * D * (slots + own) + compress
 
     def state_bytes(self, T, dtype):
-        _, G, D = self.c_attn.sizes
-        return 2 * G * D * (T // self.L * self.r + T % self.L) * dtype.itemsize
+        """The largest up to T: a segment that is complete shrinks to its slots."""
+        completed, left = divmod(T, self.L)
+        vectors = completed * self.r + left
+        if completed:  # one token before the last segment was complete
+            vectors = max(vectors, (completed - 1) * self.r + self.L - 1)
+        return cache_bytes(self.c_attn.sizes, vectors, dtype)

@@ -58,5 +58,7 @@ class LLNDiag(LLN):
         return super().flops_per_token(T) + causal_attention_flops(self.c_attn.sizes, min(T, D))
 
     def state_bytes(self, T, dtype):
+        """The largest up to T: a block that is complete is dropped."""
         D = self.c_attn.sizes[2]
-        return super().state_bytes(T, dtype) + cache_bytes(self.c_attn.sizes, T % D, dtype)
+        block = cache_bytes(self.c_attn.sizes, min(T, D - 1), dtype)
+        return super().state_bytes(T, dtype) + block
