@@ -9,11 +9,12 @@ Writes out_dir/config.json, metrics.jsonl and checkpoints/. The batch and the dr
 only, so that every mixer sees the same data in the same order and a resumed run goes on bit for bit; the validation loss
 is the mean over fixed windows of the validation split.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
 import signal
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -21,7 +22,6 @@ import torch
 from tqdm import tqdm
 
 from base.errors import BadInput, exit_on_bad_input
-from config import ModelOptions
 from data import load_dataset
 from model import GPT, model_config
 from training import checkpoint
@@ -38,15 +38,13 @@ EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more i
 def main():
     world = World()
     options, saved = read_options(sys.argv[1:], __doc__.splitlines()[0])
-    config = model_config(asdict(options) | {"vocab_size": 1}, "options")  # refused before data are fetched
     device = world.start(choose_device(options.device), options)
     dtype = choose_dtype(options.dtype, device, options.n_embd)
     data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))
     data.tokenizer  # each checkpoint carries it: better to miss it now
-    config = replace(config, vocab_size=data.vocab_size)
+    config = model_config(asdict(options) | {"vocab_size": data.vocab_size}, "options")
     # what was left to be chosen, as chosen: this is what config.json records
-    options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."),
-                      **{f.name: getattr(config, f.name) for f in fields(ModelOptions)})
+    options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if saved:
         compare_with(saved, options, config)

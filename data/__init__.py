@@ -5,6 +5,7 @@
 
 A folder with a prepare.py is prepared by it; `python -m data.text` makes one from a text of your own.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 from data.dataset import Dataset, load_dataset
 
 __all__ = ["Dataset", "load_dataset"]

@@ -9,9 +9,10 @@ import math
 import numpy as np
 import torch
 
+from base.command_line import nearest
 from base.errors import BadInput
 from base.files import read_json, shown
-from data.files import DATA, check_name, how_to_prepare
+from data.files import DATA, check_name, data_sets, how_to_prepare
 from data.tokenizer import CharTokenizer, load_tokenizer
 
 SCAN = 2**22  # tokens checked at a time, so that a large file never sits in memory
@@ -43,8 +44,7 @@ def prepare(folder):
     if not script.exists():
         if folder.exists():
             raise BadInput(f"data/{name} has no meta.json: its preparation did not finish; {how_to_prepare(name)}")
-        known = sorted({p.parent.name for p in [*DATA.glob("*/prepare.py"), *DATA.glob("*/meta.json")]})
-        raise BadInput(f"no data set {name!r}; have {', '.join(known)}; "
+        raise BadInput(f"no data set {name!r}{nearest(name, data_sets(), '')}; have {', '.join(data_sets())}; "
                        f"to add your own text: python -m data.text --input FILE --name {name}")
     print(f"preparing data/{name} ...", flush=True)
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", script)

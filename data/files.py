@@ -12,6 +12,11 @@ from base.files import write_file, writing
 DATA = Path(__file__).resolve().parent
 
 
+def data_sets():
+    """The names of the data sets that are there or can be prepared."""
+    return sorted({path.parent.name for path in [*DATA.glob("*/prepare.py"), *DATA.glob("*/meta.json")]})
+
+
 def check_name(name):
     """A data set is named like a plain folder, and not like a module of data/. Raises BadInput."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):

@@ -300,7 +300,8 @@ def test_the_ceiling_counts_the_models_products(training, products, monkeypatch)
 
 
 MEMORY = """
-import torch, measure
+import torch
+from tools import bench_measure as measure
 device = torch.device("cpu")
 old = [torch.ones(2**18) for _ in range(50)]  # 50 MiB that malloc keeps
 del old

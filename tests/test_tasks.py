@@ -162,6 +162,7 @@ def prepared(tmp_path_factory):
 def load(prepared, monkeypatch):
     for module in (files, dataset):
         monkeypatch.setattr(module, "DATA", prepared / "data")
+    monkeypatch.setattr("base.files.ROOT", prepared)
     return lambda name: load_dataset(name, 2048)
 
 
@@ -215,6 +216,7 @@ def data(monkeypatch, tmp_path):
     (tmp_path / "data").mkdir()
     for module in (files, dataset):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
+    monkeypatch.setattr("base.files.ROOT", tmp_path)
     return tmp_path / "data"
 
 

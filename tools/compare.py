@@ -15,6 +15,7 @@ interval (Student's t). The verdict is Welch's t-test of the seeds' losses again
 adjusted by Holm's method: *better* or *worse* below 0.05, otherwise *inside the seed noise*. It is about seeds alone: another data set,
 size or number of steps may order them otherwise.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import csv
 import io
 import json

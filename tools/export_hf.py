@@ -5,6 +5,7 @@
 GPT-2's BPE goes with it as transformers' tokenizer files; for characters transformers has none.
 Only attention by softmax can be said in these formats. A head temperature and a factorised embedding are multiplied in.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import json
 import shutil
 import sys

@@ -4,6 +4,7 @@ Trains {LLaMA, Pelican} x {tau 1, tau 0.1} by configs/cosmopedia_{llama,llama_ta
 runs that are finished stay, unfinished ones go on, and more --max_iters extend them. Writes figure3.png and figure3.md, the table,
 to out/pelican/<dataset>, which holds the runs. Losses are in nats per token. The dashed lines are counted: see tools/ngrams.py.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import json
 import math
 import sys

@@ -10,6 +10,7 @@ Each is {"loss": nats per target, "bpb": bits per byte or null, "accuracy": shar
 "by_position", of a text, the loss in nats at each of the T positions of the report's windows, "by_cell", of a recall task, the
 report's accuracy per difficulty, "iter" and "vocab_size" of the model, and "weights", the checksum of what was scored.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import json
 import math
 import sys

@@ -16,6 +16,7 @@ same folder stay in it, unless their mixer now has another rate.
 --match changes the other mixers' n_embd in steps of n_head channels (two a head where RoPE pairs them), then ffn_hidden, until their
 parameters, or their FLOPs per token, are within 2 % of the baseline's; it says what it changed.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import json
 import math
 import sys
@@ -30,7 +31,7 @@ from base.files import write_file
 from base.options import checked, option
 from config import Options
 from data import load_dataset
-from mixers import has_effect, layer_mixers, load_mixer_file, mechanism_of, mixer_names
+from mixers import has_effect, layer_mixers, mechanism_of, mixer_names
 from tools.score import read_scores
 from tools.sweep_matching import matched
 from tools.sweep_runs import Run, carry_out, cluster, end_like_ctrl_c, read_sweep
@@ -153,8 +154,6 @@ def main():
     options, config_file, given = parse_options(SweepOptions, sys.argv[1:], __doc__.splitlines()[0])
     for name in sorted(given & ONE_RUN.keys()):
         raise BadInput(f"--{name} is of one run; " + (f"give {ONE_RUN[name]} instead" if ONE_RUN[name] else "leave it out: a sweep goes on by itself"))
-    if options.mixer_file:
-        load_mixer_file(options.mixer_file)
     mixers = mixer_names(options.mixers)
     for name, needed in (("baseline", "match"), ("cluster_options", "cluster")):
         if name in given and not getattr(options, needed):

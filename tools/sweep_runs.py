@@ -19,7 +19,6 @@ import torch
 
 from base.errors import BadInput
 from base.files import read_json
-from model import model_config
 from tools.score import read_scores
 from training import checkpoint
 from training.run_folder import OF_ONE_COMMAND, holds_run, read_options
@@ -41,7 +40,7 @@ class Run:
     def options(self):
         """As train.py would have them. BadInput for what it would refuse."""
         options, _ = read_options([*self.command()[1:], "--overwrite"], "")  # or it would refuse the folder
-        return asdict(options) | asdict(model_config(asdict(options) | {"vocab_size": 1}, "options"))
+        return asdict(options)
 
     def finished(self):
         """Whether its last checkpoint and its scores are there. BadInput if the folder holds a run of other options."""
@@ -49,7 +48,7 @@ class Run:
         if not path.exists():
             return False
         wanted, ran = self.options(), read_json(path, "move the run away")
-        aside = ASIDE | {"vocab_size"}
+        aside = set(ASIDE)
         if wanted["lr_decay_iters"] == ran.get("lr_decay_iters"):  # then a shorter run is the beginning of a longer one
             aside.add("max_iters")
         for name, value in wanted.items():

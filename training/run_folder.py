@@ -9,8 +9,7 @@ from pathlib import Path
 from base.command_line import parse_options, read_config_file
 from base.errors import BadInput
 from base.files import read_json
-from config import Options
-from mixers import load_mixer_file
+from config import Options, filled_in
 from model import model_config
 from training import checkpoint, pretrained
 
@@ -59,9 +58,7 @@ def read_options(argv, description):
                       lr_decay_iters=default(options.lr_decay_iters, options.max_iters))
     if options.min_lr > options.learning_rate:
         raise BadInput(f"min_lr {options.min_lr} is above learning_rate {options.learning_rate}; lower it or leave it unset")
-    if options.mixer_file:
-        load_mixer_file(options.mixer_file)
-    return options, saved
+    return filled_in(options), saved
 
 
 def own_options(config):

@@ -19,13 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `config` and `data`
+
+from base.errors import BadInput, exit_on_bad_input
+
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `config` and `data`
-
 from base.command_line import Parser
-from base.errors import BadInput, exit_on_bad_input
 from base.files import read_json, shown, write_file, writing
 from data.files import whole_with_meta
 from data.sources import gpt2
