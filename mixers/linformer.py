@@ -1,13 +1,17 @@
-"""Linformer (Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity", arXiv 2006.04768), made causal.
+"""Linformer (Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity", arXiv
+2006.04768), made causal.
 
-The paper compresses keys and values along the whole sequence, K' = E K, so every slot holds the future. Here time is cut
-into segments of L tokens. Token t attends, with one softmax over scores q.k / sqrt(D), to
+The paper compresses keys and values along the whole sequence, K' = E K, so every slot holds the
+future. Here time is cut into segments of L tokens. Token t attends, with one softmax over scores
+q.k / sqrt(D), to
 
     (a) the exact keys of its own segment up to t,
-    (b) r slots of each completed segment: E K_segment and F V_segment, with learned E, F (r, L), shared by all segments
+    (b) r slots of each completed segment: E K_segment and F V_segment, with learned E, F (r, L),
+        shared by all segments
 
-q, y (B, H, T, D); k, v (B, G, T, D). State: the number of tokens, the slots (B, G, r completed, D) of keys and of values,
-and the keys and values (B, G, < L, D) of the current segment. It grows by r / L of what softmax attention keeps.
+q, y (B, H, T, D); k, v (B, G, T, D). State: the number of tokens, the slots (B, G, r completed, D)
+of keys and of values, and the keys and values (B, G, < L, D) of the current segment. It grows by
+r / L of what softmax attention keeps.
 """
 import math
 
@@ -19,6 +23,12 @@ from mixers.parts.heads import (
     QKV, attention_scores, cache_bytes, causal_attention, into_blocks, merge_heads, qkv_flops,
     repeat_heads, rotate,
 )
+
+
+def compress(weights, t):
+    """Slots (B, G, r N, D) of N segments t (B, G, N L, D), by weights (r, L)."""
+    segments = t.unflatten(2, (-1, weights.size(1)))
+    return (weights @ segments).flatten(2, 3)
 
 
 class Linformer(nn.Module):
@@ -42,18 +52,23 @@ class Linformer(nn.Module):
         n, slots_k, slots_v, segment_k, segment_v = state or (0, none, none, none, none)
         T, L = q.size(2), self.L
         if self.rope_base:
-            q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
-        k, v = torch.cat([segment_k, k], dim=2), torch.cat([segment_v, v], dim=2)
-        if T == 1:  # sees all there is; in blocks, every step would have products of another shape, whose kernels take long to build
-            y = causal_attention(q, torch.cat([slots_k, k], dim=2), torch.cat([slots_v, v], dim=2))
+            q = rotate(q, n, self.rope_base)
+            k = rotate(k, n, self.rope_base)
+        k = torch.cat([segment_k, k], dim=2)
+        v = torch.cat([segment_v, v], dim=2)
+        if T == 1:
+            # sees all there is; in blocks, every step would have products of another shape, whose
+            # kernels take long to build
+            all_k, all_v = torch.cat([slots_k, k], dim=2), torch.cat([slots_v, v], dim=2)
+            y = causal_attention(q, all_k, all_v)
         whole = k.size(2) // L * L  # tokens in segments that are now complete
-        new_k, new_v = ((self.E @ k[:, :, :whole].unflatten(2, (-1, L))).flatten(2, 3),
-                        (self.F @ v[:, :, :whole].unflatten(2, (-1, L))).flatten(2, 3))
-        slots_k, slots_v = torch.cat([slots_k, new_k], dim=2), torch.cat([slots_v, new_v], dim=2)
+        slots_k = torch.cat([slots_k, compress(self.E, k[:, :, :whole])], dim=2)
+        slots_v = torch.cat([slots_v, compress(self.F, v[:, :, :whole])], dim=2)
         if T > 1:
             y = self.attend(q, k, v, slots_k, slots_v, n % L, n // L)
-        state = n + T, slots_k, slots_v, k[:, :, whole:].clone(), v[:, :, whole:].clone()  # not views of all keys and values
-        return self.c_proj(merge_heads(y)), state
+        # copies, as a view would hold on to all keys and values
+        segment_k, segment_v = k[:, :, whole:].clone(), v[:, :, whole:].clone()
+        return self.c_proj(merge_heads(y)), (n + T, slots_k, slots_v, segment_k, segment_v)
 
     def attend(self, q, k, v, slots_k, slots_v, n_before, completed):
         """y (B, H, T, D) for q whose first token has n_before tokens of its segment before it,

@@ -1,4 +1,5 @@
-"""What the mixers with queries, keys and values share: heads, rotary positions, the key/value cache, causal attention.
+"""What the mixers with queries, keys and values share: heads, rotary positions, the key/value
+cache, causal attention.
 
 B batch, T new tokens, S tokens so far (S >= T), H heads, G key/value heads, D head size.
 """
@@ -55,9 +56,11 @@ def repeat_heads(t, n_head):
 
 
 def rotate(x, start, base):
-    """RoPE (Su et al. 2021, arXiv 2104.09864) on x (B, H, T, D) at absolute positions start, start + 1, ...
+    """RoPE (Su et al. 2021, arXiv 2104.09864) on x (B, H, T, D) at absolute positions start,
+    start + 1, ...
 
-    Channel i is paired with channel i + D/2, as in LLaMA's published weights; angles in float32 (float64 stays)."""
+    Channel i is paired with channel i + D/2, as in LLaMA's published weights; angles in float32
+    (float64 stays)."""
     T, D = x.shape[-2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
     position = torch.arange(start, start + T, device=x.device, dtype=dtype)
@@ -75,17 +78,22 @@ class Room:
         self.k, self.v, self.filled = k, v, k.size(2)
 
     def begins_with(self, k, v):
-        """Whether k and v are views of the first tokens here, which a caller may have selected or copied rows of, and
-        whether this is a place that may be written to now."""
-        same = all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.size(0) == b.size(0) for a, b in ((k, self.k), (v, self.v)))
-        return same and self.k.is_inference() == torch.is_inference_mode_enabled()
+        """Whether k and v are views of the first tokens here, which a caller may have selected or
+        copied rows of, and whether this is a place that may be written to now."""
+        writable = self.k.is_inference() == torch.is_inference_mode_enabled()
+        return writable and same_rows(k, self.k) and same_rows(v, self.v)
+
+
+def same_rows(a, b):
+    """Whether a (B, G, S, D) is a view of the first tokens of all rows of b."""
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.size(0) == b.size(0)
 
 
 class Cache(NamedTuple):
     """Keys and values (B, G, S, D) of the tokens so far: views into a Room that doubles when full.
 
-    Appending costs O(1) a token. An older cache never changes: who appends to one that is not the newest gets a Room
-    of their own, and so does everyone while gradients are recorded."""
+    Appending costs O(1) a token. An older cache never changes: who appends to one that is not the
+    newest gets a Room of their own, and so does everyone while gradients are recorded."""
     k: torch.Tensor
     v: torch.Tensor
     room: Any
@@ -97,20 +105,25 @@ class Cache(NamedTuple):
             return Cache(k, v, Room(k, v))
         S, T, room = cache.k.size(2), k.size(2), cache.room
         if torch.is_grad_enabled():
-            k, v = torch.cat([cache.k, k], dim=2), torch.cat([cache.v, v], dim=2)
+            k = torch.cat([cache.k, k], dim=2)
+            v = torch.cat([cache.v, v], dim=2)
             return Cache(k, v, Room(k, v))
-        if room.filled != S or room.k.size(2) < S + T or not room.begins_with(cache.k, cache.v):
+        full = room.k.size(2) < S + T
+        if full or room.filled != S or not room.begins_with(cache.k, cache.v):
             B, G, _, D = k.shape
-            bigger = Room(k.new_empty(B, G, 2 * (S + T), D), v.new_empty(B, G, 2 * (S + T), D))
-            bigger.k[:, :, :S], bigger.v[:, :, :S] = cache.k, cache.v
-            room = bigger
-        room.k[:, :, S:S + T], room.v[:, :, S:S + T] = k, v
+            size = (B, G, 2 * (S + T), D)
+            room = Room(k.new_empty(size), v.new_empty(size))
+            room.k[:, :, :S] = cache.k
+            room.v[:, :, :S] = cache.v
+        room.k[:, :, S:S + T] = k
+        room.v[:, :, S:S + T] = v
         room.filled = S + T
         return Cache(room.k[:, :, :S + T], room.v[:, :, :S + T], room)
 
 
 def causal_attention(q, k, v):
-    """Softmax attention of the last T tokens, q (B, H, T, D), over all S tokens, k and v (B, G, S, D) -> (B, H, T, D)."""
+    """Softmax attention of the last T tokens, q (B, H, T, D), over all S tokens, k and v
+    (B, G, S, D) -> (B, H, T, D)."""
     T, S = q.size(2), k.size(2)
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -121,8 +134,9 @@ def causal_attention(q, k, v):
             return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # new token i is token S - T + i of the whole and sees everything up to itself; a single one sees all
-    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    mask = None  # a single token sees all
+    if T > 1:  # new token i is token S - T + i of the whole and sees everything up to itself
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -153,20 +167,23 @@ class Scores(torch.autograd.Function):
         return dS @ k, dS.mT @ q
 
 
-def cache_bytes(config_sizes, tokens, dtype):
-    """Keys and values of one sequence; config_sizes (H, G, D)."""
-    _, G, D = config_sizes
+def cache_bytes(sizes, tokens, dtype):
+    """Keys and values of one sequence; sizes (H, G, D)."""
+    _, G, D = sizes
     return 2 * G * D * tokens * dtype.itemsize
 
 
-def causal_attention_flops(config_sizes, T):
-    """Forward FLOPs per token of q k^T and of the weights times v, over T tokens; only what is visible counts."""
-    H, _, D = config_sizes
+def causal_attention_flops(sizes, T):
+    """Forward FLOPs per token of q k^T and of the weights times v, over T tokens; only what is
+    visible counts. sizes (H, G, D)."""
+    H, _, D = sizes
     return 2 * 2 * H * D * (T + 1) / 2
 
 
 def into_blocks(t, size, n_before):
-    """(B, H, T, D) -> (B, H, N, size, D): n_before empty places, then the T tokens, then empty places up to N * size."""
+    """(B, H, T, D) -> (B, H, N, size, D): n_before empty places, then the T tokens, then empty
+    places up to N * size."""
     T = t.size(2)
-    N = -(-(n_before + T) // size)
-    return F.pad(t, (0, 0, n_before, N * size - n_before - T)).unflatten(2, (N, size))
+    N = math.ceil((n_before + T) / size)
+    n_after = N * size - n_before - T
+    return F.pad(t, (0, 0, n_before, n_after)).unflatten(2, (N, size))
