@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from test_mixers import SKELETONS, every_mixer, every_skeleton, make, tensors
+from test_mixers import every_mixer, every_skeleton, make, tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

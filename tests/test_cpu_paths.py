@@ -12,7 +12,9 @@ from mixers.parts.heads import causal_attention
 from model import GPT, Dropout, GPTConfig
 from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 
-needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
+from training.device import (
+    CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass,
+)
 
 
 def relative(rough, exact):
@@ -143,37 +145,54 @@ def test_a_packed_layer_is_the_layer_in_bfloat16(rows, bias):
     assert y.dtype == torch.bfloat16 and relative(y, linear.double()(x.double()).detach()) < 0.01
 
 
+PACKED = [dict(mixer=mixer) for mixer in sorted(MIXERS)] + [
+    dict(arch="llama", n_kv_head=2),
+    dict(embed_rank=4, tie_head=False),
+    dict(mlp_activation="causal_max_context"),
+]
+
+
+def number_of(kind, model):
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
 @needs_mkldnn
-@pytest.mark.parametrize("options", [*(dict(mixer=mixer) for mixer in sorted(MIXERS)), dict(arch="llama", n_kv_head=2),
-                                     dict(embed_rank=4, tie_head=False), dict(mlp_activation="causal_max_context")])
+@pytest.mark.parametrize("options", PACKED)
 def test_decoding_with_packed_weights_is_autocast(options):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(vocab_size=31, block_size=32, n_layer=2, n_head=4, n_embd=32) | options)).eval()
+    sizes = dict(vocab_size=31, block_size=32, n_layer=2, n_head=4, n_embd=32)
+    model = GPT(GPTConfig(**sizes | options)).eval()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     idx = torch.randint(31, (2, 20))
     packed = ready_to_decode(copy.deepcopy(model), torch.bfloat16)
-    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == sum(isinstance(m, torch.nn.Linear) for m in model.modules())
+    assert number_of(PackedLinear, packed) == number_of(torch.nn.Linear, model)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected, state, logits = model(idx)[0], None, []
         for piece in idx.split([9, 1, 1, 6, 1, 1, 1], dim=1):
             new, state = packed.step(piece, state)
             logits.append(new)
     assert relative(torch.cat(logits, dim=1), expected.double()) < 0.02
-    assert packed.state_bytes(20, torch.bfloat16) == model.state_bytes(20, torch.bfloat16) and packed.flops_per_token(20) == model.flops_per_token(20)
+    assert packed.state_bytes(20, torch.bfloat16) == model.state_bytes(20, torch.bfloat16)
+    assert packed.flops_per_token(20) == model.flops_per_token(20)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_nothing_is_packed_in_float32():
     model = GPT(GPTConfig(vocab_size=31, n_layer=1, n_embd=16))
-    assert ready_to_decode(model, torch.float32) is model and not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert ready_to_decode(model, torch.float32) is model
+    assert number_of(PackedLinear, model) == 0
 
 
-@pytest.mark.parametrize("batch_size, block_size, processes", [(12, 64, 1), (64, 256, 1), (64, 256, 4), (61, 256, 1), (6, 1000, 2), (2, 9000, 1)])
+PASSES = [(12, 64, 1), (64, 256, 1), (64, 256, 4), (61, 256, 1), (6, 1000, 2), (2, 9000, 1)]
+
+
+@pytest.mark.parametrize("batch_size, block_size, processes", PASSES)
 def test_a_pass_divides_the_batch_and_fits_the_cache(batch_size, block_size, processes):
     rows = rows_per_pass(batch_size, block_size, torch.device("cpu"), processes)
     own = rows // processes
     assert rows % processes == 0 and batch_size % rows == 0
     assert own == 1 or own * block_size <= CPU_TOKENS_AT_ONCE
-    larger = [n for n in range(own + 1, batch_size // processes + 1) if batch_size // processes % n == 0]
+    whole = batch_size // processes
+    larger = [n for n in range(own + 1, whole + 1) if whole % n == 0]
     assert all(n * block_size > CPU_TOKENS_AT_ONCE for n in larger)
     assert rows_per_pass(batch_size, block_size, torch.device("cuda"), processes) == batch_size
