@@ -12,9 +12,8 @@ from mixers.parts.heads import causal_attention
 from model import GPT, Dropout, GPTConfig
 from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 
-from training.device import (
-    CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass,
-)
+needs_mkldnn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
 
 
 def relative(rough, exact):

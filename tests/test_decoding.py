@@ -62,8 +62,8 @@ def block_ms(model, state, n=50):
 
 
 def growth(model, blocks=24):
-    """Time per token at 65,000 tokens over that at 256, in turn, since a machine's speed drifts; and
-    the two medians in ms."""
+    """Time per token at 65,000 tokens over that at 256, in turn, since a machine's speed drifts;
+    and the two medians in ms."""
     early, late = state_after(model, 256), state_after(model, 65_000)
     pairs = [(block_ms(model, early), block_ms(model, late)) for _ in range(blocks)][2:]
     ratio = statistics.median(b / a for a, b in pairs)
