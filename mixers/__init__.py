@@ -12,8 +12,9 @@ It may also say what it costs, and ask to be told of each optimiser step:
     flops_per_token(T)      forward FLOPs per token, on average over a sequence of T tokens; matrix
                             products only, a multiply-add is 2, and of a product with a causal mask
                             only the visible half counts
-    state_bytes(T, dtype)   bytes of one sequence's state after T tokens, when activations are of
-                            that torch.dtype
+    state_bytes(T, dtype)   bytes of one sequence's state, the largest over all lengths up to T,
+                            when the heavy operations are of that torch.dtype, be it by autocast or
+                            because the model is
     apply_statistics()      called once per optimiser step: the forward pass may collect
                             statistics, never apply them
 

@@ -1,11 +1,14 @@
-"""Linear attention (Katharopoulos et al. 2020, "Transformers are RNNs", arXiv 2006.16236): the plain baseline.
+"""Linear attention (Katharopoulos et al. 2020, "Transformers are RNNs", arXiv 2006.16236): the
+plain baseline.
 
-    phi(u) = elu(u) + 1,   y_t = phi(q_t)^T S_t / (phi(q_t)^T z_t),  S_t = sum_{s<=t} phi(k_s) v_s^T,  z_t = sum_{s<=t} phi(k_s)
+    phi(u) = elu(u) + 1
+    y_t = phi(q_t)^T S_t / (phi(q_t)^T z_t)
+    S_t = sum_{s<=t} phi(k_s) v_s^T,   z_t = sum_{s<=t} phi(k_s)
 
 q, k, v, y (B, H, T, D). State: S, z and the key maximum, see mixers/parts/chunkwise.py.
 
-Deviation: features are formed as logarithms, log phi(u) = log(1 + u) above 0 and u below. So phi does not round to 0 at
-u < -17, where float32 would make rows 0/0.
+Deviation: features are formed as logarithms, log phi(u) = log(1 + u) above 0 and u below. So phi
+does not round to 0 at u < -17, where float32 would make rows 0/0.
 """
 import torch
 import torch.nn as nn
@@ -29,7 +32,8 @@ class Linear(nn.Module):
     def forward(self, x, state=None):
         q, k, v = self.c_attn(x)
         k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
-        y, state = linear_attention(log_elu_plus_one(q), log_elu_plus_one(k), v, state)
+        log_q, log_k = log_elu_plus_one(q), log_elu_plus_one(k)
+        y, state = linear_attention(log_q, log_k, v, state)
         return self.c_proj(merge_heads(y)), state
 
     def flops_per_token(self, T):

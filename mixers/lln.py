@@ -1,18 +1,22 @@
 """Linear Log-Normal attention (Nahshan, Kampeas, Haleva 2023, ICLR 2024, arXiv 2311.13541).
 
     phi_q(q) = exp(alpha q),  phi_k(k) = exp(beta k), element-wise
-    y_t = phi_q(q_t)^T S_t / (phi_q(q_t)^T z_t),  S_t = sum_{s<=t} phi_k(k_s) v_s^T,  z_t = sum_{s<=t} phi_k(k_s)
+    y_t = phi_q(q_t)^T S_t / (phi_q(q_t)^T z_t)
+    S_t = sum_{s<=t} phi_k(k_s) v_s^T,   z_t = sum_{s<=t} phi_k(k_s)
 
-q, k, v, y (B, H, T, D); alpha, beta (H). State: S, z and the key maximum, see mixers/parts/chunkwise.py.
+q, k, v, y (B, H, T, D); alpha, beta (H). State: S, z and the key maximum, see
+mixers/parts/chunkwise.py.
 
-Moment matching: alpha = s / sigma_q and beta = s / sigma_k, where s is such that the variance of the log weights,
-log(phi_q(q) . phi_k(k)) over independent q and k, is softmax attention's, sigma_q^2 sigma_k^2. No gradient goes through them.
+Moment matching: alpha = s / sigma_q and beta = s / sigma_k, where s is such that the variance of
+the log weights, log(phi_q(q) . phi_k(k)) over independent q and k, is softmax attention's,
+sigma_q^2 sigma_k^2. No gradient goes through them.
 
 Deviations:
-- the reference code takes sigma over the whole batch and sequence, which shows every token the future. Here sigma comes
-  from moving averages that the forward pass only collects for; training applies them once per optimiser step.
-- the paper fits s^2 = (sigma_q^2 sigma_k^2 - b) / (2 a) with constants for D = 64 (--lln_matching=published). By default s is
-  read from a table made for the head size at hand.
+- the reference code takes sigma over the whole batch and sequence, which shows every token the
+  future. Here sigma comes from moving averages that the forward pass only collects for; training
+  applies them once per optimiser step.
+- the paper fits s^2 = (sigma_q^2 sigma_k^2 - b) / (2 a) with constants for D = 64
+  (--lln_matching=published). By default s is read from a table made for the head size at hand.
 """
 import functools
 from typing import Literal
@@ -32,17 +36,24 @@ TABLE_STEP, TABLE_SIZE = 0.25, 65  # s = 0, 0.25, .. 16
 
 @functools.cache
 def matching_table(D):
-    """The standard deviation of log(sum_d exp(s (x_d + y_d))), x and y from N(0, 1), for s = 0, TABLE_STEP, ...
+    """The standard deviation of log(sum_d exp(s (x_d + y_d))), x and y from N(0, 1), for s = 0,
+    TABLE_STEP, ...: (TABLE_SIZE,).
 
-    Always the same numbers: its pairs come from a generator of its own, and the same pairs serve every s."""
-    pairs = torch.randn(2, 16384, D, generator=torch.Generator().manual_seed(D)).sum(0)
-    spread = [(i * TABLE_STEP * pairs).logsumexp(1).double().std() for i in range(TABLE_SIZE)]
-    return torch.stack(spread).cummax(0).values.float()  # what noise there is must not make it fall
+    Always the same numbers: its pairs come from a generator of its own, and the same pairs serve
+    every s."""
+    generator = torch.Generator().manual_seed(D)
+    pairs = torch.randn(2, 16384, D, generator=generator).sum(0)
+    spread = []
+    for i in range(TABLE_SIZE):
+        log_weights = (i * TABLE_STEP * pairs).logsumexp(1)
+        spread.append(log_weights.double().std())
+    return torch.stack(spread).cummax(0).values.float()  # noise must not make it fall
 
 
 class Matching(Wide):
-    """s for which the log weights have the standard deviation `target`: the table read backwards, linearly, on the device.
-    Targets beyond the table's end (9.4 at D = 128, 12.3 at D = 16) take its last entry."""
+    """s for which the log weights have the standard deviation `target`: the table read backwards,
+    linearly, on the device. Targets beyond the table's end (9.4 at D = 128, 12.3 at D = 16) take
+    its last entry."""
 
     def __init__(self, D):
         super().__init__()
@@ -51,7 +62,8 @@ class Matching(Wide):
     def forward(self, target):
         i = torch.searchsorted(self.table, target).clamp(1, TABLE_SIZE - 1)
         low, high = self.table[i - 1], self.table[i]
-        return (i - 1 + ((target - low) / (high - low)).clamp(max=1)) * TABLE_STEP
+        share = ((target - low) / (high - low)).clamp(max=1)
+        return (i - 1 + share) * TABLE_STEP
 
 
 class Moments(Wide):
@@ -61,7 +73,7 @@ class Moments(Wide):
         super().__init__()
         self.register_buffer("mean", torch.zeros(heads))
         self.register_buffer("square", torch.ones(heads))
-        # of this step's forward passes: sums of their means, of their mean squares, and how many there were
+        # of this step's forward passes: sums of their means, of their mean squares, and how many
         self.register_buffer("collected", torch.zeros(3, heads), persistent=False)
 
     @torch.no_grad()
@@ -73,7 +85,8 @@ class Moments(Wide):
 
     @torch.no_grad()
     def update(self):
-        """Moves the averages towards the mean over micro-batches and processes, all of the same size."""
+        """Moves the averages towards the mean over micro-batches and processes, all of the same
+        size."""
         if dist.is_initialized():
             dist.all_reduce(self.collected)
         mean, square, count = self.collected
@@ -102,7 +115,8 @@ class LLN(nn.Module):
         self.matching = Matching(D)
 
     def alpha_beta(self):
-        """alpha (H,) and beta (G,); a query head's s comes from its own sigma_q and its group's sigma_k."""
+        """alpha (H,) and beta (H,); a query head's s comes from its own sigma_q and its group's
+        sigma_k."""
         H, G, _ = self.c_attn.sizes
         sigma_q, sigma_k = self.q_moments.sigma(), self.k_moments.sigma()
         target = sigma_q * sigma_k.repeat_interleave(H // G)
@@ -120,8 +134,10 @@ class LLN(nn.Module):
         alpha, beta = self.alpha_beta()
         H = q.size(1)
         k, v = repeat_heads(k, H), repeat_heads(v, H)
-        wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))
-        return linear_attention(alpha[:, None, None] * wide(q), beta[:, None, None] * wide(k), v, state)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        log_q = alpha[:, None, None] * q.to(dtype)
+        log_k = beta[:, None, None] * k.to(dtype)
+        return linear_attention(log_q, log_k, v, state)
 
     def forward(self, x, state=None):
         y, state = self.lln(*self.c_attn(x), state)

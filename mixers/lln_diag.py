@@ -1,12 +1,14 @@
 """LLN plus block-diagonal softmax attention (same paper as mixers/lln.py, arXiv 2311.13541).
 
     y = 0.5 (LLN + Diag)         --lln_diag_mode=mean
-    y = r LLN + p Diag           --lln_diag_mode=sum       r, p learnable, per head and channel (H, D), at 0.5
+    y = r LLN + p Diag           --lln_diag_mode=sum
     y = r LLN + (1 - r) Diag     --lln_diag_mode=convex
 
-Diag is causal softmax attention within blocks of D tokens (block size = head size), aligned to the start of the sequence.
-LLN, Diag, y (B, H, T, D). State: the number of tokens, LLN's state, and keys and values (B, G, <= D, D) of the current block.
-With RoPE only Diag rotates: the exponential of a rotated vector encodes no relative position.
+with r, p learnable, per head and channel (H, D), at 0.5. Diag is causal softmax attention within
+blocks of D tokens (block size = head size), aligned to the start of the sequence. LLN, Diag, y
+(B, H, T, D). State: the number of tokens, LLN's state, and keys and values (B, G, < D, D) of the
+current block. With RoPE only Diag rotates: the exponential of a rotated vector encodes no relative
+position.
 """
 from typing import Literal
 
@@ -15,19 +17,25 @@ import torch.nn as nn
 
 from base.options import option
 from mixers.lln import LLN
-from mixers.parts.heads import cache_bytes, causal_attention, causal_attention_flops, into_blocks, merge_heads, repeat_heads, rotate
+from mixers.parts.heads import (
+    cache_bytes, causal_attention, causal_attention_flops, into_blocks, merge_heads, repeat_heads,
+    rotate,
+)
 
 
 def block_attention(q, k, v, n_before):
-    """Causal softmax attention within blocks of D tokens, for q (B, H, T, D) whose first token has n_before tokens of its
-    block before it; k, v (B, G, n_before + T, D) begin with those."""
-    T, D = q.shape[2:]
+    """Causal softmax attention within blocks of D tokens, for q (B, H, T, D) whose first token has
+    n_before tokens of its block before it; k, v (B, G, n_before + T, D) begin with those."""
+    B, H, T, D = q.shape
     if n_before + T <= D:  # one block: nothing to cut
         return causal_attention(q, k, v)
-    k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
-    blocks = [t.transpose(1, 2).flatten(0, 1) for t in (into_blocks(q, D, n_before), into_blocks(k, D, 0), into_blocks(v, D, 0))]
-    y = causal_attention(*blocks)  # (B N, H, D, D)
-    return y.unflatten(0, (q.size(0), -1)).transpose(1, 2).flatten(2, 3)[:, :, n_before:n_before + T]
+    k, v = repeat_heads(k, H), repeat_heads(v, H)
+    blocks = into_blocks(q, D, n_before), into_blocks(k, D, 0), into_blocks(v, D, 0)
+    # each block as a sequence of its own: (B N, H, D, D)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in blocks)
+    y = causal_attention(q, k, v)
+    y = y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, N D, D)
+    return y[:, :, n_before:n_before + T]
 
 
 class LLNDiag(LLN):
@@ -46,24 +54,29 @@ class LLNDiag(LLN):
     def forward(self, x, state=None):
         q, k, v = self.c_attn(x)
         n, lln_state, block_k, block_v = state or (0, None, k[:, :, :0], v[:, :, :0])
-        D, T = q.size(3), q.size(2)
-        y, lln_state = self.lln(q, k, v, lln_state)
+        T, D = q.shape[2:]
+        lln, lln_state = self.lln(q, k, v, lln_state)
         if self.rope_base:
-            q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
-        k, v = torch.cat([block_k, k], dim=2), torch.cat([block_v, v], dim=2)
+            q = rotate(q, n, self.rope_base)
+            k = rotate(k, n, self.rope_base)
+        k = torch.cat([block_k, k], dim=2)
+        v = torch.cat([block_v, v], dim=2)
         diag = block_attention(q, k, v, n % D)
         r = 0.5 if self.r is None else self.r.view(-1, 1, D)
         p = 1 - r if self.p is None else self.p.view(-1, 1, D)
-        y = (r * y + p * diag).to(x.dtype)
-        left = (n + T) % D  # tokens of the block that is not complete
-        # copies, as a view would hold on to all keys and values
-        state = n + T, lln_state, k[:, :, k.size(2) - left:].clone(), v[:, :, v.size(2) - left:].clone()
-        return self.c_proj(merge_heads(y)), state
+        y = (r * lln + p * diag).to(x.dtype)
+        # the tokens of the block that is not complete; copies, as a view would hold on to all
+        start = k.size(2) - (n + T) % D
+        block_k, block_v = k[:, :, start:].clone(), v[:, :, start:].clone()
+        return self.c_proj(merge_heads(y)), (n + T, lln_state, block_k, block_v)
 
     def flops_per_token(self, T):
-        H, _, D = self.c_attn.sizes
-        return super().flops_per_token(T) + causal_attention_flops(self.c_attn.sizes, min(T, D))
+        D = self.c_attn.sizes[2]
+        diag = causal_attention_flops(self.c_attn.sizes, min(T, D))
+        return super().flops_per_token(T) + diag
 
     def state_bytes(self, T, dtype):
+        """The largest up to T: a block that is complete is dropped."""
         D = self.c_attn.sizes[2]
-        return super().state_bytes(T, dtype) + cache_bytes(self.c_attn.sizes, T % D, dtype)
+        block = cache_bytes(self.c_attn.sizes, min(T, D - 1), dtype)
+        return super().state_bytes(T, dtype) + block

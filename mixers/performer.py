@@ -1,12 +1,16 @@
-"""Performer, FAVOR+ (Choromanski et al. 2020, "Rethinking Attention with Performers", arXiv 2009.14794).
+"""Performer, FAVOR+ (Choromanski et al. 2020, "Rethinking Attention with Performers", arXiv
+2009.14794).
 
     phi(u) = exp(omega^T u - |u|^2 / 2) / sqrt(m),  u = q / D^(1/4) or k / D^(1/4)
-    y_t = sum_{s<=t} phi(q_t).phi(k_s) v_s / sum_{s<=t} phi(q_t).phi(k_s),   E[phi(q).phi(k)] = exp(q.k / sqrt(D))
+    y_t = sum_{s<=t} phi(q_t).phi(k_s) v_s / sum_{s<=t} phi(q_t).phi(k_s)
+    E[phi(q).phi(k)] = exp(q.k / sqrt(D))
 
-q, k, v, y (B, H, T, D); omega (m, D), its rows Gaussian in length and orthogonal within blocks of D, one for all heads of
-a layer, drawn from the seed and saved. State: S (B, H, m, D), z and the key maximum, see mixers/parts/chunkwise.py.
+q, k, v, y (B, H, T, D); omega (m, D), its rows Gaussian in length and orthogonal within blocks of
+D, one for all heads of a layer, drawn from the seed and saved. State: the number of tokens, S
+(B, H, m, D), z and the key maximum, see mixers/parts/chunkwise.py.
 
-Default m: D log D, rounded to a multiple of 8. --performer_redraw=N draws omega anew every N optimiser steps.
+Default m: D log D, rounded to a multiple of 8. --performer_redraw=N draws omega anew every N
+optimiser steps.
 """
 import math
 from typing import Optional
@@ -20,9 +24,18 @@ from mixers.parts.heads import QKV, Wide, merge_heads, qkv_flops, repeat_heads, 
 
 
 def orthogonal_gaussian(m, D, generator):
-    """omega (m, D): blocks of D orthogonal directions, each row with the length of a Gaussian vector of its own."""
-    blocks = [torch.linalg.qr(torch.randn(D, D, generator=generator))[0].T for _ in range(math.ceil(m / D))]
-    return torch.cat(blocks)[:m] * torch.randn(m, D, generator=generator).norm(dim=1, keepdim=True)
+    """omega (m, D): blocks of D orthogonal directions, each row as long as a Gaussian vector.
+
+    The directions are uniform (Haar): LAPACK's QR prefers some signs, so the columns of Q take
+    the signs of R's diagonal (Mezzadri 2007, arXiv math-ph/0609050). Without them the estimate of
+    exp(q.k / sqrt(D)) has a bias that no m removes."""
+    blocks = []
+    for _ in range(math.ceil(m / D)):
+        Q, R = torch.linalg.qr(torch.randn(D, D, generator=generator))
+        blocks.append((Q * R.diagonal().sign()).T)
+    directions = torch.cat(blocks)[:m]
+    lengths = torch.randn(m, D, generator=generator).norm(dim=1, keepdim=True)
+    return directions * lengths
 
 
 def log_features(x, omega):
@@ -34,7 +47,8 @@ def log_features(x, omega):
 
 
 class RandomFeatures(Wide):
-    """omega (m, D), and the numbers that it is drawn from: the same on every rank, and after a resume."""
+    """omega (m, D), and the numbers that it is drawn from: the same on every rank, and after a
+    resume."""
 
     def __init__(self, m, D):
         super().__init__()
@@ -65,15 +79,18 @@ class Performer(nn.Module):
         self.c_attn = QKV(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         D = self.c_attn.sizes[2]
-        self.features = RandomFeatures(config.performer_features or max(8, round(D * math.log(D) / 8) * 8), D)
+        default_m = max(8, round(D * math.log(D) / 8) * 8)
+        self.features = RandomFeatures(config.performer_features or default_m, D)
 
     def forward(self, x, state=None):
         q, k, v = self.c_attn(x)
         n, state = state or (0, None)
         if self.rope_base:
-            q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
-        a, b = self.features(q), self.features(k)
-        y, state = linear_attention(a, repeat_heads(b, q.size(1)), repeat_heads(v, q.size(1)), state)
+            q = rotate(q, n, self.rope_base)
+            k = rotate(k, n, self.rope_base)
+        H = q.size(1)
+        log_q, log_k = self.features(q), self.features(k)
+        y, state = linear_attention(log_q, repeat_heads(log_k, H), repeat_heads(v, H), state)
         return self.c_proj(merge_heads(y)), (n + x.size(1), state)
 
     def apply_statistics(self):

@@ -1,14 +1,20 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, "Attention Is All You Need", arXiv 1706.03762).
+"""Scaled dot-product attention (Vaswani et al. 2017, "Attention Is All You Need", arXiv
+1706.03762).
 
     y_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(D)) v_s
 
-q (B, H, T, D); k, v (B, G, T, D) with G = n_kv_head groups, repeated to H heads. State: the key/value cache.
+q (B, H, T, D); k, v (B, G, T, D) with G = n_kv_head groups, repeated to H heads. State: the
+key/value cache.
 
-Deviation: no dropout on the attention weights (most mixers have none to drop); `dropout` acts on the block's outputs.
+Deviation: no dropout on the attention weights (most mixers have none to drop); `dropout` acts on
+the block's outputs.
 """
 import torch.nn as nn
 
-from mixers.parts.heads import QKV, Cache, cache_bytes, causal_attention, causal_attention_flops, merge_heads, qkv_flops, rotate
+from mixers.parts.heads import (
+    QKV, Cache, cache_bytes, causal_attention, causal_attention_flops, merge_heads, qkv_flops,
+    rotate,
+)
 
 
 class Softmax(nn.Module):
@@ -22,9 +28,11 @@ class Softmax(nn.Module):
         q, k, v = self.c_attn(x)
         if self.rope_base:
             start = 0 if state is None else state.k.size(2)
-            q, k = rotate(q, start, self.rope_base), rotate(k, start, self.rope_base)
+            q = rotate(q, start, self.rope_base)
+            k = rotate(k, start, self.rope_base)
         state = Cache.append(state, k, v)
-        return self.c_proj(merge_heads(causal_attention(q, state.k, state.v))), state
+        y = causal_attention(q, state.k, state.v)
+        return self.c_proj(merge_heads(y)), state
 
     def flops_per_token(self, T):
         return qkv_flops(self) + causal_attention_flops(self.c_attn.sizes, T)

@@ -7,28 +7,97 @@ import torch
 import torch.nn.functional as F
 
 from mixers import MIXERS
-from mixers.parts.cpu_attention import BLOCK, BlockedAttention
+from mixers.parts.cpu_attention import BLOCK, BlockedAttention, exact_product
+from mixers.parts.heads import causal_attention
 from model import GPT, Dropout, GPTConfig
 from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 
-needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
+needs_mkldnn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
 
 
 def relative(rough, exact):
     return ((rough.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("T", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 7])
-def test_attention_in_blocks_is_attention_forward_and_backward(T):
+def fused(q, k, v):
+    """PyTorch's own kernel, of the last queries over all keys."""
+    mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(k.size(2) - q.size(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def errors(attention, inputs, dy):
+    """Of y and the gradients of inputs, in bfloat16, relative to float64's."""
+    def results(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
+    rough = results(attention, torch.bfloat16)
+    exact = results(attention, torch.float64)
+    assert all(t.dtype == torch.bfloat16 for t in rough)
+    return [relative(a, b) for a, b in zip(rough, exact)]
+
+
+def drawn(T, D, std, new=None):
+    """q, k, v and dy (2, 4, T, D) in bfloat16, whose scores have this standard deviation."""
+    g = torch.Generator().manual_seed(T + std)
+    q, k, v, dy = (torch.randn(2, 4, T, D, generator=g) for _ in range(4))
+    q, k = q * std ** 0.5, k * std ** 0.5
+    last = slice(T - (new or T), T)
+    return [t.bfloat16() for t in (q[:, :, last], k, v)], dy[:, :, last].bfloat16()
+
+
+@pytest.mark.parametrize("D", [32, 64])
+@pytest.mark.parametrize("std", [1, 9, 25])
+@pytest.mark.parametrize("T, new", [
+    (17, 17), (64, 64), (BLOCK - 1, BLOCK - 1), (BLOCK, BLOCK), (BLOCK + 1, BLOCK + 1), (300, 300),
+    (64, 1), (BLOCK, 1), (300, 1), (300, 5),
+])
+def test_attention_is_as_exact_as_the_fused_kernel(T, new, std, D):
+    inputs, dy = drawn(T, D, std, new)
+    ours, theirs = errors(causal_attention, inputs, dy), errors(fused, inputs, dy)
+    assert all(a < 1.5 * b for a, b in zip(ours, theirs)), (ours, theirs)
+    # and alike for every length, in training and in decoding
+    assert all(a < 0.0035 for a in ours), ours
+
+
+@pytest.mark.parametrize("std", [1, 9, 25])
+@pytest.mark.parametrize("T", [16, 64, 65, 200])
+def test_linformer_is_as_exact_as_the_fused_kernel(T, std):
+    """On slots that are given, which in a model are rounded to bfloat16 as keys and values are."""
+    D, L, r = 32, 64, 4
+    config = GPTConfig(vocab_size=3, n_embd=4 * D, linformer_segment=L, mixer="linformer")
+    linformer = GPT(config).blocks[0].mixer
+    inputs, dy = drawn(T, D, std)
+    slots = [t.unflatten(2, (-1, L // r)).mean(3) for t in
+             (u[:, :, :T // L * L] for u in inputs[1:])]
+
+    def attention(q, k, v):
+        return linformer.attend(q, k, v, *(t.to(q.dtype) for t in slots), 0, 0)
+
+    ours, theirs = errors(attention, inputs, dy), errors(fused, inputs, dy)
+    assert all(a < 1.5 * b for a, b in zip(ours, theirs)), (ours, theirs)
+
+
+def test_the_exact_product_loses_nothing_and_leaves_the_setting():
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, T, 16).bfloat16().requires_grad_() for _ in range(3)]
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    dy = torch.randn(2, 3, T, 16).bfloat16()
-    y, expected = BlockedAttention.apply(*inputs), F.scaled_dot_product_attention(*exact, is_causal=True)
-    assert y.dtype == torch.bfloat16 and relative(y, expected) < 0.01
-    rough, plain = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, exact, dy.double())
-    scale = max(g.norm() for g in plain)  # at T = 1 two of the gradients are zero
-    assert all((a.double() - b).norm() / scale < 0.01 for a, b in zip(rough, plain))
+    a, b = torch.randn(6, 70, 40).bfloat16(), torch.randn(6, 40, 90).bfloat16()
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    with torch.autocast("cpu", torch.bfloat16):
+        product = exact_product(a.float(), b.float(), 0.5)
+    assert product.dtype == torch.float32 and setting.fp32_precision == before
+    assert relative(product, 0.5 * (a.double() @ b.double())) < 1e-6
+
+
+@pytest.mark.parametrize("missing", ["setting", "softmax_backward"])
+def test_attention_in_blocks_without_what_pytorch_may_drop(missing, monkeypatch):
+    if missing == "setting":
+        monkeypatch.setattr(torch.backends.mkldnn, "matmul", None)
+    else:
+        monkeypatch.delattr(torch, "_softmax_backward_data")
+    inputs, dy = drawn(200, 32, 9)
+    assert all(error < 0.004 for error in errors(causal_attention, inputs, dy))
 
 
 def test_attention_in_blocks_sees_nothing_later():
@@ -75,37 +144,54 @@ def test_a_packed_layer_is_the_layer_in_bfloat16(rows, bias):
     assert y.dtype == torch.bfloat16 and relative(y, linear.double()(x.double()).detach()) < 0.01
 
 
+PACKED = [dict(mixer=mixer) for mixer in sorted(MIXERS)] + [
+    dict(arch="llama", n_kv_head=2),
+    dict(embed_rank=4, tie_head=False),
+    dict(mlp_activation="causal_max_context"),
+]
+
+
+def number_of(kind, model):
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
 @needs_mkldnn
-@pytest.mark.parametrize("options", [*(dict(mixer=mixer) for mixer in sorted(MIXERS)), dict(arch="llama", n_kv_head=2),
-                                     dict(embed_rank=4, tie_head=False), dict(mlp_activation="causal_max_context")])
+@pytest.mark.parametrize("options", PACKED)
 def test_decoding_with_packed_weights_is_autocast(options):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(vocab_size=31, block_size=32, n_layer=2, n_head=4, n_embd=32) | options)).eval()
+    sizes = dict(vocab_size=31, block_size=32, n_layer=2, n_head=4, n_embd=32)
+    model = GPT(GPTConfig(**sizes | options)).eval()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     idx = torch.randint(31, (2, 20))
     packed = ready_to_decode(copy.deepcopy(model), torch.bfloat16)
-    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == sum(isinstance(m, torch.nn.Linear) for m in model.modules())
+    assert number_of(PackedLinear, packed) == number_of(torch.nn.Linear, model)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected, state, logits = model(idx)[0], None, []
         for piece in idx.split([9, 1, 1, 6, 1, 1, 1], dim=1):
             new, state = packed.step(piece, state)
             logits.append(new)
     assert relative(torch.cat(logits, dim=1), expected.double()) < 0.02
-    assert packed.state_bytes(20, torch.bfloat16) == model.state_bytes(20, torch.bfloat16) and packed.flops_per_token(20) == model.flops_per_token(20)
+    assert packed.state_bytes(20, torch.bfloat16) == model.state_bytes(20, torch.bfloat16)
+    assert packed.flops_per_token(20) == model.flops_per_token(20)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_nothing_is_packed_in_float32():
     model = GPT(GPTConfig(vocab_size=31, n_layer=1, n_embd=16))
-    assert ready_to_decode(model, torch.float32) is model and not any(isinstance(m, PackedLinear) for m in model.modules())
+    assert ready_to_decode(model, torch.float32) is model
+    assert number_of(PackedLinear, model) == 0
 
 
-@pytest.mark.parametrize("batch_size, block_size, processes", [(12, 64, 1), (64, 256, 1), (64, 256, 4), (61, 256, 1), (6, 1000, 2), (2, 9000, 1)])
+PASSES = [(12, 64, 1), (64, 256, 1), (64, 256, 4), (61, 256, 1), (6, 1000, 2), (2, 9000, 1)]
+
+
+@pytest.mark.parametrize("batch_size, block_size, processes", PASSES)
 def test_a_pass_divides_the_batch_and_fits_the_cache(batch_size, block_size, processes):
     rows = rows_per_pass(batch_size, block_size, torch.device("cpu"), processes)
     own = rows // processes
     assert rows % processes == 0 and batch_size % rows == 0
     assert own == 1 or own * block_size <= CPU_TOKENS_AT_ONCE
-    larger = [n for n in range(own + 1, batch_size // processes + 1) if batch_size // processes % n == 0]
+    whole = batch_size // processes
+    larger = [n for n in range(own + 1, whole + 1) if whole % n == 0]
     assert all(n * block_size > CPU_TOKENS_AT_ONCE for n in larger)
     assert rows_per_pass(batch_size, block_size, torch.device("cuda"), processes) == batch_size

@@ -1,4 +1,5 @@
-"""Decoding of long sequences: mixers whose state does not grow take the same time and memory per token for ever."""
+"""Decoding of long sequences: mixers whose state does not grow take the same time and memory per
+token for ever."""
 import functools
 import statistics
 import time
@@ -14,12 +15,15 @@ LONG = 65_536
 
 def make(mixer, n_layer=2):
     torch.manual_seed(0)
-    return GPT(GPTConfig(vocab_size=65, block_size=64, n_layer=n_layer, n_head=2, n_embd=64, mixer=mixer, pos="none")).eval()
+    config = GPTConfig(vocab_size=65, block_size=64, n_layer=n_layer, n_head=2, n_embd=64,
+                       mixer=mixer, pos="none")
+    return GPT(config).eval()
 
 
 def does_not_grow(mixer):
-    """By the mixer's own word, which tests/test_costs.py holds against its real state. 8,192 and 65,536 are whole blocks."""
-    small, large = (make(mixer).state_bytes(T, torch.float32) for T in (8192, LONG))
+    """By the mixer's own word, which tests/test_costs.py holds against its real state."""
+    model = make(mixer)
+    small, large = model.state_bytes(8192, torch.float32), model.state_bytes(LONG, torch.float32)
     return small is not None and large <= small
 
 
@@ -32,7 +36,9 @@ def resident_bytes():
 
 
 def test_those_that_should_be_constant_are():
-    assert {"pelican", "linear", "lln", "lln_diag", "performer", "causal_max", "causal_mean_context"} <= set(CONSTANT)
+    constant = {"pelican", "linear", "lln", "lln_diag", "performer", "causal_max",
+                "causal_mean_context"}
+    assert constant <= set(CONSTANT)
     assert not {"softmax", "ssa", "linformer"} & set(CONSTANT)
 
 
@@ -40,9 +46,10 @@ def test_those_that_should_be_constant_are():
 def state_after(model, n):
     """The state after n tokens, read in pieces."""
     state, g = None, torch.Generator().manual_seed(0)
-    for _ in range(n // 1000):
-        _, state = model.step(torch.randint(65, (1, 1000), generator=g), state)
-    return model.step(torch.randint(65, (1, n % 1000), generator=g), state)[1] if n % 1000 else state
+    for start in range(0, n, 1000):
+        piece = torch.randint(65, (1, min(1000, n - start)), generator=g)
+        _, state = model.step(piece, state)
+    return state
 
 
 @torch.no_grad()
@@ -55,10 +62,12 @@ def block_ms(model, state, n=50):
 
 
 def growth(model, blocks=24):
-    """Time per token at 65,000 tokens over that at 256, in turn, since a machine's speed drifts; and the two medians in ms."""
+    """Time per token at 65,000 tokens over that at 256, in turn, since a machine's speed drifts;
+    and the two medians in ms."""
     early, late = state_after(model, 256), state_after(model, 65_000)
     pairs = [(block_ms(model, early), block_ms(model, late)) for _ in range(blocks)][2:]
-    return statistics.median(b / a for a, b in pairs), *(statistics.median(column) for column in zip(*pairs))
+    ratio = statistics.median(b / a for a, b in pairs)
+    return ratio, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 
 @functools.cache
@@ -83,8 +92,11 @@ def test_time_per_token_is_the_same_at_65_000_as_at_256(mixer):
 @pytest.mark.parametrize("mixer", CONSTANT)
 def test_65_536_tokens_in_flat_memory(mixer):
     model, seen = make(mixer, n_layer=1), []
-    for i, _ in enumerate(model.stream(torch.zeros(1, 1, dtype=torch.int64), LONG, generator=torch.Generator().manual_seed(0))):
+    first, g = torch.zeros(1, 1, dtype=torch.int64), torch.Generator().manual_seed(0)
+    for i, _ in enumerate(model.stream(first, LONG, generator=g)):
         if i + 1 in (4096, LONG):
             seen.append(resident_bytes())
-    print(f"{mixer}: {seen[0] / 2**20:.1f} MiB resident after 4,096 tokens, {seen[1] / 2**20:.1f} MiB after {LONG:,}")
+    early, late = seen
+    print(f"{mixer}: {early / 2**20:.1f} MiB resident after 4,096 tokens, "
+          f"{late / 2**20:.1f} MiB after {LONG:,}")
     assert seen[1] - seen[0] < 2 * 2**20

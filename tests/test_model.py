@@ -1,4 +1,5 @@
-"""The skeleton: Hugging Face's GPT-2 and LLaMA reproduced, options of the head and the embedding, generation."""
+"""The skeleton: Hugging Face's GPT-2 and LLaMA reproduced, options of the head and the embedding,
+generation."""
 import math
 import re
 
@@ -9,7 +10,8 @@ from model import GPT, GPTConfig, sample
 
 
 def redraw(model):
-    """Every parameter from N(0, 0.2^2): large enough that activations, biases and norms show in the logits."""
+    """Every parameter from N(0, 0.2^2): large enough that activations, biases and norms show in the
+    logits."""
     torch.manual_seed(0)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -32,14 +34,18 @@ def copy(pairs):
 
 def test_gpt2_is_hugging_faces():
     from transformers import GPT2Config, GPT2LMHeadModel
-    theirs = redraw(GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=48, n_embd=64, n_layer=3, n_head=4)))
-    ours = GPT(GPTConfig(vocab_size=97, block_size=48, n_embd=64, n_layer=3, n_head=4, arch="gpt2", mixer="softmax")).eval()
+    theirs = redraw(GPT2LMHeadModel(GPT2Config(
+        vocab_size=97, n_positions=48, n_embd=64, n_layer=3, n_head=4)))
+    ours = GPT(GPTConfig(
+        vocab_size=97, block_size=48, n_embd=64, n_layer=3, n_head=4, arch="gpt2")).eval()
     body = theirs.transformer
     pairs = [(ours.embed.weight, body.wte.weight), (ours.pos_embed.weight, body.wpe.weight),
              (ours.norm.weight, body.ln_f.weight), (ours.norm.bias, body.ln_f.bias)]
     for block, h in zip(ours.blocks, body.h):
-        for linear, conv in ((block.mixer.c_attn.proj, h.attn.c_attn), (block.mixer.c_proj, h.attn.c_proj),
-                             (block.mlp.c_fc, h.mlp.c_fc), (block.mlp.c_proj, h.mlp.c_proj)):
+        for linear, conv in (
+            (block.mixer.c_attn.proj, h.attn.c_attn), (block.mixer.c_proj, h.attn.c_proj),
+            (block.mlp.c_fc, h.mlp.c_fc), (block.mlp.c_proj, h.mlp.c_proj),
+        ):
             pairs += [(linear.weight, conv.weight.T), (linear.bias, conv.bias)]
         for norm, ln in ((block.norm1, h.ln_1), (block.norm2, h.ln_2)):
             pairs += [(norm.weight, ln.weight), (norm.bias, ln.bias)]
@@ -52,24 +58,37 @@ def test_gpt2_is_hugging_faces():
 def test_llama_is_hugging_faces(n_kv_head):
     from transformers import LlamaConfig, LlamaForCausalLM
     theirs = redraw(LlamaForCausalLM(LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=n_kv_head, max_position_embeddings=48, rms_norm_eps=1e-6, tie_word_embeddings=False)))
-    ours = GPT(GPTConfig(vocab_size=97, block_size=48, n_embd=64, n_layer=3, n_head=4, arch="llama", mixer="softmax", n_kv_head=n_kv_head)).eval()
+        vocab_size=97, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=n_kv_head, max_position_embeddings=48,
+        rms_norm_eps=1e-6, tie_word_embeddings=False)))
+    ours = GPT(GPTConfig(
+        vocab_size=97, block_size=48, n_embd=64, n_layer=3, n_head=4, n_kv_head=n_kv_head,
+        arch="llama")).eval()
     body = theirs.model
-    pairs = [(ours.embed.weight, body.embed_tokens.weight), (ours.norm.weight, body.norm.weight), (ours.head.weight, theirs.lm_head.weight)]
+    pairs = [
+        (ours.embed.weight, body.embed_tokens.weight), (ours.norm.weight, body.norm.weight),
+        (ours.head.weight, theirs.lm_head.weight),
+    ]
     for block, layer in zip(ours.blocks, body.layers):
         a, f = layer.self_attn, layer.mlp
-        pairs += [(block.mixer.c_attn.proj.weight, torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])),
-                  (block.mixer.c_proj.weight, a.o_proj.weight),
-                  (block.mlp.c_fc.weight, torch.cat([f.gate_proj.weight, f.up_proj.weight])), (block.mlp.c_proj.weight, f.down_proj.weight),
-                  (block.norm1.weight, layer.input_layernorm.weight), (block.norm2.weight, layer.post_attention_layernorm.weight)]
+        qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
+        gate_up = torch.cat([f.gate_proj.weight, f.up_proj.weight])
+        pairs += [
+            (block.mixer.c_attn.proj.weight, qkv),
+            (block.mixer.c_proj.weight, a.o_proj.weight),
+            (block.mlp.c_fc.weight, gate_up),
+            (block.mlp.c_proj.weight, f.down_proj.weight),
+            (block.norm1.weight, layer.input_layernorm.weight),
+            (block.norm2.weight, layer.post_attention_layernorm.weight),
+        ]
     assert len(pairs) == len(list(ours.parameters()))
     copy(pairs)
     assert_same_logits(ours, theirs, torch.randint(97, (2, 48)))
 
 
 def make(**options):
-    return redraw(GPT(GPTConfig(**dict(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=16) | options)))
+    sizes = dict(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=16)
+    return redraw(GPT(GPTConfig(**sizes | options)))
 
 
 def test_loss_is_the_mean_over_targets_and_ignores_minus_one():
@@ -101,15 +120,21 @@ def test_a_zero_head_starts_at_the_uniform_distribution():
 
 def test_a_low_rank_embedding_has_its_parameters_and_its_scale():
     model = GPT(GPTConfig(vocab_size=3000, n_embd=128, embed_rank=10, tie_head=False))
-    assert model.embed[0].weight.shape == (3000, 10) and model.embed[1].weight.shape == (128, 10) and model.embed[1].bias is None
+    assert model.embed[0].weight.shape == (3000, 10)
+    assert model.embed[1].weight.shape == (128, 10) and model.embed[1].bias is None
     assert model.parameter_groups()["embedding"] == 3000 * 10 + 128 * 10 + 64 * 128
     assert model.embed(torch.arange(3000)).std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_behind_a_low_rank_embedding_hidden_states_are_float32_as_behind_a_whole_one():
     for options in (dict(), dict(embed_rank=4, tie_head=False)):
-        model, seen = GPT(GPTConfig(vocab_size=31, block_size=16, n_embd=32, arch="llama", **options)), []
-        model.blocks[1].register_forward_pre_hook(lambda block, args, seen=seen: seen.append(args[0].dtype))
+        seen = []
+
+        def note(block, args, seen=seen):
+            seen.append(args[0].dtype)
+
+        model = GPT(GPTConfig(vocab_size=31, block_size=16, n_embd=32, arch="llama", **options))
+        model.blocks[1].register_forward_pre_hook(note)
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.randint(31, (2, 16)))
         assert seen == [torch.float32]
@@ -126,11 +151,14 @@ def test_initialisation_is_gpt2s():
 
 
 def test_sizes_follow_the_architecture():
-    gpt2, llama = GPTConfig(vocab_size=3, n_embd=96), GPTConfig(vocab_size=3, n_embd=96, arch="llama")
+    gpt2 = GPTConfig(vocab_size=3, n_embd=96)
+    llama = GPTConfig(vocab_size=3, n_embd=96, arch="llama")
     assert (gpt2.ffn_hidden, llama.ffn_hidden) == (384, 256)
     assert GPTConfig(vocab_size=3, n_embd=768, n_head=12, arch="llama").ffn_hidden == 2048
-    assert (gpt2.bias, gpt2.pos, gpt2.tie_head, gpt2.norm_eps, gpt2.mlp_activation) == (True, "learned", True, 1e-5, "gelu")
-    assert (llama.bias, llama.pos, llama.tie_head, llama.norm_eps, llama.mlp_activation) == (False, "rope", False, 1e-6, "silu")
+    assert (gpt2.bias, gpt2.pos, gpt2.tie_head) == (True, "learned", True)
+    assert (gpt2.norm_eps, gpt2.mlp_activation) == (1e-5, "gelu")
+    assert (llama.bias, llama.pos, llama.tie_head) == (False, "rope", False)
+    assert (llama.norm_eps, llama.mlp_activation) == (1e-6, "silu")
     biased = GPT(GPTConfig(vocab_size=3, n_embd=96, arch="llama", ffn_bias=True))
     names = [name for name, _ in biased.named_parameters() if name.endswith("bias")]
     assert len(names) == 8 and all(".mlp." in name for name in names)
@@ -149,8 +177,13 @@ def test_a_tied_head_is_one_tensor():
     (dict(zero_init_head=True), "zero_init_head.*tie_head"),
     (dict(embed_rank=4), "embed_rank.*tie_head"),
     (dict(mixer="foo"), "'foo'.*have.*softmax"),
-    (dict(vocab_size=0), "vocab_size"), (dict(n_layer=0), "n_layer"), (dict(dropout=1.0), "dropout"), (dict(arch="bert"), "arch"),
-    (dict(head_temperature=0), "head_temperature"), (dict(n_layer="4"), "n_layer"), (dict(bias=1), "bias"), (dict(nlayer=4), "nlayer"),
+    (dict(vocab_size=0), "vocab_size"), (dict(n_layer=0), "n_layer"),
+    (dict(dropout=1.0), "dropout"), (dict(arch="bert"), "arch"),
+    (dict(head_temperature=0), "head_temperature"), (dict(n_layer="4"), "n_layer"),
+    (dict(bias=1), "bias"), (dict(nlayer=4), "nlayer"),
+    (dict(vocab_size=10**30), "vocab_size"), (dict(n_embd=2**30, n_head=1), "ffn_hidden"),
+    (dict(norm_eps=float("nan")), "norm_eps"), (dict(mixer=None), "mixer"),
+    (dict(mixer="softmax", ssa_position="paper"), "ssa_position.*no layer"),
 ])
 def test_bad_values_are_named(options, words):
     with pytest.raises(ValueError) as error:
@@ -179,7 +212,8 @@ def test_learned_positions_end_at_block_size():
 
 
 def slow_generate(model, idx, n, context):
-    """Greedy decoding that computes everything anew for each token; context(tokens so far) is what the model reads."""
+    """Greedy decoding that computes everything anew for each token; context(tokens so far) is what
+    the model reads."""
     for _ in range(n):
         logits, _ = model(context(idx))
         idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -190,7 +224,8 @@ def slow_generate(model, idx, n, context):
 def test_generate_is_greedy_decoding_without_a_state(mixer):
     idx = torch.randint(31, (2, 5))
     model = make(pos="rope", mixer=mixer)
-    assert torch.equal(model.generate(idx, 30, temperature=0), slow_generate(model, idx, 30, lambda seen: seen))
+    slow = slow_generate(model, idx, 30, lambda seen: seen)
+    assert torch.equal(model.generate(idx, 30, temperature=0), slow)
 
 
 def test_generate_past_block_size_reads_the_last_half_block_again():
@@ -200,7 +235,8 @@ def test_generate_past_block_size_reads_the_last_half_block_again():
         n = seen.size(1)
         return seen if n <= 16 else seen[:, -(8 + (n - 17) % 9):]
 
-    assert torch.equal(model.generate(idx, 40, temperature=0), slow_generate(model, idx, 40, context))
+    slow = slow_generate(model, idx, 40, context)
+    assert torch.equal(model.generate(idx, 40, temperature=0), slow)
     long = torch.randint(31, (1, 50))
     first = model(long[:, -16:])[0][:, -1].argmax(-1)
     assert model.generate(long, 1, temperature=0)[0, -1] == first
@@ -208,14 +244,18 @@ def test_generate_past_block_size_reads_the_last_half_block_again():
 
 def test_generate_depends_on_its_generator_alone():
     model, idx = make(), torch.randint(31, (2, 3))
-    draw = lambda seed: model.generate(idx, 12, generator=torch.Generator().manual_seed(seed))
+    def draw(seed):
+        return model.generate(idx, 12, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert torch.equal(draw(1)[:, :3], idx) and draw(1).shape == (2, 15)
 
 
 def test_sampling_follows_temperature_and_top_k():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, -1)
-    draw = lambda t, k: torch.bincount(sample(logits, t, k, torch.Generator().manual_seed(0)).flatten(), minlength=4) / 20000
+    def draw(temperature, top_k):
+        g = torch.Generator().manual_seed(0)
+        drawn = sample(logits, temperature, top_k, g).flatten()
+        return torch.bincount(drawn, minlength=4) / 20000
     torch.testing.assert_close(draw(1.0, None), logits[0].softmax(-1), atol=0.015, rtol=0)
     torch.testing.assert_close(draw(0.5, None), (2 * logits[0]).softmax(-1), atol=0.015, rtol=0)
     top2 = draw(1.0, 2)

@@ -1,4 +1,4 @@
-"""Selective self-attention: its terms and switches, its size, and its start from a softmax model."""
+"""Selective self-attention: terms and switches, size, and its start from a softmax model."""
 import math
 
 import pytest
@@ -14,23 +14,35 @@ ON = dict(ssa_key_token=True, ssa_key_position=True, ssa_value_position=True)
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("per_head", [True, False])
-def test_ssa_is_softmax_on_scaled_queries_keys_and_values(share, per_head):
-    model = make("ssa", ssa_share=share, ssa_per_head=per_head, **ON)
-    mixer, x = model.blocks[0].mixer, torch.randn(1, 20, 32, dtype=torch.float64)
+@pytest.mark.parametrize("position", ["authors", "paper"])
+def test_ssa_is_softmax_on_scaled_queries_keys_and_values(share, per_head, position):
+    model = make("ssa", ssa_share=share, ssa_per_head=per_head, ssa_position=position, **ON)
+    mixer = model.blocks[0].mixer
+    x = torch.randn(1, 20, 32, dtype=torch.float64)
     vectors = dict(zip("qkv", mixer.c_attn(x)))
     for name, tau in mixer.tau.items():
+        if position == "authors":
+            c = (-tau.b.exp()).exp()
+        else:
+            c = tau.a.sigmoid()
         u = vectors[name][0].clone()  # (H, T, D)
         for t in range(20):
             for h in range(4):
                 row = h if per_head else 0
-                features = (u[h, t] if per_head else vectors[name][0, :, t].flatten()) if share else tau.hidden(x[0, t])
+                if not share:
+                    features = tau.hidden(x[0, t])
+                elif per_head:
+                    features = u[h, t]
+                else:
+                    features = vectors[name][0, :, t].flatten()
                 f = torch.nn.functional.gelu(features) @ tau.w.view(tau.outputs, -1)[row]
-                u[h, t] *= 1 + f.tanh() + tau.a[row].sigmoid() * math.log(t + 1)
+                u[h, t] *= 1 + f.tanh() + c[row] * math.log(t + 1)
         vectors[name] = u[None]
     q, k, v = (vectors[name] for name in "qkv")
     later = torch.ones(20, 20, dtype=torch.bool).triu(1)
     y = (q @ k.mT / math.sqrt(8)).masked_fill(later, -math.inf).softmax(-1) @ v
-    torch.testing.assert_close(mixer(x)[0], mixer.c_proj(y.transpose(1, 2).flatten(2)), rtol=0, atol=1e-11)
+    expected = mixer.c_proj(y.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(mixer(x)[0], expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("skeleton", ["gpt2", "llama"])
@@ -41,32 +53,74 @@ def test_with_every_switch_off_it_is_softmax(skeleton):
 
 
 def test_sharing_adds_under_half_a_per_cent():
-    count = lambda **options: sum(p.numel() for p in GPT(GPTConfig(vocab_size=65, bias=False, **options)).parameters())
-    plain, shared, own = count(mixer="softmax"), count(mixer="ssa"), count(mixer="ssa", ssa_share=False)
-    new = 4 * (128 + 128 + 1)  # layers x (w_q, w_v, a)
+    def count(**options):
+        model = GPT(GPTConfig(vocab_size=65, bias=False, **options))
+        return sum(p.numel() for p in model.parameters())
+
+    plain, shared = count(mixer="softmax"), count(mixer="ssa")
+    own = count(mixer="ssa", ssa_share=False)
+    new = 4 * (128 + 128 + 1)  # layers x (w_q, w_v, b)
     assert shared - plain == new and new / plain < 0.005
     assert own - plain == 4 * (2 * (32 * 128 + 32) + 1)
     assert count(mixer="ssa", ssa_per_head=True, **ON) / plain - 1 < 0.005
 
 
-def test_start_values():
-    mixer = GPT(GPTConfig(vocab_size=31, mixer="ssa")).blocks[0].mixer
-    tau = mixer.tau["q"](torch.randn(1, 5, 128), torch.randn(1, 4, 5, 32), 0)
-    torch.testing.assert_close(tau[0, 0, :, 0], 1 + 0.011 * torch.arange(1, 6).log())
-    assert (mixer.tau["v"](torch.randn(1, 5, 128), torch.randn(1, 4, 5, 32), 0) == 1).all()
+@pytest.mark.parametrize("position", ["authors", "paper"])
+def test_start_values(position):
+    config = GPTConfig(vocab_size=31, mixer="ssa", ssa_position=position)
+    mixer = GPT(config).blocks[0].mixer
+    x, u = torch.randn(1, 5, 128), torch.randn(1, 4, 5, 32)
+    tau = mixer.tau["q"](x, u, 0)
+    start = math.exp(-math.exp(1.5))  # 0.0113
+    torch.testing.assert_close(tau[0, 0, :, 0], 1 + start * torch.arange(1, 6).log())
+    assert (mixer.tau["v"](x, u, 0) == 1).all()
     assert "k" not in mixer.tau
 
 
-@pytest.mark.parametrize("options", [{}, ON, dict(ssa_share=False, ssa_per_head=True)])
+def test_the_authors_form_moves_faster_from_the_same_start():
+    def gradient(position, name):
+        config = GPTConfig(vocab_size=31, mixer="ssa", ssa_position=position)
+        tau = GPT(config).blocks[0].mixer.tau["q"]
+        tau.c().sum().backward()
+        return getattr(tau, name).grad.abs().item()
+    assert gradient("authors", "b") / gradient("paper", "a") == pytest.approx(4.5, rel=0.02)
+
+
+def test_a_checkpoint_of_another_position_term_is_refused_by_name():
+    """Also one from before there were two: it has an `a` too."""
+    old = make("ssa", ssa_position="paper")
+    named = r"\+blocks.0.mixer.tau.q.a.*-blocks.0.mixer.tau.q.b"
+    with pytest.raises(ValueError, match=named):
+        checkpoint.load_model(make("ssa"), checkpoint.model_tensors(old), "test")
+    with pytest.raises(ValueError, match=named):
+        checkpoint.init_model(make("ssa"), checkpoint.model_tensors(old), "test")
+
+
+NEUTRAL = [
+    {}, ON, dict(ssa_share=False, ssa_per_head=True), dict(ssa_position="paper"),
+    dict(ssa_position="paper", ssa_per_head=True, **ON),
+]
+
+
+@pytest.mark.parametrize("options", NEUTRAL)
 def test_weights_of_a_softmax_model_start_unchanged(options):
     softmax = make("softmax").float()
     torch.manual_seed(3)
-    ssa = GPT(GPTConfig(vocab_size=31, block_size=192, n_layer=2, n_head=4, n_embd=32, mixer="ssa", **options)).eval()
+    sizes = dict(vocab_size=31, block_size=192, n_layer=2, n_head=4, n_embd=32)
+    ssa = GPT(GPTConfig(**sizes, mixer="ssa", **options)).eval()
+    plain = GPT(ssa.config)
     checkpoint.init_model(ssa, checkpoint.model_tensors(softmax), "test")
-    assert (ssa(tokens())[0] - softmax(tokens())[0]).abs().max() < 1e-5
+    assert torch.equal(ssa(tokens())[0], softmax(tokens())[0])  # c is 0, not nearly
     ssa.train().loss(tokens(), tokens().roll(-1, 1)).backward()
-    grads = {name: p.grad for name, p in ssa.named_parameters() if name.endswith((".a", ".w"))}
+    learned = (".a", ".b", ".w")
+    grads = {name: p.grad for name, p in ssa.named_parameters() if name.endswith(learned)}
     assert grads and all(g.abs().max() > 0 for g in grads.values())
+    # c's gradient is the one it has without the offset
+    for tuned, new in zip(ssa.blocks[0].mixer.tau.values(), plain.blocks[0].mixer.tau.values()):
+        if tuned.position:
+            name = "b" if tuned.form == "authors" else "a"
+            a, b = (torch.autograd.grad(t.c().sum(), getattr(t, name))[0] for t in (tuned, new))
+            assert torch.equal(a, b)
     # what was saved goes on as it was
     again = GPT(ssa.config).eval()
     checkpoint.init_model(again, checkpoint.model_tensors(ssa), "test")

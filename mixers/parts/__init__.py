@@ -1,1 +1,2 @@
-"""What several mixers share: heads, caches and rotary positions; the chunkwise engine; attention on a CPU."""
+"""What several mixers share: heads, caches and rotary positions; the chunkwise engine; attention
+on a CPU."""

@@ -1,15 +1,19 @@
-"""Causal softmax attention in bfloat16 on a CPU, whose fused kernel's backward pass is the slowest part of a training step.
+"""Causal softmax attention in bfloat16 on a CPU, where PyTorch's fused kernel takes longest.
 
     P_ts = softmax_{s<=t}(q_t . k_s / sqrt(D)),   y = P v
 
-for blocks of c queries at a time: a block's rows of P are whole, so it takes a product, a softmax and a product, and memory
-stays linear in T. The backward pass forms each block of P again. With dS = P (dP - sum_s P dP), dP = dy v^T:
+For blocks of queries at a time: a block's rows of P are whole, so it takes a product, a softmax
+and a product, and memory stays linear in T. The backward pass forms each block of P again. With
+dP = dy v^T and dS = P (dP - sum_s P dP):
 
     dv = P^T dy,   dq = dS k / sqrt(D),   dk = dS^T q / sqrt(D)
 
-q, k, v, y (B, H, T, D) in bfloat16; products and softmax accumulate in float32, and so do dk and dv over the blocks.
+q, k, v, y (B, H, T, D) are bfloat16. Scores, softmax, dP and dS are float32, and so are the sums
+of dk and dv over the blocks; P and dS are rounded to bfloat16 only as factors of a product, as
+in the fused kernel.
 """
 import math
+from contextlib import contextmanager
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -21,11 +25,10 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         shape = q.shape
-        q = q / math.sqrt(q.size(-1))
         q, k, v = (t.contiguous().flatten(0, 1) for t in (q, k, v))  # (X, T, D), X = B H
         y = torch.empty_like(q)
         for rows, seen, P in probabilities(q, k):
-            y[:, rows] = P @ v[:, seen]
+            y[:, rows] = P.to(v.dtype) @ v[:, seen]
         ctx.save_for_backward(q, k, v)
         return y.view(shape)
 
@@ -33,25 +36,66 @@ class BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         q, k, v = ctx.saved_tensors
-        shape, dy = dy.shape, dy.contiguous().flatten(0, 1)
+        shape = dy.shape
+        dy = dy.contiguous().flatten(0, 1)
         dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        dk = torch.zeros_like(k, dtype=torch.float32)
+        dv = torch.zeros_like(v, dtype=torch.float32)
+        wide_v, wide_dy = v.float(), dy.float()
+        scale = 1 / math.sqrt(q.size(-1))
         for rows, seen, P in probabilities(q, k):
-            dv[:, seen] += P.mT @ dy[:, rows]
-            dP = dy[:, rows] @ v[:, seen].mT
-            dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
+            dv[:, seen] += P.to(v.dtype).mT @ dy[:, rows]
+            # dS is linear in dP, which carries the scale of dq and dk
+            dP = exact_product(wide_dy[:, rows], wide_v[:, seen].mT, scale)
+            dS = softmax_backward(dP, P).to(k.dtype)
             dq[:, rows] = dS @ k[:, seen]
             dk[:, seen] += dS.mT @ q[:, rows]
-        dq /= math.sqrt(q.size(-1))
         return dq.view(shape), dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape)
 
 
 def probabilities(q, k):
-    """P block by block, for q, already over sqrt(D), and k (X, T, D): the block's queries, the keys they see, P (X, c, seen)."""
-    T = q.size(1)
-    future = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    """P block by block, for q and k (X, T, D): the block's queries and the keys they see, both as
+    slices, and P (X, c, seen) in float32."""
+    T, D = q.shape[1:]
+    q, k = q.float(), k.float()
+    future = torch.full((BLOCK, BLOCK), -math.inf, device=q.device).triu(1)
     for start in range(0, T, BLOCK):
         end = min(start + BLOCK, T)
-        scores = q[:, start:end] @ k[:, :end].mT
+        scores = exact_product(q[:, start:end], k[:, :end].mT, 1 / math.sqrt(D))
         scores[:, :, start:] += future[:end - start, :end - start]
         yield slice(start, end), slice(end), scores.softmax(-1)
+
+
+def softmax_backward(dP, P):
+    """dS = P (dP - sum_s P dP), the gradient of P = softmax(S); all (.., c, seen) in float32."""
+    fused = getattr(torch, "_softmax_backward_data", None)  # private: it may go
+    if fused is None:
+        return P * (dP - (P * dP).sum(-1, keepdim=True))
+    return fused(dP, P, -1, P.dtype)
+
+
+def exact_product(a, b, scale=1.0):
+    """scale a b in float32, for a (X, n, d) and b (X, d, m), float32 tensors of bfloat16 values.
+
+    The product of two bfloat16 values is a float32 value, so bfloat16 instructions, which are
+    faster, lose nothing. PyTorch lets them write float32 only where the operands are float32."""
+    with torch.autocast(a.device.type, enabled=False), bfloat16_instructions():
+        return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
+@contextmanager
+def bfloat16_instructions():
+    """Float32 products on a CPU use bfloat16 instructions, where the machine has them. Elsewhere,
+    or with a PyTorch that has no such setting, they stay as they are, and exact_product is slower.
+
+    The setting is the process's, not the thread's: nothing else may multiply meanwhile."""
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(setting, "fp32_precision") or torch.compiler.is_compiling():
+        yield
+        return
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

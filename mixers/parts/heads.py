@@ -1,14 +1,17 @@
-"""What the mixers with queries, keys and values share: heads, rotary positions, the key/value cache, causal attention.
+"""What the mixers with queries, keys and values share: heads, rotary positions, the key/value
+cache, causal attention.
 
 B batch, T new tokens, S tokens so far (S >= T), H heads, G key/value heads, D head size.
 """
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from mixers.parts.cpu_attention import BLOCK, BlockedAttention
+from mixers.parts.cpu_attention import BlockedAttention, exact_product
 
 
 class QKV(nn.Module):
@@ -53,9 +56,11 @@ def repeat_heads(t, n_head):
 
 
 def rotate(x, start, base):
-    """RoPE (Su et al. 2021, arXiv 2104.09864) on x (B, H, T, D) at absolute positions start, start + 1, ...
+    """RoPE (Su et al. 2021, arXiv 2104.09864) on x (B, H, T, D) at absolute positions start,
+    start + 1, ...
 
-    Channel i is paired with channel i + D/2, as in LLaMA's published weights; angles in float32 (float64 stays)."""
+    Channel i is paired with channel i + D/2, as in LLaMA's published weights; angles in float32
+    (float64 stays)."""
     T, D = x.shape[-2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
     position = torch.arange(start, start + T, device=x.device, dtype=dtype)
@@ -73,17 +78,22 @@ class Room:
         self.k, self.v, self.filled = k, v, k.size(2)
 
     def begins_with(self, k, v):
-        """Whether k and v are views of the first tokens here, which a caller may have selected or copied rows of, and
-        whether this is a place that may be written to now."""
-        same = all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.size(0) == b.size(0) for a, b in ((k, self.k), (v, self.v)))
-        return same and self.k.is_inference() == torch.is_inference_mode_enabled()
+        """Whether k and v are views of the first tokens here, which a caller may have selected or
+        copied rows of, and whether this is a place that may be written to now."""
+        writable = self.k.is_inference() == torch.is_inference_mode_enabled()
+        return writable and same_rows(k, self.k) and same_rows(v, self.v)
+
+
+def same_rows(a, b):
+    """Whether a (B, G, S, D) is a view of the first tokens of all rows of b."""
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.size(0) == b.size(0)
 
 
 class Cache(NamedTuple):
     """Keys and values (B, G, S, D) of the tokens so far: views into a Room that doubles when full.
 
-    Appending costs O(1) a token. An older cache never changes: who appends to one that is not the newest gets a Room
-    of their own, and so does everyone while gradients are recorded."""
+    Appending costs O(1) a token. An older cache never changes: who appends to one that is not the
+    newest gets a Room of their own, and so does everyone while gradients are recorded."""
     k: torch.Tensor
     v: torch.Tensor
     room: Any
@@ -95,49 +105,85 @@ class Cache(NamedTuple):
             return Cache(k, v, Room(k, v))
         S, T, room = cache.k.size(2), k.size(2), cache.room
         if torch.is_grad_enabled():
-            k, v = torch.cat([cache.k, k], dim=2), torch.cat([cache.v, v], dim=2)
+            k = torch.cat([cache.k, k], dim=2)
+            v = torch.cat([cache.v, v], dim=2)
             return Cache(k, v, Room(k, v))
-        if room.filled != S or room.k.size(2) < S + T or not room.begins_with(cache.k, cache.v):
+        full = room.k.size(2) < S + T
+        if full or room.filled != S or not room.begins_with(cache.k, cache.v):
             B, G, _, D = k.shape
-            bigger = Room(k.new_empty(B, G, 2 * (S + T), D), v.new_empty(B, G, 2 * (S + T), D))
-            bigger.k[:, :, :S], bigger.v[:, :, :S] = cache.k, cache.v
-            room = bigger
-        room.k[:, :, S:S + T], room.v[:, :, S:S + T] = k, v
+            size = (B, G, 2 * (S + T), D)
+            room = Room(k.new_empty(size), v.new_empty(size))
+            room.k[:, :, :S] = cache.k
+            room.v[:, :, :S] = cache.v
+        room.k[:, :, S:S + T] = k
+        room.v[:, :, S:S + T] = v
         room.filled = S + T
         return Cache(room.k[:, :, :S + T], room.v[:, :, :S + T], room)
 
 
 def causal_attention(q, k, v):
-    """Softmax attention of the last T tokens, q (B, H, T, D), over all S tokens, k and v (B, G, S, D) -> (B, H, T, D)."""
+    """Softmax attention of the last T tokens, q (B, H, T, D), over all S tokens, k and v
+    (B, G, S, D) -> (B, H, T, D)."""
     T, S = q.size(2), k.size(2)
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        if T == S >= BLOCK:
+        if T == S > 1:
             return BlockedAttention.apply(q, k, v)
-        # the fused backward pass is up to three times as slow in bfloat16 as in float32 there
+        # a few tokens on top of others: the fused kernel is fast in float32 only
         with torch.autocast("cpu", enabled=False):
             return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # new token i is token S - T + i of the whole and sees everything up to itself; a single one sees all
-    mask = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    mask = None  # a single token sees all
+    if T > 1:  # new token i is token S - T + i of the whole and sees everything up to itself
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def cache_bytes(config_sizes, tokens, dtype):
-    """Keys and values of one sequence; config_sizes (H, G, D)."""
-    _, G, D = config_sizes
+def attention_scores(q, k):
+    """q k^T / sqrt(D) of q (.., n, D) and k (.., m, D): (.., n, m), in at least float32.
+
+    Rounded to bfloat16, a score of 20 would be wrong by up to 0.06, its weight by 6 %."""
+    if torch.promote_types(q.dtype, k.dtype) == torch.bfloat16:
+        scores = Scores.apply(q.flatten(0, -3), k.flatten(0, -3))
+        return scores.view(*q.shape[:-1], k.size(-2))
+    return q @ k.mT * (1 / math.sqrt(q.size(-1)))
+
+
+class Scores(torch.autograd.Function):
+    """Scores (X, n, m) in float32 of q (X, n, D) and k (X, m, D) in bfloat16. Their gradient is
+    rounded to bfloat16 for the products behind it, as in attention's fused kernels."""
+
+    @staticmethod
+    def forward(ctx, q, k):
+        ctx.save_for_backward(q, k)
+        return exact_product(q.float(), k.float().mT, 1 / math.sqrt(q.size(-1)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dS):
+        q, k = ctx.saved_tensors
+        dS = (dS / math.sqrt(q.size(-1))).to(q.dtype)
+        return dS @ k, dS.mT @ q
+
+
+def cache_bytes(sizes, tokens, dtype):
+    """Keys and values of one sequence; sizes (H, G, D)."""
+    _, G, D = sizes
     return 2 * G * D * tokens * dtype.itemsize
 
 
-def causal_attention_flops(config_sizes, T):
-    """Forward FLOPs per token of q k^T and of the weights times v, over T tokens; only what is visible counts."""
-    H, _, D = config_sizes
+def causal_attention_flops(sizes, T):
+    """Forward FLOPs per token of q k^T and of the weights times v, over T tokens; only what is
+    visible counts. sizes (H, G, D)."""
+    H, _, D = sizes
     return 2 * 2 * H * D * (T + 1) / 2
 
 
 def into_blocks(t, size, n_before):
-    """(B, H, T, D) -> (B, H, N, size, D): n_before empty places, then the T tokens, then empty places up to N * size."""
+    """(B, H, T, D) -> (B, H, N, size, D): n_before empty places, then the T tokens, then empty
+    places up to N * size."""
     T = t.size(2)
-    N = -(-(n_before + T) // size)
-    return F.pad(t, (0, 0, n_before, N * size - n_before - T)).unflatten(2, (N, size))
+    N = math.ceil((n_before + T) / size)
+    n_after = N * size - n_before - T
+    return F.pad(t, (0, 0, n_before, n_after)).unflatten(2, (N, size))
