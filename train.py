@@ -26,7 +26,7 @@ from data import load_dataset
 from model import GPT, model_config
 from training import checkpoint
 from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
-from training.leaks import find_leak
+from training.leaks import check_builders, find_leak
 from training.metrics import Metrics
 from training.parallel import World, join, synchronise_gradients
 from training.run_folder import check_tokenizer, compare_with, prepared_folder, read_options, start_from, train_alone
@@ -39,6 +39,7 @@ def main():
     world = World()
     options, saved = read_options(sys.argv[1:], __doc__.splitlines()[0])
     config = model_config(asdict(options) | {"vocab_size": 1}, "options")  # refused before data are fetched
+    check_builders(config.mixer)
     device = world.start(choose_device(options.device), options)
     dtype = choose_dtype(options.dtype, device, options.n_embd)
     data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))
@@ -79,13 +80,17 @@ def refuse_leaks(model, options):
     """BadInput if an output of the model sees what it must not: its losses would mean nothing. With allow_leak, one line."""
     try:
         leak = find_leak(model, getattr(torch, options.dtype))
+    except BadInput:  # it cannot be trained at all
+        raise
     except Exception as error:  # of a mixer for GPUs alone, say
         if not options.allow_leak:
             error.add_note(f"mixer {options.mixer} could not be checked for leaks, in float64 on the CPU; --allow_leak trains it unchecked")
             raise
         leak = f"mixer {options.mixer} could not be checked, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if leak and not options.allow_leak:
-        raise BadInput(f"{leak}; so nothing is reported. `python -m tools.audit --mixer={options.mixer}` says more; --allow_leak trains it all the same")
+        mixer_file = f" --mixer_file={options.mixer_file}" if options.mixer_file else ""
+        raise BadInput(f"{leak}; so nothing is reported. `python -m tools.audit{mixer_file} --mixer={options.mixer}` "
+                       "says more; --allow_leak trains it all the same")
     if leak:
         print(f"warning    {leak}; its losses may not be compared", flush=True)
 

@@ -4,6 +4,8 @@ import os
 import re
 import sys
 
+from base.user_code import in_words, users_place
+
 
 class BadInput(ValueError):
     """Something the user gave is wrong; the message is one line: the thing, what is wrong with it, what to do."""
@@ -22,8 +24,8 @@ def printable(text):
 
 @contextlib.contextmanager
 def exit_on_bad_input(program):
-    """Inside, BadInput ends the program: one line on standard error, exit status 2. So does a lack of memory. Any other
-    error is our bug."""
+    """Inside, BadInput ends the program: one line on standard error, exit status 2. So do a lack of
+    memory and what a user's own mixer raises. Any other error is our bug."""
     try:
         yield
     except BadInput as error:
@@ -37,10 +39,15 @@ def exit_on_bad_input(program):
     except BrokenPipeError:  # who reads our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if isinstance(error, (MemoryError, RuntimeError)) and is_out_of_memory(error):
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            print(f"{program}: out of memory ({printable(reason)}); "
+                  "lower batch_size, block_size or the model's sizes", file=sys.stderr)
+            sys.exit(2)
+        where = users_place(error)
+        if not where:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        print(f"{program}: out of memory ({printable(reason)}); "
-              "lower batch_size, block_size or the model's sizes", file=sys.stderr)
+        line = f"{program}: mixer_file {where}: {in_words(error)}"
+        print(printable(" ".join(line.split())), file=sys.stderr)
         sys.exit(2)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from base.errors import BadInput
 from base.files import is_file
+from base.user_code import files, in_words, users_place
 from mixers.causal_reduction import CausalReduction
 from mixers.linear import Linear
 from mixers.linformer import Linformer
@@ -91,10 +92,11 @@ def load_mixer_file(path):
     if not is_file(path):
         raise BadInput(f"mixer_file {path} does not exist")
     before = dict(MIXERS)
+    files.add(Path(path).resolve())
     try:
         runpy.run_path(path)
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, they need the place and the reason
-        raise BadInput(f"mixer_file {path}: {type(error).__name__}: {error}") from error
+        raise BadInput(f"mixer_file {users_place(error) or path}: {in_words(error)}") from error
     if MIXERS == before and Path(path).resolve() not in loaded:  # a class that the file imports is the same when it runs once more
         raise BadInput(f'mixer_file {path} registers no mixer; end it with: MIXERS["name"] = YourClass')
     loaded.add(Path(path).resolve())

@@ -26,7 +26,6 @@ as JSON is written beside it: mine.NAME.audit.json beside mine.py, audit.json in
 """
 import copy
 import dataclasses
-import inspect
 import math
 import re
 import sys
@@ -43,12 +42,12 @@ from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input, is_out_of_memory, printable
 from base.files import write_json
 from base.options import checked, option
-from base.user_code import blame, definition, in_words, place
+from base.user_code import definition, in_words, place
 from mixers import MIXERS, layer_mixers, load_mixer_file
 from mixers.parts.heads import Room
 from model import GPT, GPTConfig
 from training import checkpoint
-from training.leaks import (KINDS, bare_copy, cast, check_forward, difference, leaking, leaks, limit,
+from training.leaks import (KINDS, bare_copy, cast, check_builders, check_forward, difference, leaking, leaks, limit,
                             parts, precision_within)
 
 SKELETONS = (dict(pos="none"), dict(arch="llama", n_kv_head=2, dropout=0.1))
@@ -80,12 +79,11 @@ class AuditOptions:
 @dataclass
 class Subject:
     """build(n_layer, block_size) -> fresh float32 models in evaluation mode, the same every time. noise: for their
-    weights. report: the JSON file. file: of the user's code, if it is theirs."""
+    weights. report: the JSON file."""
     name: str
     build: Callable
     noise: float
     report: Path
-    file: Optional[str] = None
 
     def bare(self, n_layer=None):
         return [bare_copy(model, self.noise) for model in self.build(n_layer)]
@@ -104,24 +102,10 @@ def named(mixer, mixer_file=None):
     report = Path("out", "audit", f"{safe}.json")
     if mixer_file:
         report = Path(mixer_file).with_name(f"{Path(mixer_file).stem[:80]}.{safe}.audit.json")
-    return Subject(mixer, build, 0.2, report, mixer_file)
+    return Subject(mixer, build, 0.2, report)
 
 
-def check_builders(mixer):
-    """BadInput if a builder cannot be called as builder(config, layer)."""
-    for name in layer_mixers(mixer):
-        builder = MIXERS[name]
-        if builder is None:
-            continue
-        try:
-            inspect.signature(builder).bind("config", "layer")
-        except TypeError as error:
-            code = builder.__init__ if isinstance(builder, type) else builder
-            raise BadInput(f"mixer {name}: its builder must take (config, layer): {error} "
-                           f"({definition(code)})") from error
-
-
-def trained(out_dir, mixer_file=None):
+def trained(out_dir):
     """The subject of a run's newest checkpoint."""
     run = checkpoint.load(out_dir)
 
@@ -130,9 +114,8 @@ def trained(out_dir, mixer_file=None):
         model.pos_embed = None  # learned positions would end the sequences at block_size; mixers know nothing of them
         return [model]
 
-    with blame(mixer_file):
-        build()
-    return Subject(out_dir, build, 0, Path(out_dir) / "audit.json", mixer_file)
+    build()
+    return Subject(out_dir, build, 0, Path(out_dir) / "audit.json")
 
 
 @dataclass
@@ -519,7 +502,7 @@ CHECKS = (forward, causality, split, branch, state_size, dtypes, depth, learns, 
 def audit(subject, checks=CHECKS):
     """The rows of all checks. Whatever a mixer's code raises fails the check that it was raised in; the same error is
     told once. Nothing else is asked of a mixer that fails `forward`."""
-    told = {}  # error in words, with its place -> the check that told it
+    told = {}  # (an error's text, its place) -> the check that told it
     for check in checks:
         passed = True
         try:
@@ -530,21 +513,20 @@ def audit(subject, checks=CHECKS):
             if is_out_of_memory(error):
                 raise
             passed = False
-            yield Row(check.__name__, False, what_was_raised(error, subject, check, told))
+            yield Row(check.__name__, False, what_was_raised(error, check, told))
         if check is forward and not passed:
             return
 
 
-def what_was_raised(error, subject, check, told):
+def what_was_raised(error, check, told):
     """An error in one line with its place, or where it was told already."""
-    words = str(error)  # of ours, it names the place
-    if not isinstance(error, BadInput):
-        where = subject.file and place(error, subject.file) or place(error)
-        words = ", ".join([f"{in_words(error)} ({where})", *getattr(error, "__notes__", [])])
-    if words in told:
-        return f"the same error as in {told[words]}"
-    told[words] = check.__name__
-    return words
+    if isinstance(error, BadInput):  # it names the place
+        return str(error)
+    where = place(error)
+    if (str(error), where) in told:
+        return f"the same error as in {told[str(error), where]}"
+    told[str(error), where] = check.__name__
+    return f"{in_words(error)} ({where})"
 
 
 # The report ----------------------------------------------------------------------------------------------------------
@@ -555,7 +537,7 @@ def subjects(options):
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
     if options.out_dir:
-        return [trained(options.out_dir, options.mixer_file)]
+        return [trained(options.out_dir)]
     names = sorted(MIXERS) if options.mixer == "all" else [options.mixer]
     try:
         return [named(",".join(layer_mixers(name)), options.mixer_file) for name in names]

@@ -109,6 +109,20 @@ def call(module, x, autocast=False):
 
 # The contract --------------------------------------------------------------------------------------------------------
 
+def check_builders(mixer):
+    """BadInput if a builder cannot be called as builder(config, layer)."""
+    for name in layer_mixers(mixer):
+        builder = MIXERS[name]
+        if builder is None:
+            continue
+        try:
+            inspect.signature(builder).bind("config", "layer")
+        except TypeError as error:
+            code = builder.__init__ if isinstance(builder, type) else builder
+            raise BadInput(f"mixer {name}: its builder must take (config, layer): {error} "
+                           f"({definition(code)})") from error
+
+
 def check_forward(model, dtype=torch.float64):
     """BadInput, with the place in the user's file, unless each mixer of a GPT on the CPU is what mixers/__init__.py
     asks for: an nn.Module with forward(x, state=None) -> (y, state), y shaped like x. What a mixer raises passes
@@ -322,10 +336,11 @@ def find_leak(model, dtype=torch.float32):
     In float64 it asks about a sequence of a chunk of 64 and a bit, if block_size lets it; in the run's precision about
     one of block_size tokens."""
     check_forward(bare_copy(model, noise=0).eval())
-    where = {}  # kind -> where it was found last
+    where = {}  # kind -> where it was found, in a part if it is in one
     for probe in probes(model, dtype):
         for kind in probe.found(model.config.n_embd):
-            where[kind] = probe.where
+            if probe.where != "the model" or kind not in where:
+                where[kind] = probe.where
     for kind, (what, _) in KINDS.items():
         if kind in where:
             return f"{where[kind]}: {what}"
