@@ -1,16 +1,21 @@
 """The audit and train.py's share of it: planted faults are found by the check they are for, our own mixers pass."""
 import json
+import re
+import shutil
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, metrics, run
+from honest import HONEST
 from planted import PLANTED, Honest
 
 from mixers import MIXERS
 from model import GPT, GPTConfig
 from tools import audit
-from training.leaks import KINDS, find_leak, leaks
+from training.leaks import KINDS, find_leak, leaks, precision_within
 
 PLANTED_FILE = ROOT / "tests" / "planted.py"
 OURS = sorted(MIXERS)
@@ -19,9 +24,10 @@ every_mixer = pytest.mark.parametrize("mixer", OURS)
 
 @pytest.fixture
 def planted():
-    """The faulty mixers are registered for the time of a test."""
+    """The faulty mixers and the honest ones are registered for the time of a test."""
     before = dict(MIXERS)
-    MIXERS.update({name: mixer for name, (mixer, _) in PLANTED.items()} | {"honest": Honest})
+    MIXERS.update(HONEST)
+    MIXERS.update({name: mixer for name, (mixer, _) in PLANTED.items()})
     yield
     MIXERS.clear()
     MIXERS.update(before)
@@ -35,9 +41,18 @@ def shorter_split(subject):
     return audit.split(subject, splits=audit.SPLITS[:2])
 
 
-CHECK_OF = dict.fromkeys(KINDS, shorter_causality) | {"split": shorter_split, "bytes": audit.state_size, "storage": audit.state_size,
-                                                         "bfloat16": audit.dtypes, "finite": audit.dtypes} | {
-    check.__name__: check for check in (audit.branch, audit.depth, audit.learns, audit.bits)}
+CHECK_OF = dict.fromkeys(KINDS, shorter_causality) | {
+    "forward": audit.forward,
+    "split": shorter_split,
+    "branch": audit.branch,
+    "bytes": audit.state_size,
+    "storage": audit.state_size,
+    "bfloat16": audit.dtypes,
+    "finite": audit.dtypes,
+    "depth": audit.depth,
+    "learns": audit.learns,
+    "bits": audit.bits,
+}
 ALL = [*dict.fromkeys(CHECK_OF.values()), audit.cost]
 
 
@@ -47,14 +62,59 @@ def failed(mixer, checks):
 
 @every_mixer
 def test_our_mixers_pass(mixer):  # the other checks, and more lengths and splits: test_all_of_ours_pass
-    assert not failed(mixer, [shorter_causality, shorter_split, audit.branch, audit.state_size, audit.learns])
+    checks = [shorter_causality, shorter_split, audit.branch, audit.state_size, audit.learns]
+    assert not failed(mixer, checks)
 
 
-def test_an_honest_mixer_passes_and_what_it_does_not_declare_is_not_held_against_it(planted):
-    rows = list(audit.audit(audit.named("honest"), ALL))
+def test_what_a_mixer_does_not_declare_is_not_held_against_it(planted):
+    rows = list(audit.audit(audit.named("plain"), ALL))
     assert {row.check for row in rows} == CHECK_OF.keys() | {"cost"}
     assert {row.check for row in rows if row.passed is None} == {"bytes", "cost"}
     assert all(row.passed for row in rows if row.check not in ("bytes", "cost"))
+
+
+@pytest.mark.parametrize("mixer", HONEST)
+def test_no_honest_mixer_fails_the_audit(mixer, planted):
+    cheap = [check for check in ALL if check not in (audit.depth, audit.cost)]
+    assert not failed(mixer, cheap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mixer", HONEST)
+def test_no_honest_mixer_is_refused_by_training(mixer, dtype, planted):
+    assert find_leak(make(mixer), dtype) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", HONEST)
+def test_no_honest_mixer_fails_the_whole_audit(mixer, planted):
+    assert not failed(mixer, audit.CHECKS)
+
+
+def test_a_fourier_transform_rounds_by_less_than_the_limit_at_every_length(planted):
+    model = audit.cast(audit.named("convolution").bare(n_layer=1)[0], torch.float32)
+    for T in (64, 520, 2048):
+        x = audit.normal(3, T, 32).float()
+        sizes = leaks(model, x, [T // 2, T - 1], lengths=False, huge=False)
+        assert 0 < sizes["suffix"] < audit.limit("suffix", torch.float32) / 2, T
+
+
+def test_what_computes_in_float32_is_held_to_that(planted):
+    """... and a mask of float32 does not count as computing in it."""
+    x = audit.normal(2, 66, 32)
+    inside = {}
+    for mixer in ("plain", "float_mask", "tiny_beside_mask", "float_softmax", "float_convolution"):
+        inside[mixer] = precision_within(audit.named(mixer).bare()[0], x)
+    coarse = {mixer for mixer, precision in inside.items() if precision == torch.float32}
+    assert coarse == {"float_softmax", "float_convolution"}
+
+
+def test_length_is_asked_in_training_unless_random_numbers_are_drawn(planted):
+    model = audit.named("length").bare()[0].train()
+    x = audit.normal(2, 66, 32)
+    assert leaks(model, x, [33])["length"] > 0.01
+    assert "length" not in leaks(audit.named("noisy").bare()[0].train(), x, [33])
+    assert leaks(audit.named("noisy").bare()[0].eval(), x, [33])["length"] < 1e-9
 
 
 @pytest.mark.parametrize("mixer", PLANTED)
@@ -65,7 +125,10 @@ def test_a_planted_fault_is_found_by_the_checks_it_is_for(mixer, planted):
 
 
 def test_every_check_has_a_planted_fault():
-    assert {check for _, checks in PLANTED.values() for check in checks.split()} == CHECK_OF.keys()
+    found = set()
+    for _, checks in PLANTED.values():
+        found.update(checks.split())
+    assert found == CHECK_OF.keys() - {"forward"}  # that one: test_a_mistake_in_a_mixer_is_told_first
 
 
 def test_a_leak_at_one_border_alone_needs_the_cut_there(planted):
@@ -127,19 +190,201 @@ def test_what_a_mixer_raises_fails_the_check_and_the_others_go_on(planted):
 
     MIXERS["no_state"] = NoState
     found = failed("no_state", ALL)
-    assert found.keys() == {"shorter_split", "branch"} and "no decoding yet" in found["branch"]
+    assert found.keys() == {"shorter_split", "branch"}
+    assert "NotImplementedError: no decoding yet (" in found["shorter_split"]
+    assert f"{Path(__file__).name}, line " in found["shorter_split"]
+    assert found["branch"] == "the same error as in shorter_split"
+
+
+def test_what_fails_in_bfloat16_alone_does_not_hide_the_other_figures(planted):
+    class Mixed(PLANTED["whole_mean"][0]):
+        def mix(self, x, state):
+            u, state = super().mix(x, state)
+            return u * torch.ones(1, 1, 32), state  # float32 beside bfloat16
+
+    MIXERS["mixed"] = Mixed
+    found = failed("mixed", [shorter_causality])
+    assert {"suffix", "gradient", "shorter_causality"} <= found.keys()
+    assert re.search(r"BFloat16; in bfloat16 \(.*planted.py, line \d+", found["shorter_causality"])
+
+
+MINE = """
+import torch
+from mixers import MIXERS
+
+class Mine(torch.nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.proj = torch.nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, state=None):
+        return self.proj(x), state
+
+MIXERS["mine"] = Mine
+"""
+CONTRACT = "forward must return (y, state), y shaped like x; for x "
+FORWARD = 10  # its line in MINE
+RETURN = "return self.proj(x), state"
+
+
+@dataclass
+class Mistake:
+    """In MINE, what stands instead of what; what is said of it, and the line that is named."""
+    right: str
+    wrong: str
+    says: str
+    line: int = FORWARD
+
+
+MISTAKES = {
+    "y_alone": Mistake(RETURN, "return self.proj(x)", CONTRACT),
+    "none": Mistake(RETURN, "self.proj(x)", "it returned None"),
+    "three": Mistake(RETURN, "return x, state, 1", "it returned 3 values"),
+    "shape": Mistake(RETURN, "return x[..., :2], state", "y is a tensor (2, 5, 2)"),
+    "without_state": Mistake(", state=None):", "):", "forward must be forward(self, x, state=None)"),
+    "builder": Mistake("config, layer", "config", "its builder must take (config, layer)", 6),
+    "misspelt": Mistake("self.proj(x)", "self.porj(x)", "has no attribute 'porj'", 11),
+    "misspelt_option": Mistake("(config.n_embd", "(config.width", "no attribute 'width'", 8),
+    "file": Mistake('MIXERS["mine"]', 'MIXER["mine"]', "NameError: name 'MIXER'", 13),
+    "syntax": Mistake("(x), state", "(x)), state", "SyntaxError: unmatched ')'", 11),
+}
+
+
+def write_mistake(name):
+    mistake = MISTAKES[name]
+    assert mistake.right in MINE
+    Path("mine.py").write_text(MINE.replace(mistake.right, mistake.wrong))
+    return mistake
+
+
+def audit_here(monkeypatch, capsys, *argv):
+    """What the command printed on stdout and stderr, and its exit status."""
+    monkeypatch.setattr(sys, "argv", ["audit", *map(str, argv)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        audit.main()
+    return *capsys.readouterr(), int(exit.value.code)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_mixer_is_told_first(name, here, monkeypatch, capsys):
+    mistake = write_mistake(name)
+    mine = ("--mixer_file=mine.py", "--mixer=mine")
+    out, err, status = audit_here(monkeypatch, capsys, *mine)
+    if name in ("file", "syntax"):
+        assert out == "" and status == 2
+        line = err.strip()
+    else:
+        line, last = out.strip().splitlines()
+        assert line.startswith("forward   FAIL  ") and last.startswith("mine: FAIL (forward), ")
+        assert err == "" and status == 1
+    assert mistake.says in line and f"mine.py, line {mistake.line}" in line
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_training_tells_a_mistake_in_a_mixer_in_one_line(name, train):
+    mistake = write_mistake(name)
+    line = train.refuses(*TINY, "--mixer_file=mine.py", "--mixer=mine", "--max_iters=1")
+    assert mistake.says in line and f"mine.py, line {mistake.line}" in line
+
+
+def test_a_mistake_that_comes_late_in_training_is_one_line_too(train, capsys):
+    Path("mine.py").write_text(MINE.replace(RETURN, "return x + x.new_zeros(1, 1, calls()), state")
+                               + "calls = iter([1] * 100 + [7]).__next__\n")
+    with pytest.raises(SystemExit) as exit:
+        train.call([*TINY, "--mixer_file=mine.py", "--mixer=mine", "--max_iters=200"])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1
+    assert "train.py: mixer_file mine.py, line 11, in forward: RuntimeError: " in err
+
+
+def test_an_error_of_ours_is_still_a_traceback(train, monkeypatch):
+    Path("mine.py").write_text(MINE)
+    monkeypatch.setattr("train.describe", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.call([*TINY, "--mixer_file=mine.py", "--mixer=mine", "--max_iters=1"])
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The command asks little."""
+    monkeypatch.setattr(audit, "CHECKS", (audit.forward, shorter_causality))
+    monkeypatch.setattr(audit.audit, "__defaults__", (audit.CHECKS,))
+
+
+def test_a_json_report_stands_beside_the_users_file(here, quick, monkeypatch, capsys):
+    Path("mine.py").write_text(MINE + "MIXERS['../../up\\x1b[2J' + 300 * 'x'] = Mine\n")
+    out, _, status = audit_here(monkeypatch, capsys, "--mixer_file=mine.py", "--mixer=mine")
+    report = json.loads(Path("mine.mine.audit.json").read_text())
+    assert status == 0 and "report in mine.mine.audit.json" in out
+    assert report["audited"] == "mine" and report["passed"] is True
+    assert report["rows"][0] == dict(check="forward", passed=True, figures="(y, state), y shaped like x")
+    wild = "../../up\x1b[2J" + 300 * "x"
+    out, _, status = audit_here(monkeypatch, capsys, "--mixer_file=mine.py", f"--mixer={wild}")
+    assert status == 0 and "\x1b" not in out
+    assert {path.name[:12] for path in Path().glob("*.json")} == {"mine.mine.au", "mine._up_2Jx"}
+
+
+def test_a_report_of_a_fault_and_one_that_cannot_be_written(here, quick, monkeypatch, capsys):
+    shutil.copy(PLANTED_FILE, "planted_copy.py")
+    faulty = ("--mixer_file=planted_copy.py", "--mixer=whole_mean")
+    _, err, status = audit_here(monkeypatch, capsys, *faulty)
+    report = Path("planted_copy.whole_mean.audit.json")
+    assert err == "" and status == 1 and json.loads(report.read_text())["passed"] is False
+    report.unlink()
+    report.mkdir()
+    out, err, status = audit_here(monkeypatch, capsys, *faulty)
+    assert status == 1 and "whole_mean: FAIL" in out
+    assert err.count("\n") == 1 and "warning: no report" in err
+
+
+def test_a_report_of_one_of_ours(here, quick, monkeypatch, capsys):
+    assert audit_here(monkeypatch, capsys, "--mixer=softmax,causal_max")[2] == 0
+    report = json.loads((here / "out" / "audit" / "softmax,causal_max.json").read_text())
+    assert report["audited"] == "softmax,causal_max" and report["seconds"] > 0
 
 
 # -- train.py ---------------------------------------------------------------------------------------------------------
 
-LEAKS = {"whole_mean": "suffix", "batch_std": "rows", "off_by_one": "suffix", "chunk_end": "suffix", "chunk_max": "huge", "zero_gate": "suffix",
-         "training_only": "suffix", "hidden": "gradient", "length": "length", "statistics": "repeat", "float32_only": "suffix", "late": "suffix"}
+LEAKS = {
+    "whole_mean": "suffix",
+    "batch_std": "rows",
+    "off_by_one": "suffix",
+    "chunk_end": "suffix",
+    "chunk_max": "huge",
+    "zero_gate": "suffix",
+    "evaluation_gate": "suffix",
+    "relu_gate": "suffix",
+    "negative_gate": "suffix",
+    "rezero_leak": "suffix",
+    "single_gate": "suffix",
+    "faint": "suffix",
+    "faint_inside": "suffix",
+    "tiny_beside_mask": "suffix",
+    "noisy_leak": "suffix",
+    "wraps_round": "suffix",
+    "training_only": "suffix",
+    "hidden": "gradient",
+    "length": "length",
+    "statistics": "repeat",
+    "float32_only": "suffix",
+    "late": "suffix",
+}
 
 
 @pytest.mark.parametrize("mixer", LEAKS)
+def test_the_check_before_training_finds_a_leak(mixer, planted):
+    what, _ = KINDS[LEAKS[mixer]]
+    assert find_leak(make(mixer)) == f"mixer {mixer}: {what}"
+
+
+@pytest.mark.parametrize("mixer", ["whole_mean", "statistics"])
 def test_training_refuses_a_mixer_that_leaks(train, mixer):
     line = train.refuses(*TINY, f"--mixer_file={PLANTED_FILE}", f"--mixer={mixer}")
     assert f"mixer {mixer}: {KINDS[LEAKS[mixer]][0]}" in line and "--allow_leak" in line
+    assert f"`python -m tools.audit --mixer_file={PLANTED_FILE} --mixer={mixer}`" in line
 
 
 def test_one_leaking_layer_of_several_is_named(train):
