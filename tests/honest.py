@@ -297,28 +297,29 @@ class FloatMask(Attention):
         return (scores + self.mask[S - T:S, :S].to(scores.device)).softmax(-1).to(scores.dtype)
 
 
+# name -> the mixer and the checks that accused it once, or are likeliest to
 HONEST = {
-    "plain": Honest,
-    "biased_qkv": Attention,
-    "zero_projection": ZeroProjection,
-    "float_softmax": FloatSoftmax,
-    "own_dropout": OwnDropout,
-    "rezero": ReZero,
-    "noisy": Noisy,
-    "skipped": Skipped,
-    "convolution": Convolution,
-    "float_convolution": FloatConvolution,
-    "top_k": TopK,
-    "scattered": Scattered,
-    "token_shift": TokenShift,
-    "moving_average": MovingAverage,
-    "normalised": Normalised,
-    "two_modes": TwoModes,
-    "rotation": Rotation,
-    "window": Window,
-    "spatial": Spatial,
-    "float_mask": FloatMask,
+    "plain": (Honest, "depth bits"),
+    "biased_qkv": (Attention, "split"),
+    "zero_projection": (ZeroProjection, "learns"),
+    "float_softmax": (FloatSoftmax, "split"),
+    "own_dropout": (OwnDropout, "branch"),
+    "rezero": (ReZero, "learns"),
+    "noisy": (Noisy, "length"),
+    "skipped": (Skipped, "learns"),
+    "convolution": (Convolution, "suffix"),
+    "float_convolution": (FloatConvolution, "suffix split"),
+    "top_k": (TopK, "bfloat16"),
+    "scattered": (Scattered, "bfloat16 learns"),
+    "token_shift": (TokenShift, "branch"),
+    "moving_average": (MovingAverage, "branch bytes"),
+    "normalised": (Normalised, "suffix bfloat16 learns"),
+    "two_modes": (TwoModes, "learns split"),
+    "rotation": (Rotation, "bytes bfloat16"),
+    "window": (Window, "branch bytes"),
+    "spatial": (Spatial, "branch split"),
+    "float_mask": (FloatMask, "branch"),
 }
 
 if __name__ == "<run_path>":
-    MIXERS.update(HONEST)
+    MIXERS.update({name: mixer for name, (mixer, _) in HONEST.items()})

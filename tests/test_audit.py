@@ -26,8 +26,7 @@ every_mixer = pytest.mark.parametrize("mixer", OURS)
 def planted():
     """The faulty mixers and the honest ones are registered for the time of a test."""
     before = dict(MIXERS)
-    MIXERS.update(HONEST)
-    MIXERS.update({name: mixer for name, (mixer, _) in PLANTED.items()})
+    MIXERS.update({name: mixer for name, (mixer, _) in (HONEST | PLANTED).items()})
     yield
     MIXERS.clear()
     MIXERS.update(before)
@@ -74,9 +73,9 @@ def test_what_a_mixer_does_not_declare_is_not_held_against_it(planted):
 
 
 @pytest.mark.parametrize("mixer", HONEST)
-def test_no_honest_mixer_fails_the_audit(mixer, planted):
-    cheap = [check for check in ALL if check not in (audit.depth, audit.cost)]
-    assert not failed(mixer, cheap)
+def test_no_honest_mixer_fails_the_checks_that_are_likeliest_to_accuse_it(mixer, planted):
+    likeliest = HONEST[mixer][1].split()
+    assert not failed(mixer, list(dict.fromkeys(CHECK_OF[check] for check in likeliest)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,7 +112,8 @@ def test_length_is_asked_in_training_unless_random_numbers_are_drawn(planted):
     model = audit.named("length").bare()[0].train()
     x = audit.normal(2, 66, 32)
     assert leaks(model, x, [33])["length"] > 0.01
-    assert "length" not in leaks(audit.named("noisy").bare()[0].train(), x, [33])
+    for mixer in ("noisy", "own_dropout"):
+        assert "length" not in leaks(audit.named(mixer).bare()[0].train(), x, [33])
     assert leaks(audit.named("noisy").bare()[0].eval(), x, [33])["length"] < 1e-9
 
 
