@@ -23,8 +23,8 @@ def frames_of(error):
 
 
 def users_place(error):
-    """Where in a user's file an error came from, "mine.py, line 12, in forward": the last line of its
-    traceback that is in one of `files`, or "" if none is."""
+    """Where in a user's file an error came from, "mine.py, line 12, in forward": the last line of
+    its traceback that is in one of `files`, or "" if none is."""
     return last([f for f in frames_of(error) if Path(f.filename).resolve() in files])
 
 
@@ -42,7 +42,8 @@ def last(frames):
 
 
 def definition(function):
-    """Where a function begins, "mine.py, line 9"; of one that is not written in Python, its name."""
+    """Where a function begins, "mine.py, line 9"; of one that is not written in Python, its
+    name."""
     code = getattr(function, "__code__", None)
     if code is None:
         return getattr(function, "__qualname__", type(function).__name__)

@@ -20,8 +20,8 @@ HEADS = 4
 
 
 class Attention(nn.Module):
-    """Softmax attention with separate projections with biases: the key bias's gradient is zero, since a softmax does
-    not see what is added to all of its scores."""
+    """Softmax attention with separate projections with biases: the key bias's gradient is zero,
+    since a softmax does not see what is added to all of its scores."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -107,7 +107,8 @@ class Skipped(Honest):
 
 
 class Convolution(Honest):
-    """A causal convolution as long as the text, by a zero-padded FFT. State: all inputs so far, in float32 at least."""
+    """A causal convolution as long as the text, by a zero-padded FFT. State: all inputs so far, in
+    float32 at least."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -185,7 +186,8 @@ class Memory:
 
 
 class MovingAverage(Honest):
-    """A running mean, token by token, then a gate that saturates. State: a dataclass with an integer tensor."""
+    """A running mean, token by token, then a gate that saturates. State: a dataclass with an
+    integer tensor."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -229,7 +231,8 @@ class TwoModes(Honest):
 
 
 class Rotation(Honest):
-    """A complex linear recurrence, h_t = a h_{t-1} + b x_t, whose parameters are complex. State: h and the position."""
+    """A complex linear recurrence, h_t = a h_{t-1} + b x_t, whose parameters are complex. State: h
+    and the position."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -271,7 +274,8 @@ class Carrier:
 
 
 class Spatial(Honest):
-    """A learned weight for each pair of positions, up to block_size of them (gMLP, arXiv 2105.08050, made causal)."""
+    """A learned weight for each pair of positions, up to block_size of them (gMLP, arXiv
+    2105.08050, made causal)."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)

@@ -1,8 +1,10 @@
-"""Mixers with one fault each, which the audit must find; never in the registry, unless a command names this file:
+"""Mixers with one fault each, which the audit must find; never in the registry, unless a command
+names this file:
 
     python -m tools.audit --mixer_file=tests/planted.py --mixer=whole_mean     # FAIL
 
-All are y = W u, with u what their `mix` makes of x (B, T, C); the state is passed through where there is nothing to remember.
+All are y = W u, with u what their `mix` makes of x (B, T, C); the state is passed through where
+there is nothing to remember.
 """
 import random
 
@@ -61,7 +63,8 @@ class BorderOnly(Honest):
 
 
 class ChunkMax(Honest):
-    """Linear attention with exponential features whose keys are taken relative to the chunk's maximum."""
+    """Linear attention with exponential features whose keys are taken relative to the chunk's
+    maximum."""
     def mix(self, x, state):
         pieces = []
         S, z, m = state or (0, 0, x.new_full((x.size(0), 1, x.size(2)), -torch.inf))
@@ -83,7 +86,8 @@ class Forgetful(Honest):
 
 
 class ZeroGate(Honest):
-    """A leak behind a weight that starts at zero: nothing to see before the first step of training."""
+    """A leak behind a weight that starts at zero: nothing to see before the first step of
+    training."""
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.gate = nn.Parameter(torch.zeros(config.n_embd))
@@ -99,7 +103,8 @@ class Hidden(Honest):
 
 
 class Length(Honest):
-    """Scaled by the length of the sequence: x_t is all it sees of the tokens, but it knows how near the end is."""
+    """Scaled by the length of the sequence: x_t is all it sees of the tokens, but it knows how near
+    the end is."""
     def mix(self, x, state):
         return x * torch.arange(1, x.size(1) + 1, dtype=x.dtype)[:, None] / x.size(1), state
 
@@ -123,7 +128,8 @@ class DropoutOnly(WholeMean):
 class Float32Only(WholeMean):
     """The fast path, of float32, leaks; the reference, of all else, does not."""
     def mix(self, x, state):
-        return super().mix(x, state) if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") else (x, state)
+        fast = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return super().mix(x, state) if fast else (x, state)
 
 
 class AutocastOnly(Honest):
@@ -244,7 +250,8 @@ class WrongKeyBias(Honest):
 
 
 class WrapsRound(Honest):
-    """A convolution by a Fourier transform without padding: the end comes round to the beginning."""
+    """A convolution by a Fourier transform without padding: the end comes round to the
+    beginning."""
     def mix(self, x, state):
         n = torch.arange(x.size(1), dtype=torch.float32)[:, None]
         product = torch.fft.rfft(x.float(), dim=1) * torch.fft.rfft((-n / 4).exp(), dim=0)

@@ -1,4 +1,5 @@
-"""The audit and train.py's share of it: planted faults are found by the check they are for, our own mixers pass."""
+"""The audit and train.py's share of it: planted faults are found by the check they are for, our own
+mixers pass."""
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from conftest import ROOT, TINY, metrics, run
 from honest import HONEST
 from planted import PLANTED, Honest
 
-from mixers import MIXERS
+from mixers import MIXERS, load_mixer_file
 from model import GPT, GPTConfig
 from tools import audit
 from training.leaks import KINDS, find_leak, leaks, precision_within
@@ -56,11 +57,13 @@ ALL = [*dict.fromkeys(CHECK_OF.values()), audit.cost]
 
 
 def failed(mixer, checks):
-    return {row.check: row.figures for row in audit.audit(audit.named(mixer), checks) if row.passed is False}
+    rows = audit.audit(audit.named(mixer), checks)
+    return {row.check: row.figures for row in rows if row.passed is False}
 
 
 @every_mixer
-def test_our_mixers_pass(mixer):  # the other checks, and more lengths and splits: test_all_of_ours_pass
+def test_our_mixers_pass(mixer):
+    """The other checks, and more lengths and splits: test_all_of_ours_pass."""
     checks = [shorter_causality, shorter_split, audit.branch, audit.state_size, audit.learns]
     assert not failed(mixer, checks)
 
@@ -128,7 +131,8 @@ def test_every_check_has_a_planted_fault():
     found = set()
     for _, checks in PLANTED.values():
         found.update(checks.split())
-    assert found == CHECK_OF.keys() - {"forward"}  # that one: test_a_mistake_in_a_mixer_is_told_first
+    # forward's: test_a_mistake_in_a_mixer_is_told_first
+    assert found == CHECK_OF.keys() - {"forward"}
 
 
 def test_a_leak_at_one_border_alone_needs_the_cut_there(planted):
@@ -138,13 +142,54 @@ def test_a_leak_at_one_border_alone_needs_the_cut_there(planted):
     assert leaks(model, x, [65])["suffix"] == leaks(model, x, [63])["suffix"] == 0
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+def test_the_example_to_copy_is_honest(planted):
+    load_mixer_file(ROOT / "examples" / "delta_rule.py")
+    assert find_leak(make("delta_rule", block_size=80)) is None
+    checks = [audit.forward, shorter_split, audit.branch, audit.state_size, audit.learns]
+    rows = list(audit.audit(audit.named("delta_rule"), checks))
+    assert {row.check for row in rows} == {"forward", "split", "branch", "bytes", "storage", "learns"}
+    assert all(row.passed for row in rows), rows
+
+
+class Given(torch.nn.Module):
+    """Gives the same whatever it gets."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return self.value
+
+
+def test_the_example_is_the_delta_rule(planted):
+    """With beta = 1 a value replaces what its key had, and leaves alone what other keys have."""
+    load_mixer_file(ROOT / "examples" / "delta_rule.py")
+    mixer = make("delta_rule", n_embd=2, n_head=1).blocks[0].mixer
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.zero_()
+        mixer.beta.bias.fill_(100)
+        mixer.c_proj.weight.copy_(torch.eye(2))
+    queries, keys, values = [1, 0], [[2, 0], [0, 3], [4, 0]], [[1, 5], [7, 7], [3, 4]]
+    rows = [[*queries, *key, *value] for key, value in zip(keys, values)]
+    mixer.qkv = Given(torch.tensor([rows]).float())
+    y, state = mixer(torch.zeros(1, 3, 2))
+    torch.testing.assert_close(y[0], torch.tensor([[1.0, 5], [1, 5], [3, 4]]))
+    torch.testing.assert_close(state[0, 0], torch.tensor([[3.0, 4], [7, 7]]))
+
+
+# -- the command -----------------------------------------------------------------------------------
 
 def command(home, *arguments):
     return run(home, "-m", "tools.audit", *arguments)
 
 
-@pytest.mark.parametrize("mixer", ["chunk_max", *(pytest.param(name, marks=pytest.mark.slow) for name in ("batch_std", "forgetful"))])
+@pytest.mark.parametrize("mixer", [
+    "chunk_max",
+    pytest.param("batch_std", marks=pytest.mark.slow),
+    pytest.param("forgetful", marks=pytest.mark.slow),
+])
 def test_a_users_faulty_mixer_ends_the_command_with_status_1(home, mixer):
     done = command(home, f"--mixer_file={PLANTED_FILE}", f"--mixer={mixer}")
     assert done.returncode == 1 and done.stderr == "", done
@@ -157,7 +202,8 @@ def test_a_run_is_audited_as_trained(home, trained):
     done = command(home, f"--out_dir={trained}")
     assert done.returncode == 0 and done.stderr == "", done
     *rows, last = [line.split()[:2] for line in done.stdout.splitlines() if line]
-    assert {check for check, _ in rows} == CHECK_OF.keys() | {"cost"} and last == [f"{trained}:", "pass,"]
+    assert {check for check, _ in rows} == CHECK_OF.keys() | {"cost"}
+    assert last == [f"{trained}:", "pass,"]
     assert all(verdict == ("n/a" if check == "cost" else "pass") for check, verdict in rows)
 
 
@@ -166,12 +212,18 @@ def test_all_of_ours_pass(home):
     done = run(home, "-m", "tools.audit", "--mixer=all", timeout=240)
     assert done.returncode == 0 and done.stderr == "", done
     table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[-len(OURS):]}
-    assert table.keys() == set(OURS) and all(set(verdicts) == {"pass"} for verdicts in table.values())
+    assert table.keys() == set(OURS)
+    assert all(set(verdicts) == {"pass"} for verdicts in table.values())
 
 
 @pytest.mark.parametrize("argv, naming", [
-    ([], "--mixer"), (["--mixer=foo"], "foo"), (["--mixer=lln", "--out_dir=x"], "--out_dir"), (["--out_dir=nowhere"], "nowhere"),
-    (["--mixers=lln"], "--mixer"), (["--mixer=lln", "--mixer_file=none.py"], "none.py"),
+    ([], "--mixer"),
+    (["--mixer=foo"], "foo"),
+    (["--mixer=lln", "--out_dir=x"], "--out_dir"),
+    (["--out_dir=nowhere"], "nowhere"),
+    (["--mixers=lln"], "--mixer"),
+    (["--mixer=lln", "--mixer_file=none.py"], "none.py"),
+    (["--mixer=lln", "--mixer_file=" + 300 * "x"], "xxx"),
 ])
 def test_bad_input_is_one_line(monkeypatch, capsys, argv, naming):
     monkeypatch.setattr(sys, "argv", ["audit", *argv])
@@ -210,7 +262,7 @@ def test_what_fails_in_bfloat16_alone_does_not_hide_the_other_figures(planted):
 
 MINE = """
 import torch
-from mixers import MIXERS
+from mixers import MIXERS, load_mixer_file
 
 class Mine(torch.nn.Module):
     def __init__(self, config, layer):
@@ -241,7 +293,7 @@ MISTAKES = {
     "none": Mistake(RETURN, "self.proj(x)", "it returned None"),
     "three": Mistake(RETURN, "return x, state, 1", "it returned 3 values"),
     "shape": Mistake(RETURN, "return x[..., :2], state", "y is a tensor (2, 5, 2)"),
-    "without_state": Mistake(", state=None):", "):", "forward must be forward(self, x, state=None)"),
+    "without_state": Mistake(", state=None):", "):", "must be forward(self, x, state=None)"),
     "builder": Mistake("config, layer", "config", "its builder must take (config, layer)", 6),
     "misspelt": Mistake("self.proj(x)", "self.porj(x)", "has no attribute 'porj'", 11),
     "misspelt_option": Mistake("(config.n_embd", "(config.width", "no attribute 'width'", 8),
@@ -305,7 +357,7 @@ def test_an_error_of_ours_is_still_a_traceback(train, monkeypatch):
         train.call([*TINY, "--mixer_file=mine.py", "--mixer=mine", "--max_iters=1"])
 
 
-# -- the report -------------------------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -320,7 +372,8 @@ def test_a_json_report_stands_beside_the_users_file(here, quick, monkeypatch, ca
     report = json.loads(Path("mine.mine.audit.json").read_text())
     assert status == 0 and "report in mine.mine.audit.json" in out
     assert report["audited"] == "mine" and report["passed"] is True
-    assert report["rows"][0] == dict(check="forward", passed=True, figures="(y, state), y shaped like x")
+    first = dict(check="forward", passed=True, figures="(y, state), y shaped like x")
+    assert report["rows"][0] == first
     wild = "../../up\x1b[2J" + 300 * "x"
     out, _, status = audit_here(monkeypatch, capsys, "--mixer_file=mine.py", f"--mixer={wild}")
     assert status == 0 and "\x1b" not in out
@@ -346,7 +399,7 @@ def test_a_report_of_one_of_ours(here, quick, monkeypatch, capsys):
     assert report["audited"] == "softmax,causal_max" and report["seconds"] > 0
 
 
-# -- train.py ---------------------------------------------------------------------------------------------------------
+# -- train.py --------------------------------------------------------------------------------------
 
 LEAKS = {
     "whole_mean": "suffix",
@@ -388,7 +441,8 @@ def test_training_refuses_a_mixer_that_leaks(train, mixer):
 
 
 def test_one_leaking_layer_of_several_is_named(train):
-    assert "mixer whole_mean:" in train.refuses(*TINY, f"--mixer_file={PLANTED_FILE}", "--n_layer=3", "--mixer=lln,softmax,whole_mean")
+    pattern = ("--n_layer=3", "--mixer=lln,softmax,whole_mean")
+    assert "mixer whole_mean:" in train.refuses(*TINY, f"--mixer_file={PLANTED_FILE}", *pattern)
 
 
 def test_a_leak_that_is_allowed_is_warned_of_and_recorded(train, here):
@@ -417,12 +471,14 @@ def test_a_mixer_that_cannot_be_checked_trains_only_if_allowed(train, planted):
     with pytest.raises(TypeError, match="float64") as raised:
         train.call([*TINY, "--mixer=single_only", "--max_iters=1"])
     assert "--allow_leak" in raised.value.__notes__[0]
-    assert "could not be checked" in train(*TINY, "--mixer=single_only", "--max_iters=1", "--allow_leak", "--out_dir=run")
+    out = train(*TINY, "--mixer=single_only", "--max_iters=1", "--allow_leak", "--out_dir=run")
+    assert "could not be checked" in out
 
 
 def make(mixer, **options):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**dict(vocab_size=31, block_size=100, n_layer=2, n_embd=32, mixer=mixer) | options))
+    small = dict(vocab_size=31, block_size=100, n_layer=2, n_embd=32)
+    return GPT(GPTConfig(**small | options, mixer=mixer))
 
 
 @every_mixer
@@ -437,24 +493,34 @@ def test_no_false_alarm_where_weights_have_grown(mixer):
 @every_mixer
 def test_the_check_leaves_the_model_and_the_random_numbers_alone(mixer):
     model = make(mixer, dropout=0.2)
-    tensors = lambda: [t.clone() for t in (*model.parameters(), *model.buffers(), torch.get_rng_state())]
+
+    def tensors():
+        every = (*model.parameters(), *model.buffers(), torch.get_rng_state())
+        return [t.clone() for t in every]
+
     before = tensors()
     assert find_leak(model) is None
-    assert all(map(torch.equal, tensors(), before)) and all(module.training for module in model.modules())
-    assert all(p.requires_grad and p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+    assert all(map(torch.equal, tensors(), before))
+    assert all(module.training for module in model.modules())
+    for p in model.parameters():
+        assert p.requires_grad and p.grad is None and p.dtype == torch.float32
 
 
 @every_mixer
 def test_no_false_alarm_in_bfloat16_over_a_long_context(mixer):
-    """Wide enough that linear attention's keys grow beyond what one reference per chunk can hold."""
-    assert find_leak(make(mixer, n_layer=1, n_embd=384, n_head=6, block_size=256), torch.bfloat16) is None
+    """Wide enough that linear attention's keys grow beyond what one reference per chunk can
+    hold."""
+    model = make(mixer, n_layer=1, n_embd=384, n_head=6, block_size=256)
+    assert find_leak(model, torch.bfloat16) is None
 
 
 def test_a_leak_of_the_runs_own_length_or_precision_is_found(planted):
     assert find_leak(make("long_only", block_size=100)) is None
-    assert "mixer long_only: an output depends on a later token" in find_leak(make("long_only", block_size=128))
+    found = find_leak(make("long_only", block_size=128))
+    assert "mixer long_only: an output depends on a later token" in found
     assert find_leak(make("autocast_only"), torch.float32) is None
-    assert "mixer autocast_only: an output's gradient" in find_leak(make("autocast_only"), torch.bfloat16)
+    found = find_leak(make("autocast_only"), torch.bfloat16)
+    assert "mixer autocast_only: an output's gradient" in found
 
 
 def test_a_state_that_cannot_be_looked_into_fails():
@@ -465,8 +531,13 @@ def test_a_state_that_cannot_be_looked_into_fails():
 
 def test_a_leak_in_the_ffn_is_named(monkeypatch):
     import model as model_module
-    monkeypatch.setattr(model_module, "causal_reduce", lambda x, op, context, state=None: (x.mean(1, keepdim=True).expand_as(x), state))
-    assert find_leak(make("softmax", mlp_activation="causal_mean")).startswith("mlp_activation causal_mean: an output depends on a later token")
+
+    def leaky(x, op, context, state=None):
+        return x.mean(1, keepdim=True).expand_as(x), state
+
+    monkeypatch.setattr(model_module, "causal_reduce", leaky)
+    found = find_leak(make("softmax", mlp_activation="causal_mean"))
+    assert found == "mlp_activation causal_mean: an output depends on a later token"
 
 
 def test_a_leak_in_the_model_around_its_parts_is_named():
@@ -475,7 +546,8 @@ def test_a_leak_in_the_model_around_its_parts_is_named():
             h, state = super().hidden(idx, state)
             return h + h.mean(1, keepdim=True), state
 
-    assert find_leak(Leaky(make("softmax").config)).startswith("the model: an output depends on a later token")
+    found = find_leak(Leaky(make("softmax").config))
+    assert found == "the model: an output depends on a later token"
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 64])
@@ -486,7 +558,9 @@ def test_short_sequences(block_size, planted):
 
 @pytest.mark.slow
 def test_all_processes_end_where_the_mixer_leaks(home, tmp_path):
-    done = run(home, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", *TINY, f"--mixer_file={PLANTED_FILE}",
-               "--mixer=whole_mean", f"--out_dir={tmp_path / 'run'}")
-    assert done.returncode != 0 and "mixer whole_mean: an output depends on a later token" in done.stderr
+    leaky = (f"--mixer_file={PLANTED_FILE}", "--mixer=whole_mean")
+    done = run(home, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py", *TINY,
+               *leaky, f"--out_dir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    assert "mixer whole_mean: an output depends on a later token" in done.stderr
     assert not (tmp_path / "run").exists()

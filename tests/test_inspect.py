@@ -1,4 +1,5 @@
-"""tools/inspect_attention.py: measures on matrices whose values are known, matrices against their formulas, the whole command."""
+"""tools/inspect_attention.py: measures on matrices whose values are known, matrices against their
+formulas, the whole command."""
 import json
 import math
 import re
@@ -29,7 +30,7 @@ WITHOUT_MATRIX = {"linformer", "pelican", *(name for name in MIXERS if name.star
 NAME = "tools.inspect_attention"
 
 
-# Measures ------------------------------------------------------------------------------------------------------------
+# Measures -----------------------------------------------------------------------------------------
 
 T = 9
 UNIFORM, IDENTITY = np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None], np.eye(T)
@@ -116,7 +117,7 @@ def test_temperatures():
     assert measures.temperature_softmax(q, k) == pytest.approx(1 / scores.std(), rel=0.05)
 
 
-# Matrices ------------------------------------------------------------------------------------------------------------
+# Matrices -----------------------------------------------------------------------------------------
 
 def softmax_rows(scores):
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -218,7 +219,7 @@ def test_matrix_of_a_users_mixer(mix, reason, monkeypatch):
         attention_matrix(mixer, x)
 
 
-# Influence -----------------------------------------------------------------------------------------------------------
+# Influence ----------------------------------------------------------------------------------------
 
 def exact_influence(f, x):
     J = torch.autograd.functional.jacobian(lambda x: f(x)[0], x)[:, :, 0]  # (T, E, T, C)
@@ -297,7 +298,7 @@ def test_measured_values_are_those_of_the_matrices():
     assert head["temperature_lln"] == pytest.approx(((alpha[2] * sigma_q)**2 + (beta[2] * sigma_k)**2).item()**-0.5, rel=1e-4)
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 ALPHABET = "".join(map(chr, range(97, 123))) + " \n$_?"  # 31 symbols
 

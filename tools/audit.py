@@ -1,28 +1,33 @@
-"""Is a mixer real? Checks it and says pass or FAIL, with figures. Run: python -m tools.audit --mixer=lln   (seconds)
+"""Is a mixer real? Says pass or FAIL, with figures. Run: python -m tools.audit --mixer=lln
 
-    python -m tools.audit --mixer=all                                 every mixer and a table of all, about a minute
-    python -m tools.audit --mixer_file=mine.py --mixer=mine           a mixer of your own
-    python -m tools.audit --out_dir=out/shakespeare_lln               the newest checkpoint of a run, as trained
+    python -m tools.audit --mixer=all                        every mixer, and a table: a minute
+    python -m tools.audit --mixer_file=mine.py --mixer=mine  a mixer of your own: seconds
+    python -m tools.audit --out_dir=out/shakespeare_lln      a run's newest checkpoint, as trained
 
-Named mixers are built into two small models (GPT-2's and LLaMA's skeleton, the latter with RoPE and grouped heads) with
-noise on all weights; everything runs on the CPU, in float64 unless a check is about another dtype. Model options such
-as --lln_diag_mode are audited in a run that has them, of two steps perhaps. Exit status 1 if anything fails. The same
-as JSON is written beside it: mine.NAME.audit.json beside mine.py, audit.json in a run's folder, else out/audit/NAME.json.
+Named mixers are built into two small models (GPT-2's and LLaMA's skeleton, the latter with RoPE and
+grouped heads) with noise on all weights; everything runs on the CPU, in float64 unless a check is
+about another dtype. Model options such as --lln_diag_mode are audited in a run that has them, of
+two steps perhaps. Exit status 1 if anything fails.
 
-    forward   forward(x, state=None) returns (y, state), y shaped like x; if not, nothing else is asked
+The same is written as JSON: to mine.NAME.audit.json beside mine.py, to audit.json in a run's
+folder, else to out/audit/NAME.json.
+
+    forward   forward(x, state=None) returns (y, state), y shaped like x; if not, nothing else is
+              asked
     repeat rows suffix gradient length huge
               what an output must not depend on, see training/leaks.py; the first four in every dtype
-    split     a sequence in pieces of any lengths, down to single tokens, is the whole: outputs and gradients
+    split     a sequence in pieces of any lengths, down to single tokens, is the whole: outputs and
+              gradients
     branch    stepping on from a state leaves the state as it was
-    bytes     state_bytes(T, dtype) is the size of the real state (n/a where a mixer does not say)
+    bytes     state_bytes(T, dtype) is the real state's size (n/a where a mixer does not say)
     storage   a state of constant size does not hold on to storage that grows with T
     bfloat16  a bfloat16 model, float32 weights under autocast, and without, stay near float64
-    finite    no infinity, no NaN in outputs or gradients at inputs of 1,000 times the usual size, in no dtype
+    finite    no infinity, no NaN in outputs or gradients at inputs of 1,000 times the usual size
     depth     gradient norms of the layers of a fresh model of 12, largest over smallest
     learns    every parameter that is trained gets a gradient
     bits      the same seed gives the same bits, forward and backward
-    cost      exponents of T: of measured time and of memory kept for the backward pass, and the declared FLOPs'; not
-              judged
+    cost      exponents of T, of measured time, of memory kept for the backward pass and of the
+              declared FLOPs; not judged
 """
 import copy
 import dataclasses
@@ -42,13 +47,13 @@ from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input, is_out_of_memory, printable
 from base.files import write_json
 from base.options import checked, option
-from base.user_code import definition, in_words, place
+from base.user_code import in_words, place
 from mixers import MIXERS, layer_mixers, load_mixer_file
 from mixers.parts.heads import Room
 from model import GPT, GPTConfig
 from training import checkpoint
-from training.leaks import (KINDS, bare_copy, cast, check_builders, check_forward, difference, leaking, leaks, limit,
-                            parts, precision_within)
+from training.leaks import (KINDS, bare_copy, cast, check_builders, check_forward, difference,
+                            leaking, leaks, limit, parts, precision_within)
 
 SKELETONS = (dict(pos="none"), dict(arch="llama", n_kv_head=2, dropout=0.1))
 LENGTHS = (2, 64, 130, 200, 256)
@@ -67,19 +72,20 @@ BFLOAT16_EPS = torch.finfo(torch.bfloat16).eps
 
 @checked
 class AuditOptions:
-    mixer: Optional[str] = option(None, "a name of the registry, a pattern over layers (softmax,lln), or all",
-                                  min_length=1)
-    out_dir: Optional[str] = option(None, "audit the newest checkpoint of this run folder", min_length=1)
-    mixer_file: Optional[str] = option(None, "a Python file of yours that registers its mixer in mixers.MIXERS",
-                                       min_length=1)
+    mixer: Optional[str] = option(
+        None, "a name of the registry, a pattern over layers (softmax,lln), or all", min_length=1)
+    out_dir: Optional[str] = option(
+        None, "audit the newest checkpoint of this run folder", min_length=1)
+    mixer_file: Optional[str] = option(
+        None, "a Python file of yours that registers its mixer in mixers.MIXERS", min_length=1)
 
 
-# What is audited -----------------------------------------------------------------------------------------------------
+# What is audited ----------------------------------------------------------------------------------
 
 @dataclass
 class Subject:
-    """build(n_layer, block_size) -> fresh float32 models in evaluation mode, the same every time. noise: for their
-    weights. report: the JSON file."""
+    """build(n_layer, block_size) -> fresh float32 models in evaluation mode, the same every time.
+    noise: for their weights. report: the JSON file."""
     name: str
     build: Callable
     noise: float
@@ -111,7 +117,8 @@ def trained(out_dir):
 
     def build(n_layer=None, block_size=None):
         model = checkpoint.build_model(run)
-        model.pos_embed = None  # learned positions would end the sequences at block_size; mixers know nothing of them
+        # learned positions would end the sequences at block_size; mixers know nothing of them
+        model.pos_embed = None
         return [model]
 
     build()
@@ -147,10 +154,11 @@ def normal(*shape, seed=0):
 
 
 def tokens(model, B, T):
-    return torch.randint(model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (B, T), generator=generator)
 
 
-# The checks: subject -> rows -----------------------------------------------------------------------------------------
+# The checks: subject -> rows ----------------------------------------------------------------------
 
 def forward(subject):
     for model in subject.build():
@@ -231,8 +239,8 @@ def gradients(y, inputs):
 
 
 def one_row(gradients):
-    """(1, all entries): differences are then measured against the largest of all, since a gradient may be zero but for
-    rounding, as that of a key's bias is."""
+    """(1, all entries): differences are then measured against the largest of all, since a gradient
+    may be zero but for rounding, as that of a key's bias is."""
     return torch.cat([g.flatten() for g in gradients])[None]
 
 
@@ -267,7 +275,7 @@ WITHOUT_TENSORS = (type(None), Number, str, bytes, torch.dtype, torch.device, Ro
 
 
 def tensors(state):
-    """All tensors within a state, however it is nested. TypeError for what cannot be looked into."""
+    """All tensors within a state, however nested. TypeError for what cannot be looked into."""
     if isinstance(state, torch.Tensor):
         return [state]
     if isinstance(state, WITHOUT_TENSORS):
@@ -293,18 +301,23 @@ def branch(subject):
     same = True
     for model in subject.bare():
         x = normal(2, 40, model.config.n_embd)
-        for recording in (False, True):  # a cache may share storage only where no gradients are recorded
+        # a cache may share storage only where no gradients are recorded
+        for recording in (False, True):
             with torch.set_grad_enabled(recording):
                 _, early = model.requires_grad_(recording).step(x[:, :10])
                 kept = [t.clone() for t in tensors(early)]
                 first, middle = model.step(x[:, 10:12], early)
-                for other in (x[:, 20:23], x[:, 30:31]):  # other continuations of the same state, and of a later one
+                # other continuations of the same state, and of a later one
+                for other in (x[:, 20:23], x[:, 30:31]):
                     model.step(other, early)
                     model.step(other, middle)
                 again, _ = model.step(x[:, 10:12], early)
-                same = same and torch.equal(again, first) and all(map(torch.equal, tensors(early), kept))
-    figures = "an old state goes on to the same bits" if same else "an old state was changed by going on from it"
-    yield Row("branch", same, figures)
+            same = same and torch.equal(again, first)
+            same = same and all(map(torch.equal, tensors(early), kept))
+    if same:
+        yield Row("branch", True, "an old state goes on to the same bits")
+    else:
+        yield Row("branch", False, "an old state was changed by going on from it")
 
 
 def state_after(model, T):
@@ -329,7 +342,8 @@ def state_size(subject):
                 if declared is None:
                     undeclared = True
                 elif declared != real:
-                    wrong.append(f"{declared:,} declared, {real:,} real after {T} tokens in {dtype}")
+                    wrong.append(f"{declared:,} declared, {real:,} real after {T} tokens "
+                                 f"in {dtype}")
         T = 4 * math.lcm(model.config.n_embd // model.config.n_head, 64)  # whole blocks
         early, early_held = state_after(model, T)
         late, late_held = state_after(model, 2 * T)
@@ -340,7 +354,8 @@ def state_size(subject):
     else:
         yield Row("bytes", not wrong, wrong[0] if wrong else "as declared")
     growth = "constant" if constant else f"{(late - early) / T:,.0f} bytes a token in bfloat16"
-    yield Row("storage", not hoards, f"{growth}; {late:,} bytes after {2 * T} tokens, in {late_held:,} of storage")
+    yield Row("storage", not hoards, f"{growth}; {late:,} bytes after {2 * T} tokens, "
+                                     f"in {late_held:,} of storage")
 
 
 def dtypes(subject):
@@ -359,8 +374,10 @@ def dtypes(subject):
                 raise in_precision(error, precision)
     passed = errors["float32"] <= FLOAT32_LIMIT
     passed = passed and max(errors["bfloat16"], errors["autocast"]) <= BFLOAT16_LIMIT
-    yield Row("bfloat16", passed, f"error {errors['bfloat16']:.1f} eps, under autocast {errors['autocast']:.1f}, limit "
-                                  f"{BFLOAT16_LIMIT}; in float32 {errors['float32']:.0e}, limit {FLOAT32_LIMIT}")
+    yield Row("bfloat16", passed, f"error {errors['bfloat16']:.1f} eps, "
+                                  f"under autocast {errors['autocast']:.1f}, "
+                                  f"limit {BFLOAT16_LIMIT}; "
+                                  f"in float32 {errors['float32']:.0e}, limit {FLOAT32_LIMIT}")
     figures = f"inputs {LARGE:,.0f} times the usual size"
     if not_finite:
         figures += f": not finite in {', '.join(sorted(not_finite))}"
@@ -368,7 +385,8 @@ def dtypes(subject):
 
 
 def rough_error(model, x, expected, precision):
-    """The root mean square error of a model's outputs over that of the outputs, in units of bfloat16's eps."""
+    """The root mean square error of a model's outputs over that of the outputs, in units of
+    bfloat16's eps."""
     with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
         y = model(x.to(precision.dtype))[0]
     error = (y.double() - expected).square().mean() / expected.square().mean()
@@ -376,7 +394,8 @@ def rough_error(model, x, expected, precision):
 
 
 def overflowing(model, x, precision):
-    """The parts, "mixer lln in float32", that are not finite at LARGE inputs, or whose gradients are not."""
+    """The parts, "mixer lln in float32", that are not finite at LARGE inputs, or whose gradients
+    are not."""
     found = set()
     large = (LARGE * x).to(precision.dtype).requires_grad_()
     for name, module in parts(model).items():
@@ -414,12 +433,15 @@ def learns(subject):
             trained = [name for name, p in fresh.named_parameters() if p.requires_grad]
             idle |= idle_parameters(module, trained, model.config.n_embd)
             count += len(trained)
-    figures = f"no gradient, or no finite one, for {', '.join(sorted(idle))}" if idle else f"{count} parameters"
-    yield Row("learns", not idle, figures)
+    if idle:
+        yield Row("learns", False, f"no gradient, or no finite one, for {', '.join(sorted(idle))}")
+    else:
+        yield Row("learns", True, f"{count} parameters")
 
 
 def idle_parameters(module, trained, C):
-    """Which of the parameters named in `trained` get no gradient, or no finite one, in several passes of training."""
+    """Which of the parameters named in `trained` get no gradient, or no finite one, in several
+    passes of training."""
     module.requires_grad_().train()
     parameters = {name: p for name, p in module.named_parameters() if name in trained}
     idle = set(parameters)
@@ -464,14 +486,17 @@ def cost(subject):
         except Exception as error:
             yield Row("cost", None, f"{name} at {max(COST_LENGTHS):,} tokens: {in_words(error)}")
             continue
-        exponents = [f"{what} T^{math.log2(late[what] / early[what]):.2f}" for what in early if early[what]]
-        milliseconds = 1e3 * late["time"]
-        yield Row("cost", None, f"{name}: {', '.join(exponents)}; {milliseconds:.0f} ms at {max(COST_LENGTHS):,} tokens")
+        exponents = []
+        for what in early:
+            if early[what]:  # a mixer without parameters may keep no memory
+                exponents.append(f"{what} T^{math.log2(late[what] / early[what]):.2f}")
+        milliseconds = f"{1e3 * late['time']:.0f} ms at {max(COST_LENGTHS):,} tokens"
+        yield Row("cost", None, f"{name}: {', '.join(exponents)}; {milliseconds}")
 
 
 def costs(mixer, C, T):
-    """Seconds of a forward and backward pass over T tokens, the fastest of 3, bytes kept between the two, and FLOPs if
-    declared."""
+    """Seconds of a forward and backward pass over T tokens, the fastest of up to 3, bytes kept
+    between the two, and FLOPs if declared."""
     times = []
     kept = {}
 
@@ -490,6 +515,8 @@ def costs(mixer, C, T):
             y = mixer(x.clone())[0]
         y.sum().backward()
         times.append(time.perf_counter() - started)
+        if times[-1] > 1:  # long enough for chance to matter little
+            break
     found = {"time": min(times), "memory": sum(kept.values())}
     if hasattr(mixer, "flops_per_token"):
         found["declared FLOPs"] = T * mixer.flops_per_token(T)
@@ -500,8 +527,8 @@ CHECKS = (forward, causality, split, branch, state_size, dtypes, depth, learns, 
 
 
 def audit(subject, checks=CHECKS):
-    """The rows of all checks. Whatever a mixer's code raises fails the check that it was raised in; the same error is
-    told once. Nothing else is asked of a mixer that fails `forward`."""
+    """The rows of all checks. Whatever a mixer's code raises fails the check that it was raised in;
+    the same error is told once. Nothing else is asked of a mixer that fails `forward`."""
     told = {}  # (an error's text, its place) -> the check that told it
     for check in checks:
         passed = True
@@ -529,11 +556,12 @@ def what_was_raised(error, check, told):
     return f"{in_words(error)} ({where})"
 
 
-# The report ----------------------------------------------------------------------------------------------------------
+# The report ---------------------------------------------------------------------------------------
 
 def subjects(options):
     if (options.mixer is None) == (options.out_dir is None):
-        raise BadInput("audit what? name a mixer, --mixer=lln or --mixer=all, or a run, --out_dir=out/shakespeare_lln")
+        raise BadInput("audit what? name a mixer, --mixer=lln or --mixer=all, "
+                       "or a run, --out_dir=out/shakespeare_lln")
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
     if options.out_dir:
@@ -563,8 +591,8 @@ def print_matrix(reports):
 def write_report(subject, rows, seconds):
     """The rows as JSON; where it cannot be written, a warning, since the verdict stands."""
     passed = all(row.passed is not False for row in rows)
-    report = dict(audited=subject.name, passed=passed, seconds=round(seconds, 1), torch=torch.__version__,
-                  rows=[asdict(row) for row in rows])
+    report = dict(audited=subject.name, passed=passed, seconds=round(seconds, 1),
+                  torch=torch.__version__, rows=[asdict(row) for row in rows])
     try:
         write_json(subject.report, report)
         return f", report in {subject.report}"
@@ -575,7 +603,8 @@ def write_report(subject, rows, seconds):
 
 @exit_on_bad_input("tools.audit")
 def main():
-    options, *_ = parse_options(AuditOptions, sys.argv[1:], __doc__.splitlines()[0], with_config_file=False)
+    description = __doc__.splitlines()[0]
+    options, *_ = parse_options(AuditOptions, sys.argv[1:], description, with_config_file=False)
     reports = {}
     for subject in subjects(options):
         started = time.perf_counter()

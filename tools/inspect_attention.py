@@ -1,14 +1,17 @@
-"""What a trained model attends to. Run: python -m tools.inspect_attention --out_dir=out/shakespeare_ssa   (4 layers x 64 tokens: 10 s)
+"""What a trained model attends to. Run: python -m tools.inspect_attention
+--out_dir=out/shakespeare_ssa   (4 layers x 64 tokens: 10 s)
 
 Reads the beginning of the validation split, or --start, and writes to out_dir/inspect:
 
-    attention.json          every measure of tools/measures.py per layer and head, and how far influence reaches per layer
-    attention.safetensors   the matrices themselves: P of each layer (H, T, T), influence of each layer and of the model (T, T)
-    *.png                   attention maps, log weights, entropy over depth, weight by distance, influence, SSA's temperatures
+    attention.json          every measure of tools/measures.py per layer and head, and how far
+    influence reaches per layer attention.safetensors   the matrices themselves: P of each layer (H,
+    T, T), influence of each layer and of the model (T, T) *.png                   attention maps,
+    log weights, entropy over depth, weight by distance, influence, SSA's temperatures
 
-P is the matrix with y = P v in each head. It is not read out but probed, with columns of the identity in place of the values v, so
-linear mixers have one too. Mixers without one, or whose rows do not sum to 1, show by influence alone: |dy_t / dx_s|, by
-automatic differentiation, which needs nothing from the mixer.
+P is the matrix with y = P v in each head. It is not read out but probed, with columns of the
+identity in place of the values v, so linear mixers have one too. Mixers without one, or whose rows
+do not sum to 1, show by influence alone: |dy_t / dx_s|, by automatic differentiation, which needs
+nothing from the mixer.
 
 B batch, T time, C channels, H heads, G key/value heads, D head size.
 """
@@ -57,8 +60,9 @@ class NoMatrix(Exception):
 
 
 def run_heads(mixer, x, values=None):
-    """What meets in the heads of a mixer on x (B, T, C): q (B, H, T, D), k and v (B, G, T, D), the result y (B, T, H D) that c_proj
-    gets, and of SSA tau, name -> (B, heads or 1, T, 1), with which q, k and v are already scaled. `values` (B, G, T, D) take v's place."""
+    """What meets in the heads of a mixer on x (B, T, C): q (B, H, T, D), k and v (B, G, T, D), the
+    result y (B, T, H D) that c_proj gets, and of SSA tau, name -> (B, heads or 1, T, 1), with which
+    q, k and v are already scaled. `values` (B, G, T, D) take v's place."""
     seen = {"tau": {}}
 
     def exchange(module, args, out):
@@ -79,9 +83,11 @@ def run_heads(mixer, x, values=None):
 
 
 def attention_matrix(mixer, x):
-    """P (H, T, T), row-stochastic and causal, with y = P v in every head for x (1, T, C); and the heads' q, k, v, y, tau (run_heads).
+    """P (H, T, T), row-stochastic and causal, with y = P v in every head for x (1, T, C); and the
+    heads' q, k, v, y, tau (run_heads).
 
-    SSA's v is the one scaled by its temperature, which P leaves out. NoMatrix, saying why, if the mixer has none."""
+    SSA's v is the one scaled by its temperature, which P leaves out. NoMatrix, saying why, if the
+    mixer has none."""
     if not isinstance(getattr(mixer, "c_attn", None), QKV) or not hasattr(mixer, "c_proj"):
         raise NoMatrix("it has no queries, keys and values")
     heads = run_heads(mixer, x)
@@ -101,11 +107,13 @@ def attention_matrix(mixer, x):
 
 
 def influence(f, x, probes=PROBES, seed=0):
-    """|dy_t / dx_s| (T, T): Frobenius norms of the Jacobians' blocks, for y = f(x), f: (B, T, C) -> (B, T, E), at x (1, T, C).
+    """|dy_t / dx_s| (T, T): Frobenius norms of the Jacobians' blocks, for y = f(x), f: (B, T, C) ->
+    (B, T, E), at x (1, T, C).
 
-    Row t of a batch of T copies is asked about its token t alone, so a backward pass gives |u . dy_t/dx_s| for all t and s. Directions
-    u are rows of a random orthogonal matrix: E / probes times the sum of squares is an unbiased estimate of the squared norm, and
-    exact with E probes."""
+    Row t of a batch of T copies is asked about its token t alone, so a backward pass gives |u .
+    dy_t/dx_s| for all t and s. Directions u are rows of a random orthogonal matrix: E / probes
+    times the sum of squares is an unbiased estimate of the squared norm, and exact with E
+    probes."""
     T = x.size(1)
     x = x.detach().expand(T, -1, -1).clone().requires_grad_()
     y = f(x).diagonal(dim1=0, dim2=1).T  # (T, E)
@@ -129,7 +137,8 @@ def mixer_inputs(model, idx):
 
 
 def model_influence(model, idx):
-    """|dh_t / de_s| (T, T) of the last hidden states over the embeddings of idx (1, T), positions included."""
+    """|dh_t / de_s| (T, T) of the last hidden states over the embeddings of idx (1, T), positions
+    included."""
     embedded = []
     with model.drop.register_forward_hook(lambda module, args, out: embedded.append(out)):
         model.hidden(idx)
@@ -164,8 +173,9 @@ def describe_heads(mixer, P, heads):
 
 
 def inspect(model, idx):
-    """Everything about a model on the tokens idx (1, T): (layers, a list of dicts with what can be written as JSON; the
-    matrices by name, arrays (H, T, T) `attention.<layer>`, (T', T') `influence.<layer>` and `influence.model`)."""
+    """Everything about a model on the tokens idx (1, T): (layers, a list of dicts with what can be
+    written as JSON; the matrices by name, arrays (H, T, T) `attention.<layer>`, (T', T')
+    `influence.<layer>` and `influence.model`)."""
     model.requires_grad_(False)
     short = idx[:, :INFLUENCE_TOKENS]
     layers, matrices = [], {}
@@ -215,7 +225,8 @@ def summary(report):
 
 
 def read_tokens(options, run, config):
-    """Token ids (1, T) of the text to look at, T >= 2. BadInput if there is none, or if it is too long."""
+    """Token ids (1, T) of the text to look at, T >= 2. BadInput if there is none, or if it is too
+    long."""
     block = config.block_size
     if config.pos == "learned" and (options.length or 0) > block:
         raise BadInput(f"--length={options.length}: the model has learned positions for {block} tokens only; choose at most {block}")

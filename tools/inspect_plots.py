@@ -1,4 +1,5 @@
-"""The pictures of tools/inspect_attention.py: its report (dict) and matrices (name -> array) as PNG files."""
+"""The pictures of tools/inspect_attention.py: its report (dict) and matrices (name -> array) as PNG
+files."""
 import io
 
 import numpy as np
@@ -37,7 +38,8 @@ def save(path, figure):
 
 
 def panels(rows, columns, size, **options):
-    """A figure with rows x columns panels of `size` inches, smaller if there are many, and their axes as a 2-D array."""
+    """A figure with rows x columns panels of `size` inches, smaller if there are many, and their
+    axes as a 2-D array."""
     width, height = (side * min(1, 16 / (side * n)) for side, n in zip(size, (columns, rows)))
     figure = Figure(figsize=(width * columns + 1.2, height * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)

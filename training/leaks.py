@@ -1,11 +1,11 @@
-"""Does an output see what it must not: a later token, another sequence of the batch, an earlier call, the length?
+"""Does an output see what it must not: a later token, another sequence, a call before, the length?
 
-    found = find_leak(model, dtype)     # None, or what leaks where; train.py asks before it reports a loss
-    sizes = leaks(module, x, cuts)      # every kind with its figure; tools/audit.py asks at many lengths
+    found = find_leak(model, dtype)     # None, or what leaks where; train.py asks before it trains
+    sizes = leaks(module, x, cuts)      # every kind with its figure; tools/audit.py asks for more
 
-Everything is measured on the CPU, on a copy: of the model itself nothing changes, and neither do torch's random
-numbers. Mostly in float64, where rounding hides nothing, but also in the precision of training, for which a mixer may
-have other code. B batch, T time, C channels.
+Everything is measured on the CPU, on a copy: of the model itself nothing changes, and neither do
+torch's random numbers. Mostly in float64, where rounding hides nothing, but also in the precision
+of training, for which a mixer may have other code. B batch, T time, C channels.
 """
 import copy
 import inspect
@@ -23,8 +23,9 @@ from mixers import MIXERS, layer_mixers
 HUGE = 1e4  # factor on later tokens: enough for a maximum over them to push earlier rows to 0/0
 SHORT = 71  # tokens: a chunk of 64 and a bit
 
-# kind -> what happens, and the most that it may move an output, as a share of the largest output (of the gradient: of
-# the largest gradient). Rounding in float64 is 1e-16; products of HUGE numbers, and sums of other lengths, round to more.
+# kind -> what happens, and the most that it may move an output, as a share of the largest output
+# (of the gradient: of the largest gradient). Rounding in float64 is 1e-16; products of HUGE
+# numbers, and sums of other lengths, round to more.
 KINDS = {
     "repeat": ("the same call gives another output after other calls", 1e-9),
     "rows": ("an output depends on another sequence of the batch", 1e-9),
@@ -38,8 +39,9 @@ KINDS = {
 def limit(kind, precision=torch.float64):
     """What a size of that kind may be in a precision.
 
-    In float32 also 256 roundings, 3e-5: a Fourier transform rounds every output by all inputs, later ones too. In
-    bfloat16, where no transform is taken, 8: a scale that cancels may come from later tokens."""
+    In float32 also 256 roundings, 3e-5: a Fourier transform rounds every output by all inputs,
+    later ones too. In bfloat16, where no transform is taken, 8: a scale that cancels may come from
+    later tokens."""
     roundings = 8 if precision.itemsize == 2 else 256
     most = roundings * torch.finfo(precision).eps
     if kind == "huge":
@@ -52,11 +54,11 @@ def leaking(sizes, precision=torch.float64):
     return [kind for kind in sizes if not sizes[kind] <= limit(kind, precision)]
 
 
-# The model's copies and its parts ------------------------------------------------------------------------------------
+# The model's copies and its parts -----------------------------------------------------------------
 
 def cast(module, dtype):
-    """`module` with all its floating-point tensors in another dtype. Complex ones stay complex, where Module.to would
-    drop their imaginary part: complex128 beside float64, else complex64."""
+    """`module` with all its floating-point tensors in another dtype. Complex ones stay complex,
+    where Module.to would drop their imaginary part: complex128 beside float64, else complex64."""
     complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
 
     def convert(tensor):
@@ -68,11 +70,13 @@ def cast(module, dtype):
 
 
 def bare_copy(model, noise=0.1):
-    """A float64 copy of a GPT on the CPU that reads hidden states (B, T, C) in place of tokens and ends before the head.
+    """A float64 copy of a GPT on the CPU that reads hidden states (B, T, C) in place of tokens and
+    ends before the head.
 
-    noise: the standard deviation of what is added to every parameter: one that starts at zero would hide what it
-    scales. A negative one adds the same with the other sign. Statistics are then collected and applied once, for what
-    they change may leak too. noise=0 copies the model as it is."""
+    noise: the standard deviation of what is added to every parameter: one that starts at zero would
+    hide what it scales. A negative one adds the same with the other sign. Statistics are then
+    collected and applied once, for what they change may leak too. noise=0 copies the model as it
+    is."""
     # the large tables see one token at a time
     outside = {id(model.embed): nn.Identity(), id(model.head): nn.Identity()}
     bare = cast(copy.deepcopy(model, outside).cpu(), torch.float64).requires_grad_(False)
@@ -107,7 +111,7 @@ def call(module, x, autocast=False):
         return module(x.clone())[0]
 
 
-# The contract --------------------------------------------------------------------------------------------------------
+# The contract -------------------------------------------------------------------------------------
 
 def check_builders(mixer):
     """BadInput if a builder cannot be called as builder(config, layer)."""
@@ -124,19 +128,22 @@ def check_builders(mixer):
 
 
 def check_forward(model, dtype=torch.float64):
-    """BadInput, with the place in the user's file, unless each mixer of a GPT on the CPU is what mixers/__init__.py
-    asks for: an nn.Module with forward(x, state=None) -> (y, state), y shaped like x. What a mixer raises passes
-    through; only with a state it may raise, since a mixer that cannot decode may train."""
+    """BadInput, with the place in the user's file, unless each mixer of a GPT on the CPU is what
+    mixers/__init__.py asks for: an nn.Module with forward(x, state=None) -> (y, state), y shaped
+    like x. What a mixer raises passes through; only with a state it may raise, since a mixer that
+    cannot decode may train."""
     names = layer_mixers(model.config.mixer, model.config.n_layer)
     for name, block in zip(names, model.blocks):
         mixer = block.mixer
         if MIXERS[name] is None:
             continue
         if not isinstance(mixer, nn.Module):
-            raise BadInput(f"mixer {name}: its builder must return an nn.Module, not {kind_of(mixer)}")
+            raise BadInput(f"mixer {name}: its builder must return an nn.Module, "
+                           f"not {kind_of(mixer)}")
         where = definition(type(mixer).forward)
         check_signature(name, mixer, where)
-        x = torch.randn(2, 5, model.config.n_embd, generator=torch.Generator().manual_seed(0)).to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 5, model.config.n_embd, generator=generator).to(dtype)
         with torch.no_grad():
             returned = mixer(x.clone())
             check_returned(name, x, returned, where)
@@ -158,7 +165,8 @@ def check_signature(name, mixer, where):
 
 
 def check_returned(name, x, returned, where):
-    """BadInput unless what forward returned for x (B, T, C) is (y, state), y a tensor that can be added to x."""
+    """BadInput unless what forward returned for x (B, T, C) is (y, state), y a tensor that can be
+    added to x."""
     wrong = None
     if not isinstance(returned, (tuple, list)) or len(returned) != 2:
         wrong = f"it returned {kind_of(returned)}"
@@ -180,11 +188,11 @@ def kind_of(value):
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-# Questions -----------------------------------------------------------------------------------------------------------
+# Questions ----------------------------------------------------------------------------------------
 
 def difference(a, b):
-    """|a - b| over the largest |b|, the largest over the last axis. Infinite where only one is a number; two NaN are
-    alike."""
+    """|a - b| over the largest |b|, the largest over the last axis. Infinite where only one is a
+    number; two NaN are alike."""
     alike = (a == b) | a.isnan() & b.isnan()
     scale = b.abs().nan_to_num(0, 0, 0).max().clamp(min=torch.finfo(b.dtype).tiny)
     shares = (a - b).abs() / scale
@@ -192,8 +200,8 @@ def difference(a, b):
 
 
 def share(part, whole):
-    """The largest number in `part` over the largest in `whole`, which has it too: 0 if all are zero, infinite if one is
-    no number."""
+    """The largest number in `part` over the largest in `whole`, which has it too: 0 if all are
+    zero, infinite if one is no number."""
     largest = whole.max().item()
     if largest == 0:
         return 0.0
@@ -202,7 +210,8 @@ def share(part, whole):
 
 
 class Narrowing(TorchDispatchMode):
-    """Notes whether any result of float32 or less, with an entry per token at least, came from numbers of float64."""
+    """Notes whether any result of float32 or less, with an entry per token at least, came from
+    numbers of float64."""
 
     def __init__(self, tokens):
         super().__init__()
@@ -224,8 +233,8 @@ def is_wide(value):
 
 
 def precision_within(module, x):
-    """The precision that a module really has on x (B, T, C): x's own, but float32 if it computes in float32 or less
-    although x is float64. Differences within that are rounding."""
+    """The precision that a module really has on x (B, T, C): x's own, but float32 if it computes in
+    float32 or less although x is float64. Differences within that are rounding."""
     if x.dtype != torch.float64:
         return x.dtype
     with torch.no_grad(), Narrowing(x.size(0) * x.size(1)) as narrowing:
@@ -242,12 +251,13 @@ def draws(module, x):
 
 
 def leaks(module, x, cuts, lengths=True, huge=True, autocast=False):
-    """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T, C).
+    """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T,
+    C).
 
-    Row i + 1 changes from token cuts[i] on, row 0 nowhere; so two calls tell what all rows, before their cuts, depend
-    on. lengths: also whether beginnings of row 0 alone are those of the whole; not asked in training of what draws
-    random numbers. huge: also with HUGE changes; of little use behind a norm. autocast: of the forward pass to bfloat16, as in
-    training."""
+    Row i + 1 changes from token cuts[i] on, row 0 nowhere; so two calls tell what all rows, before
+    their cuts, depend on. lengths: also whether beginnings of row 0 alone are those of the whole;
+    not asked in training of what draws random numbers. huge: also with HUGE changes; of little use
+    behind a norm. autocast: of the forward pass to bfloat16, as in training."""
     B, T, _ = x.shape
     later = torch.arange(T) >= torch.tensor([T, *cuts])[:, None]  # (B, T)
     first = torch.arange(B)[:, None].expand(B, T) == 0
@@ -287,7 +297,8 @@ def leaks(module, x, cuts, lengths=True, huge=True, autocast=False):
 
 @dataclass
 class Probe:
-    """What is asked of a module: over how many tokens, what changes where (`cuts`), in which precision."""
+    """What is asked of a module: over how many tokens, what changes where (`cuts`), in which
+    precision."""
     where: str  # "the model", "mixer lln"
     module: nn.Module
     tokens: int
@@ -311,10 +322,11 @@ class Probe:
 
 
 def probes(model, dtype):
-    """Every question that find_leak asks: of the model, and of its parts, which are then named rather than the model.
+    """Every question that find_leak asks: of the model, and of its parts, which are then named
+    rather than the model.
 
-    With noise on the weights in both modes, one with the other's sign, since a weight that starts at zero hides what it
-    scales; then with the weights as they are."""
+    With noise on the weights in both modes, one with the other's sign, since a weight that starts
+    at zero hides what it scales; then with the weights as they are."""
     config = model.config
     short = min(config.block_size, SHORT)
     borders = {config.n_embd // config.n_head, 64, short // 2, short - 1}
@@ -330,11 +342,11 @@ def probes(model, dtype):
 
 
 def find_leak(model, dtype=torch.float32):
-    """What leaks in a GPT, "mixer lln: an output depends on a later token", or None. dtype: of its heavy operations.
-    BadInput, with the place, if a mixer's forward does not return (y, state).
+    """What leaks in a GPT, "mixer lln: an output depends on a later token", or None. dtype: of its
+    heavy operations. BadInput, with the place, if a mixer's forward does not return (y, state).
 
-    In float64 it asks about a sequence of a chunk of 64 and a bit, if block_size lets it; in the run's precision about
-    one of block_size tokens."""
+    In float64 it asks about a sequence of a chunk of 64 and a bit, if block_size lets it; in the
+    run's precision about one of block_size tokens."""
     check_forward(bare_copy(model, noise=0).eval())
     where = {}  # kind -> where it was found, in a part if it is in one
     for probe in probes(model, dtype):
