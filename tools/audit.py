@@ -15,7 +15,7 @@ folder, else to out/audit/NAME.json.
     forward   forward(x, state=None) returns (y, state), y shaped like x; if not, nothing else is
               asked
     repeat rows suffix gradient length huge
-              what an output must not depend on, see training/leaks.py; the first four in every dtype
+              what no output may depend on, see training/leaks.py; the first four in every dtype
     split     a sequence in pieces of any lengths, down to single tokens, is the whole: outputs and
               gradients
     branch    stepping on from a state leaves the state as it was
