@@ -303,6 +303,10 @@ def test_measured_values_are_those_of_the_matrices():
 ALPHABET = "".join(map(chr, range(97, 123))) + " \n$_?"  # 31 symbols
 
 
+def draw_nothing(folder, report, matrices):
+    return []
+
+
 def save_run(folder, model, **config):
     trainer = dict(iter=5, val_loss=None, best_val_loss=None, tokens=0, seconds=0.0, wandb_id=None)
     config = {name: getattr(model.config, name) for name in vars(model.config)} | config
@@ -356,6 +360,7 @@ def test_report_and_pictures_of_a_mixed_model(command, here, monkeypatch):
     ("--out_dir=r --start=abc --length=193", {}, "--length=193: the model has learned positions for 192 tokens only"),
     ("--out_dir=r --length=1", {}, "--length=1: input should be greater than or equal to 2"),
     ("--out_dir=r", {"dataset": "gone"}, "data/gone, which the run was trained on, is not here; give a text with --start"),
+    ("--out_dir=r", {"dataset": "x" * 300}, "which the run was trained on, is not here"),
     ("--out_dir=r", {"dataset": "digits"}, "was trained on other symbols than those of data set digits"),
     ("--out_dir=r --heads=2", {}, "no option --heads; "),
     ("--out_dir=r --checkpoint=00000007", {}, "is missing: .*whole: 00000005"),
@@ -371,7 +376,7 @@ def test_bad_input_is_one_line(arguments, config, message, command, here, capsys
 
 
 def test_without_learned_positions_a_text_may_be_longer(command, here, monkeypatch):
-    monkeypatch.setattr(attention_pictures, "draw", lambda *_: [])
+    monkeypatch.setattr(attention_pictures, "draw", draw_nothing)
     folder = save_run(here / "r", make("linear", "llama", n_layer=1, block_size=16).float())
     (here / "text.txt").write_text("a long text " * 20)
     command(f"--out_dir={folder}", "--start=FILE:text.txt", "--length=100")
@@ -415,10 +420,42 @@ def test_from_training_to_pictures(home, train, here):
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
-def test_a_recall_run_is_read_in_a_row_of_its_task(home, train, here):
-    train(*[a for a in TINY if not a.startswith("--dataset")], "--dataset=recall", "--mixer=softmax", "--max_iters=2", "--out_dir=run")
-    done = run(home, "-m", NAME, f"--out_dir={here / 'run'}")
-    assert done.returncode == 0 and done.stderr == "", done
+def test_a_recall_run_is_read_in_a_row_of_its_task(home, train, command, here, monkeypatch):
+    monkeypatch.setattr(attention_pictures, "draw", draw_nothing)
+    recall = [argument for argument in TINY if not argument.startswith("--dataset")]
+    train(*recall, "--dataset=recall", "--mixer=softmax", "--max_iters=2", "--out_dir=run")
+    command("--out_dir=run")
     report = json.loads((here / "run" / "inspect" / "attention.json").read_text())
     cell = json.loads((home / "data" / "recall" / "meta.json").read_text())["cells"]["val"][0]
-    assert report["text"].split() == [str(token) for token in np.fromfile(home / "data" / "recall" / "val.bin", "<u2")[:cell["length"]]]
+    validation = np.fromfile(home / "data" / "recall" / "val.bin", "<u2")
+    assert report["text"].split() == [str(token) for token in validation[:cell["length"]]]
+
+
+def test_a_link_in_the_run_is_not_written_through(command, here, capsys):
+    save_run(here / "r", make("pelican", n_layer=1).float())
+    (here / "elsewhere").mkdir()
+    (here / "r" / "inspect").symlink_to(here / "elsewhere")
+    with pytest.raises(SystemExit) as exit:
+        command("--out_dir=r", "--start=abc")
+    assert exit.value.code == 2 and "r/inspect is a link" in capsys.readouterr().err
+    assert list((here / "elsewhere").iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_refused(command, here, capsys):
+    model = make("softmax", n_layer=1).float()
+    model.norm.weight.data[0] = math.nan
+    save_run(here / "r", model)
+    with pytest.raises(SystemExit) as exit:
+        command("--out_dir=r", "--start=abc")
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and line.count("\n") == 1 and "not finite" in line
+    assert not (here / "r" / "inspect").exists()
+
+
+def test_a_mixer_that_does_nothing_yet_is_drawn_without_a_warning(recwarn):
+    model = make("softmax", n_layer=1).float()
+    model.blocks[0].mixer.c_proj.weight.data.zero_()
+    layers, matrices = inspect(model, tokens(rows=1, n=9))
+    assert not matrices["influence.0"].any()
+    attention_pictures.influence_maps(dict(layers=layers), matrices).canvas.draw()
+    assert [str(warning.message) for warning in recwarn] == []

@@ -71,7 +71,8 @@ def normality(x):
     mean, std = x.mean(), x.std()
     shape = dict(skewness=None, kurtosis=None, ks=None)
     if std > 1e-6:  # below is float32's rounding
-        shape = dict(skewness=stats.skew(x), kurtosis=stats.kurtosis(x), ks=stats.kstest(x, "norm", (mean, std)).statistic)
+        ks = stats.kstest(x, "norm", (mean, std)).statistic
+        shape = dict(skewness=stats.skew(x), kurtosis=stats.kurtosis(x), ks=ks)
     return dict(mean=mean, variance=std ** 2) | shape
 
 
@@ -89,7 +90,15 @@ def temperature_lln(q, k, alpha, beta):
 def describe(P):
     """Every measure of a matrix by name."""
     by_distance = weight_by_distance(P)
-    return dict(entropy_bits=entropy(P), entropy_of_uniform=entropy(P) / entropy(uniform(len(P))), effective_rank=effective_rank(P),
-                spectral_gap=spectral_gap(P), weight_on_self=by_distance[0], weight_on_previous=by_distance[1],
-                weight_on_first=weight_on_first(P), mean_distance=mean_distance(P), log_weights=normality(log_weights(P)),
-                weight_by_distance=by_distance.tolist())
+    return dict(
+        entropy_bits=entropy(P),
+        entropy_of_uniform=entropy(P) / entropy(uniform(len(P))),
+        effective_rank=effective_rank(P),
+        spectral_gap=spectral_gap(P),
+        weight_on_self=by_distance[0],
+        weight_on_previous=by_distance[1],
+        weight_on_first=weight_on_first(P),
+        mean_distance=mean_distance(P),
+        log_weights=normality(log_weights(P)),
+        weight_by_distance=by_distance.tolist(),
+    )
