@@ -1,27 +1,34 @@
-"""Speed and memory over the sequence length, for each mixer. Run: python bench.py   (about ten minutes on two CPU cores)
+"""Speed and memory over the sequence length, for each mixer. Run: python bench.py   (ten minutes)
 
-    python bench.py configs/shakespeare.py --mixers=softmax,lln --lengths=256,1024 --mode=train     a minute or two
-    python bench.py --mixers=all --mode=decode --batch=1 --lengths=256,2048,16384 --n_embd=256      any model option
-    python bench.py configs/shakespeare.py --mixers=softmax,softmax+lln,previous --mixer_file=mine.py
+    python bench.py configs/shakespeare.py --mixers=softmax,lln --lengths=256,1024 --mode=train
+    python bench.py --mixers=all --mode=decode --batch=1 --lengths=256,2048 --n_embd=256
+    python bench.py configs/shakespeare.py --mixers=softmax,softmax+lln,mine --mixer_file=mine.py
 
-Modes. train: forward, backward, clipping and AdamW, as train.py does it. prefill: one forward pass over the sequence that
-keeps logits and state. decode: a prefix of that length, fed in pieces of bounded size, then one token at a time on top of
-the state. Tokens are random; positions are RoPE or none, so that the length adds no parameters.
+Modes. train: forward, backward, clipping and AdamW, as train.py does it. prefill: one forward pass
+over the sequence that keeps logits and state. decode: a prefix of that length, fed in pieces of
+bounded size, then one token at a time on top of the state. Tokens are random; positions are RoPE
+or none, so that the length adds no parameters.
 
-Every cell (mixer, mode, batch, length) is measured in `rounds` rounds, each time in a process of its own, and the mixers of a
-length take turns: a machine changes its speed within minutes, and from process to process. Times are median, p20 and p80 of
-synchronised repeats after a warm-up, of all rounds, each weighing the same; the ratio to softmax is the median over pairs of rounds
-close in time. Memory is that of one step after all the timing: its peak, and the rise over what was held before (decode:
-before the prefix). On CUDA the allocator counts; on Linux the resident memory does (files mapped into it in the peak only), with malloc
-told to return every freed block from 64 KiB up at once, so that only what lives counts.
-FLOPs are the mixer's own formula, three times that in training (decode: n/a, as it is an average over a sequence); the
-ceiling is the rate of the model's own matrix products alone, measured in the same process just before.
+Every cell (mixer, mode, batch, length) is measured in `rounds` rounds, each time in a process of
+its own, and the mixers of a length take turns: a machine changes its speed within minutes, and from
+process to process. Times are median, p20 and p80 of synchronised repeats after a warm-up, those of
+all rounds put together and each round weighing the same, so that the spread between processes is
+in them; the ratio to softmax is the median over pairs of rounds close in time. Memory is that of
+one step after all the timing: its peak, and the rise over what was held before (decode: before
+the prefix). On CUDA the allocator counts; on Linux the resident memory does (files mapped into it
+in the peak only), with malloc told to return every freed block from 64 KiB up at once, so that only
+what lives counts. FLOPs are the mixer's own formula, three times that in training (decode: n/a, as
+it is an average over a sequence); the ceiling is the rate of the model's own matrix products alone,
+measured in the same process just before.
 
-Writes out_dir/cells.jsonl (a line as soon as a cell is measured; the same command goes on from there), results.csv and
-plots; the last line on stdout is all of it in JSON.
+Writes out_dir/cells.jsonl (a line as soon as a cell is measured; the same command goes on from
+there, and cells of other commands stay), results.csv and plots, both of this command's cells; the
+last line on stdout is all of it in JSON. tools/bench_measure.py measures a cell,
+tools/bench_scaling.py says what the figures mean.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
+import fcntl
 import hashlib
 import json
 import platform
@@ -31,24 +38,26 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Annotated, Any, Literal, Optional, Union
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 import data.dataset
 from base.command_line import parse_options
-from base.errors import BadInput, exit_on_bad_input
-from base.files import write_file, writing
+from base.errors import BadInput, exit_on_bad_input, printable
+from base.files import JSON_BYTES, is_file, parse_json, read_bytes, writing
 from base.options import checked, option
 from config import ModelOptions, Options
 from data.files import check_name
 from mixers import has_effect, load_mixer_file, mechanism_of, mixer_names
 from model import model_config
+from tools import bench_scaling as scaling
 from tools.bench_measure import run_cell
-from tools.bench_scaling import TABLE_HEAD, plot, scaling, scaling_line, summary, table_line, write_csv
 from training.device import choose_device, choose_dtype, lacks_compiler
+from training.run_folder import open_plainly
 
 # the modes, and their batches unless set
 BATCHES = {"train": "4", "prefill": "4", "decode": "1,32"}
@@ -59,13 +68,17 @@ ROOT = Path(__file__).resolve().parent
 
 @checked
 class BenchOptions(ModelOptions):
-    mixers: Optional[str] = option(None, "names, layer patterns joined by + (softmax,softmax+lln), or all [default: one of each kind, and the config's]")
+    mixers: Optional[str] = option(
+        None, "names, layer patterns joined by + (softmax,softmax+lln), or all "
+        "[default: one of each kind, and the config's]")
     lengths: str = option("256,512,1024,2048", "sequence lengths in tokens")
     mode: str = option("train,prefill,decode", "what to measure")
     batch: Optional[str] = option(None, "sequences at once [default: 4; for decode 1,32]")
-    rounds: int = option(5, "times each cell is measured", ge=1)
-    seconds: float = option(0.5, "of timing in each cell and round, after the warm-up", gt=0)
-    cell_seconds: float = option(120.0, "most seconds for a cell and round, with start and warm-up", gt=0)
+    rounds: int = option(5, "times each cell is measured", ge=1, le=1000)
+    seconds: float = option(
+        0.5, "of timing in each cell and round, after the warm-up", gt=0, le=1e6)
+    cell_seconds: float = option(
+        120.0, "most seconds for a cell and round, with start and warm-up", gt=0, le=1e6)
     out_dir: str = option("out/bench", "the folder of the results", min_length=1)
     overwrite: bool = option(False, "clear the results that out_dir already holds")
     dataset: str = option(
@@ -75,8 +88,10 @@ class BenchOptions(ModelOptions):
         None, "a Python file of yours that registers its mixer in mixers.MIXERS", min_length=1,
         first=load_mixer_file)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the heavy operations; auto: bfloat16 where it is fast")
-    compile: bool = option(False, "torch.compile training and prefill; decoding is never compiled")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of the heavy operations; auto: bfloat16 where it is fast")
+    compile: bool = option(
+        False, "torch.compile training and prefill; decoding is never compiled")
 
 
 # What is asked for --------------------------------------------------------------------------------
@@ -117,8 +132,12 @@ def mixers_of(options, given):
 
 def model_of(options, mixer, length, vocab_size):
     """All options of a GPTConfig, as a dict."""
-    values = {f.name: getattr(options, f.name) for f in fields(ModelOptions) if has_effect(f.name, mixer, options.n_layer)}
-    values |= {"mixer": mixer, "block_size": length, "pos": "none" if options.pos == "none" else "rope", "vocab_size": vocab_size}
+    values = {f.name: getattr(options, f.name) for f in fields(ModelOptions)
+              if has_effect(f.name, mixer, options.n_layer)}
+    values["mixer"] = mixer
+    values["block_size"] = length
+    values["pos"] = "none" if options.pos == "none" else "rope"
+    values["vocab_size"] = vocab_size
     return asdict(model_config(values, "options"))
 
 
@@ -126,47 +145,121 @@ def vocabulary(name):
     """(symbols of a data set, or VOCABULARY if it is not prepared; words that say so)"""
     check_name(name)
     folder = data.dataset.DATA / name
-    if (folder / "meta.json").exists():
+    if is_file(folder / "meta.json"):
         return data.dataset.read_meta(folder)["vocab_size"], f"that of data/{name}"
     return VOCABULARY, f"assumed, as data/{name} is not prepared"
 
 
+def groups_of(options, names, vocab_size, common):
+    """The cells, a list of those that are alike but for the mixer for each mode, batch and length.
+    A cell is a dict that says all that its figures depend on; `common` is what all of them have."""
+    groups = []
+    for mode in modes_of(options.mode):
+        for batch in whole_numbers("batch", options.batch or BATCHES[mode]):
+            for length in whole_numbers("lengths", options.lengths):
+                shape = {"mode": mode, "batch": batch, "length": length}
+                compiled = options.compile and mode != "decode"
+                groups.append([
+                    {**shape, "mixer": name, "model": model_of(options, name, length, vocab_size),
+                     "compile": compiled, **common} for name in names])
+    return groups
+
+
+# On what ------------------------------------------------------------------------------------------
+
 def machine_of(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, StopIteration):
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
 
 
 def code_of(mixer_file):
     """A checksum of all code that is measured: figures of other code do not count."""
-    files = [path for folder in ("base", "mixers", "training") for path in sorted((ROOT / folder).rglob("*.py"))]
-    files += [ROOT / name for name in ("model.py", "train.py", "tools/bench_measure.py")]
-    files += [mixer_file] if mixer_file else []
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
+    files = [ROOT / name for name in ("model.py", "train.py", "tools/bench_measure.py")]
+    for folder in ("base", "mixers", "training"):
+        files += sorted((ROOT / folder).rglob("*.py"))
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    if mixer_file:
+        total.update(Path(mixer_file).read_bytes())
+    return total.hexdigest()[:16]
 
 
 def git_revision():
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
     return done.stdout.strip() or None
 
 
+# Results ------------------------------------------------------------------------------------------
+
+Positive = Annotated[float, Field(gt=0, le=1e30)]
+Bytes = Optional[Annotated[float, Field(ge=-1e30, le=1e30)]]
+
+
+class Row(BaseModel):
+    """A line of cells.jsonl: one cell in one round."""
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    cell: dict[str, Any]
+    round: int
+    time: Annotated[float, Field(ge=0, le=1e30)]
+    cell_seconds: Positive
+
+
+class FailedRow(Row):
+    status: Literal["oom", "timeout", "error"]
+
+
+class MeasuredRow(Row):
+    status: Literal["ok"]
+    ms: Positive
+    ms_quantiles: Annotated[list[Positive], Field(min_length=1)]
+    first_token_ms: Optional[Positive]
+    peak_bytes: Bytes
+    rise_bytes: Bytes
+    state_bytes: Bytes
+    flops_per_token: Optional[Positive]
+    ceiling_flops_per_s: Optional[Positive]
+    parameters: Annotated[int, Field(ge=0, lt=2**53)]
+
+
+ROW = TypeAdapter(Annotated[Union[FailedRow, MeasuredRow], Field(discriminator="status")])
+
+
 class Results:
-    """cells.jsonl: a line for every cell and round, {"cell": what it is, "round", "time", "status", its figures}."""
+    """The rows of cells.jsonl, a line for every cell and round; no other benchmark has the file
+    until this one is closed. BadInput if it is damaged, no plain file or in use."""
 
     def __init__(self, out_dir, overwrite):
         self.path = Path(out_dir) / "cells.jsonl"
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open_plainly(self.path)
+        try:
+            self.lock()
             if overwrite:
-                for path in (self.path, *self.path.parent.glob("*_batch*.png"), self.path.with_name("results.csv")):
-                    path.unlink(missing_ok=True)
-            self.path.touch()
-            lines = self.path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):  # power failed in the middle of a line
-            write_file(self.path, "".join(whole).encode())
+                self.clear()
+            self.rows = self.read()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def lock(self):
+        """Two at a time would also disturb each other's figures."""
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -208,25 +301,99 @@ class Results:
         return rows
 
     def add(self, row):
-        with writing(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with writing(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         self.rows.append(row)
 
     def of(self, cell):
         return [row for row in self.rows if row["cell"] == cell]
 
     def finished(self, cell, round, cell_seconds):
-        """A cell that failed is done with, but for more time it gets another chance."""
-        return any(row["round"] == round if row["status"] == "ok" else row["status"] == "oom" or row["cell_seconds"] >= cell_seconds
-                   for row in self.of(cell))
+        """Whether a cell needs no measuring in a round. One that failed is done with, but for more
+        time it gets another chance."""
+        for row in self.of(cell):
+            if row["status"] == "ok" and row["round"] == round:
+                return True
+            if row["status"] == "oom" or row["status"] == "error":
+                return True
+            if row["status"] == "timeout" and row["cell_seconds"] >= cell_seconds:
+                return True
+        return False
 
+
+# Measuring ----------------------------------------------------------------------------------------
 
 def to_measure(group, round, results, options):
-    """The cells of a group (of all mixers, otherwise alike) that are left to measure in a round."""
-    missing = [cell for cell in group if not results.finished(cell, round, options.cell_seconds)]
-    # beside new figures softmax gets new ones too: ratios are of times close to each other
-    again = [cell for cell in group if missing and cell not in missing and cell["mixer"] == "softmax" and results.of(cell)[-1]["status"] == "ok"]
+    """The cells of a group that are left to measure in a round. Beside new figures softmax gets new
+    ones too: ratios are of times close to each other."""
+    missing = [cell for cell in group
+               if not results.finished(cell, round, options.cell_seconds)]
+    again = []
+    for cell in group:
+        if missing and cell not in missing and cell["mixer"] == "softmax":
+            if results.of(cell)[-1]["status"] == "ok":
+                again.append(cell)
     return again + missing
+
+
+def measure(groups, results, options):
+    """The table, a line (dict) for each cell, printed as it grows."""
+    table = []
+    total = sum(map(len, groups)) * options.rounds
+    bar = tqdm(total=total, unit="cell", disable=not sys.stderr.isatty())
+    block = None
+    for group in groups:
+        mode, batch = group[0]["mode"], group[0]["batch"]
+        if block != (mode, batch):
+            block = mode, batch
+            bar.write(f"\n{mode}, batch {batch}\n{scaling.TABLE_HEAD}", file=sys.stdout)
+        for round in range(options.rounds):
+            for cell in to_measure(group, round, results, options):
+                row = {"cell": cell, "round": round, "time": time.time(),
+                       "cell_seconds": options.cell_seconds}
+                row |= run_cell(cell, options.mixer_file, options.seconds, options.cell_seconds)
+                results.add(row)
+            bar.update(len(group))
+        softmax = []
+        for cell in group:
+            if cell["mixer"] == "softmax":
+                softmax = results.of(cell)
+        for cell in group:
+            line = scaling.summary(cell, results.of(cell), softmax)
+            table.append(line)
+            bar.write(scaling.table_line(line), file=sys.stdout)
+    bar.close()
+    return table
+
+
+def print_header(options, machine, model, vocabulary_in_words, dtype):
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    compiled = ", compiled" if options.compile else ""
+    print(f"model      {model['arch']}, {model['n_layer']} layers, {model['n_embd']} channels, "
+          f"{model['n_head']} heads, vocabulary {model['vocab_size']:,} ({vocabulary_in_words}), "
+          f"positions {model['pos']}, {dtype}{compiled}")
+
+
+def measure_ceiling(cell, options):
+    """FLOP/s of the matrix products of a cell's model alone, or None. Says what it is."""
+    figures = run_cell(cell | {"mode": "ceiling"}, options.mixer_file, options.seconds,
+                       options.cell_seconds)
+    ceiling = figures.get("ceiling_flops_per_s")
+    rate = f"{ceiling / 1e9:,.0f} GFLOP/s" if ceiling else "not measured"
+    print(f"ceiling    {rate} in the products of {cell['model']['mixer']}'s linear layers alone",
+          flush=True)
+    return ceiling
+
+
+def write_results(folder, table, lines, title):
+    """results.csv, and a picture for each mode and batch."""
+    scaling.write_csv(folder / "results.csv", table)
+    for mode, batch in dict.fromkeys((line["mode"], line["batch"]) for line in lines):
+        cells = [line for line in table if (line["mode"], line["batch"]) == (mode, batch)]
+        trends = [line for line in lines if (line["mode"], line["batch"]) == (mode, batch)]
+        path = folder / f"{mode}_batch{batch}.png"
+        scaling.plot(path, cells, trends, f"{mode}, batch {batch}: {title}")
 
 
 @exit_on_bad_input("bench.py")
@@ -241,50 +408,31 @@ def main():
     if options.compile and lacks_compiler(device):
         raise BadInput("--compile: no C++ compiler found; install one or leave it out")
     dtype = str(choose_dtype(options.dtype, device, options.n_embd)).removeprefix("torch.")
-    vocab_size, whose = vocabulary(options.dataset)
-    machine = {"machine": machine_of(device), "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    vocab_size, vocabulary_in_words = vocabulary(options.dataset)
+    machine = {"machine": machine_of(device), "device": str(device),
+               "threads": torch.get_num_threads(), "torch": torch.__version__}
     common = machine | {"dtype": dtype, "code": code_of(options.mixer_file)}
-    groups = [[{"mode": mode, "batch": batch, "length": length, "mixer": name, "model": model_of(options, name, length, vocab_size),
-                "compile": options.compile and mode != "decode", **common} for name in names]
-              for mode in batches for batch in batches[mode] for length in lengths]
-    machine |= {"python": platform.python_version(), "numpy": np.__version__, "git": git_revision()}
-    results = Results(options.out_dir, options.overwrite)
-    run = lambda cell: run_cell(cell, options.mixer_file, options.seconds, options.cell_seconds)
-
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    groups = groups_of(options, names, vocab_size, common)
     first = groups[0][0]
-    m = first["model"]
-    print(f"model      {m['arch']}, {m['n_layer']} layers, {m['n_embd']} channels, {m['n_head']} heads, vocabulary {vocab_size:,} ({whose}), "
-          f"positions {m['pos']}, {dtype}{', compiled' if options.compile else ''}")
-    ceiling = run(first | {"mode": "ceiling"}).get("ceiling_flops_per_s")
-    print(f"ceiling    {f'{ceiling / 1e9:,.0f} GFLOP/s' if ceiling else 'not measured'} in the products of {m['mixer']}'s linear layers alone", flush=True)
-    table = []
-    bar = tqdm(total=len(groups) * len(names) * options.rounds, unit="cell", disable=not sys.stderr.isatty())
-    for group in groups:
-        if group[0]["length"] == lengths[0]:
-            bar.write(f"\n{group[0]['mode']}, batch {group[0]['batch']}\n{TABLE_HEAD}", file=sys.stdout)
-        for round in range(options.rounds):
-            for cell in to_measure(group, round, results, options):
-                row = {"cell": cell, "round": round, "time": time.time(), "cell_seconds": options.cell_seconds}
-                results.add(row | run(cell))
-            bar.update(len(group))
-        softmax = next((results.of(cell) for cell in group if cell["mixer"] == "softmax"), [])
-        for cell in group:
-            table.append(summary(cell, results.of(cell), softmax))
-            bar.write(table_line(table[-1]), file=sys.stdout)
-    bar.close()
+    machine |= {"python": platform.python_version(), "numpy": np.__version__,
+                "git": git_revision()}
 
-    lines = scaling(table)
-    print("\n" + "\n".join(map(scaling_line, lines)))
-    title = f"{m['n_layer']} layers x {m['n_embd']}, {dtype}, {machine['machine']}, {machine['threads']} threads"
-    with writing(results.path.parent):
-        write_csv(results.path.with_name("results.csv"), table)
-        for mode, batch in dict.fromkeys((line["mode"], line["batch"]) for line in lines):
-            of_this = lambda rows: [row for row in rows if (row["mode"], row["batch"]) == (mode, batch)]
-            plot(results.path.with_name(f"{mode}_batch{batch}.png"), of_this(table), of_this(lines), f"{mode}, batch {batch}: {title}")
-    print(f"cells.jsonl, results.csv and plots are in {options.out_dir}")
-    print(json.dumps({**machine, "dtype": dtype, "compile": options.compile, "vocab_size": vocab_size, "ceiling_flops_per_s": ceiling,
-                      "out_dir": options.out_dir, "cells": table, "scaling": lines}))
+    with Results(options.out_dir, options.overwrite) as results:
+        print_header(options, machine, first["model"], vocabulary_in_words, dtype)
+        ceiling = measure_ceiling(first, options)
+        table = measure(groups, results, options)
+        lines = scaling.scaling(table)
+        print()
+        for line in lines:
+            print(scaling.scaling_line(line))
+        title = (f"{options.n_layer} layers x {options.n_embd}, {dtype}, {machine['machine']}, "
+                 f"{machine['threads']} threads")
+        write_results(results.path.parent, table, lines, title)
+    print(f"cells.jsonl, results.csv and plots are in {printable(options.out_dir)}")
+    print(json.dumps({
+        **machine, "dtype": dtype, "compile": options.compile, "vocab_size": vocab_size,
+        "ceiling_flops_per_s": ceiling, "out_dir": options.out_dir, "cells": table,
+        "scaling": lines}))
     if any(line["status"] == "error" for line in table):
         sys.exit(1)
 

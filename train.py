@@ -30,7 +30,7 @@ from model import GPT, model_config
 from training import checkpoint
 from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
 from training.evaluation import evaluate, print_evaluation
-from training.leaks import find_leak
+from training.leaks import check_builders, find_leak
 from training.machine import Machine, refuse_what_cannot_fit
 from training.metrics import Metrics, check_wandb
 from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
@@ -53,6 +53,7 @@ def carry_out(world, lock):
     first = world.rank == 0  # the one that writes
     description = __doc__.splitlines()[0]
     options, saved = read_options(sys.argv[1:], description, lock if first else None)
+    check_builders(options.mixer)
     if options.threads:
         torch.set_num_threads(min(options.threads, os.cpu_count()))
     device = world.start(choose_device(options.device), options)
@@ -113,6 +114,8 @@ def refuse_leaks(model, options):
     allow_leak, one line."""
     try:
         leak = find_leak(model, getattr(torch, options.dtype))
+    except BadInput:  # it cannot be trained at all
+        raise
     except Exception as error:  # of a mixer for GPUs alone, say
         name = f"mixer {options.mixer} could not be checked"
         if not options.allow_leak:
@@ -122,9 +125,10 @@ def refuse_leaks(model, options):
         reason = " ".join(str(error).split())[:200]
         leak = f"{name}, {type(error).__name__}: {reason}"
     if leak and not options.allow_leak:
-        raise BadInput(
-            f"{leak}; so nothing is reported. `python -m tools.audit --mixer={options.mixer}` says "
-            "more; --allow_leak trains it all the same")
+        mixer_file = f" --mixer_file={options.mixer_file}" if options.mixer_file else ""
+        audit = f"python -m tools.audit{mixer_file} --mixer={options.mixer}"
+        raise BadInput(f"{leak}; so nothing is reported. `{audit}` says more; "
+                       "--allow_leak trains it all the same")
     if leak:
         print(f"warning    {leak}; its losses may not be compared", flush=True)
 

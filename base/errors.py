@@ -10,6 +10,8 @@ import re
 import signal
 import sys
 
+from base.user_code import in_words, users_place
+
 # Torch has no one type for a lack of memory; its sizes overflow where no memory would do.
 LACK_OF_MEMORY = re.compile(
     "(out of|not enough|allocate) memory|Storage size calculation overflowed"
@@ -84,8 +86,9 @@ def first_few(names):
 def exit_on_bad_input(program):
     """Around a script's main(): BadInput ends it in one line on standard error, with status 2.
 
-    So do a lack of memory and an output that takes no more; Ctrl-C has status 130, and a reader of
-    the output that has seen enough (`head`) status 1. Any other error is our bug."""
+    So do a lack of memory, an output that takes no more, and what a user's own mixer raises; Ctrl-C
+    has status 130, and a reader of the output that has seen enough (`head`) status 1. Any other
+    error is our bug."""
     if is_our_script() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
@@ -100,14 +103,15 @@ def exit_on_bad_input(program):
     except BrokenPipeError:
         output_fault()
         sys.exit(1)
-    except OSError as error:
-        fault = output_fault(error)
-        if not fault:
+    except Exception as error:
+        fault = output_fault(error) if isinstance(error, OSError) else ""
+        if fault:
+            end(program, 2, fault)
+        if isinstance(error, (MemoryError, RuntimeError)) and is_out_of_memory(error):
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            end(program, 2, f"out of memory ({reason}); "
+                "lower batch_size, block_size or the model's sizes")
+        where = users_place(error)
+        if not where:
             raise
-        end(program, 2, fault)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        end(program, 2, f"out of memory ({reason}); "
-            "lower batch_size, block_size or the model's sizes")
+        end(program, 2, f"mixer_file {where}: {in_words(error)}")

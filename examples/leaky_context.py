@@ -1,10 +1,14 @@
-"""The context mean as the causal-reduction paper's reference code takes it: over the whole sequence. It LEAKS, and is here to show it.
+"""The context mean as the causal-reduction paper's own code takes it. It LEAKS, to show it.
 
-    python train.py configs/shakespeare.py --mixer_file=examples/leaky_context.py --mixer=causal_max_leak                 # refused
-    python train.py configs/shakespeare.py --mixer_file=examples/leaky_context.py --mixer=causal_max_leak --allow_leak
+    python train.py configs/shakespeare.py --mixer_file=examples/leaky_context.py \\
+        --mixer=causal_max_leak                 # refused
+    python train.py configs/shakespeare.py --mixer_file=examples/leaky_context.py \\
+        --mixer=causal_max_leak --allow_leak
 
-Every token sees a mean of all tokens, those that it has to predict among them, so the loss is too low: in a window's last
-position, where there is no future to see, stands the true one (python -m tools.score --out_dir=... --last_position --mixer_file=...).
+Every token sees a mean of the whole sequence, with the tokens that it has to predict, so the loss
+is too low. In a window's last position, where there is no future to see, stands the true one:
+
+    python -m tools.score --out_dir=... --last_position --mixer_file=examples/leaky_context.py
 """
 from functools import partial
 
@@ -19,7 +23,8 @@ class LeakyContext(CausalReduction):
 
     def forward(self, x, state=None):
         previous = torch.cat([x[:, :1], x[:, :-1]], dim=1)
-        return self.c_proj(pairwise(self.op, pairwise(self.op, x, previous), x.mean(1, keepdim=True))), state
+        mean = x.mean(1, keepdim=True)  # the fault: over all of the sequence
+        return self.c_proj(pairwise(self.op, pairwise(self.op, x, previous), mean)), state
 
 
 for op in ("max", "min"):

@@ -39,10 +39,13 @@ import runpy
 from functools import partial
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from base.command_line import nearest, one_line, shortened
 from base.errors import BadInput
 from base.files import is_file, read_bytes
 from base.options import checked, declared, replace_options
+from base.user_code import files, in_words, users_place
 from mixers.causal_reduction import CausalReduction
 from mixers.linear import Linear
 from mixers.linformer import Linformer
@@ -165,14 +168,15 @@ def load_mixer_file(path):
     old_code, registered = loaded.get(key, (None, {}))
     if code == old_code and registered.items() <= before.items():
         return
+    files.add(Path(path).resolve())
     try:
         runpy.run_path(path)
         gather_options()
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises
         MIXERS.clear()
         MIXERS.update(before)
-        reason = one_line(error) if isinstance(error, ValueError) else str(error)
-        raise BadInput(f"mixer_file {path}: {type(error).__name__}: {reason}") from error
+        reason = one_line(error) if isinstance(error, ValidationError) else in_words(error)
+        raise BadInput(f"mixer_file {users_place(error) or path}: {reason}") from error
     new = {name: builder for name, builder in MIXERS.items() if before.get(name) is not builder}
     # a class that the file imports is the same when the file runs once more
     if not new and key not in loaded:

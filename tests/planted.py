@@ -1,8 +1,10 @@
-"""Mixers with one fault each, which the audit must find; never in the registry, unless a command names this file:
+"""Mixers with one fault each, which the audit must find; never in the registry, unless a command
+names this file:
 
     python -m tools.audit --mixer_file=tests/planted.py --mixer=whole_mean     # FAIL
 
-All are y = W u, with u what their `mix` makes of x (B, T, C); the state is passed through where there is nothing to remember.
+All are y = W u, with u what their `mix` makes of x (B, T, C); the state is passed through where
+there is nothing to remember.
 """
 import random
 
@@ -61,7 +63,8 @@ class BorderOnly(Honest):
 
 
 class ChunkMax(Honest):
-    """Linear attention with exponential features whose keys are taken relative to the chunk's maximum."""
+    """Linear attention with exponential features whose keys are taken relative to the chunk's
+    maximum."""
     def mix(self, x, state):
         pieces = []
         S, z, m = state or (0, 0, x.new_full((x.size(0), 1, x.size(2)), -torch.inf))
@@ -83,7 +86,8 @@ class Forgetful(Honest):
 
 
 class ZeroGate(Honest):
-    """A leak behind a weight that starts at zero: nothing to see before the first step of training."""
+    """A leak behind a weight that starts at zero: nothing to see before the first step of
+    training."""
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.gate = nn.Parameter(torch.zeros(config.n_embd))
@@ -99,7 +103,8 @@ class Hidden(Honest):
 
 
 class Length(Honest):
-    """Scaled by the length of the sequence: x_t is all it sees of the tokens, but it knows how near the end is."""
+    """Scaled by the length of the sequence: x_t is all it sees of the tokens, but it knows how near
+    the end is."""
     def mix(self, x, state):
         return x * torch.arange(1, x.size(1) + 1, dtype=x.dtype)[:, None] / x.size(1), state
 
@@ -123,7 +128,8 @@ class DropoutOnly(WholeMean):
 class Float32Only(WholeMean):
     """The fast path, of float32, leaks; the reference, of all else, does not."""
     def mix(self, x, state):
-        return super().mix(x, state) if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") else (x, state)
+        fast = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return super().mix(x, state) if fast else (x, state)
 
 
 class AutocastOnly(Honest):
@@ -160,6 +166,96 @@ class Late(WholeMean):
 
     def mix(self, x, state):
         return super().mix(x, state) if self.steps > 0 else (x, state)
+
+
+class EvaluationGate(ZeroGate):
+    """The same in evaluation alone."""
+    def mix(self, x, state):
+        return (x, state) if self.training else super().mix(x, state)
+
+
+class ReluGate(Honest):
+    """A leak behind one weight that starts at zero, and that one sign alone opens."""
+    sign = 1
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def mix(self, x, state):
+        return x + (self.sign * self.gate).relu() * x.flip(1), state
+
+
+class NegativeGate(ReluGate):
+    """The same with the other sign."""
+    sign = -1
+
+
+class ReZeroLeak(Honest):
+    """Whatever it does is behind a gate that starts at zero; what it does leaks."""
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, state=None):
+        y = self.proj(torch.maximum(x, x.mean(1, keepdim=True)))
+        return self.gate * y, state
+
+
+class SingleGate(ZeroGate):
+    """A leak in float32 alone behind a gate that starts at zero."""
+    def mix(self, x, state):
+        return super().mix(x, state) if x.dtype == torch.float32 else (x, state)
+
+
+class Faint(Honest):
+    """A leak of one part in ten thousand in float32 alone."""
+    def mix(self, x, state):
+        return (x + 1e-3 * x.mean(1, keepdim=True) if x.dtype == torch.float32 else x), state
+
+
+class FaintInside(Honest):
+    """A leak of one part in a thousand, computed in float32 whatever is given."""
+    def mix(self, x, state):
+        u = x.float()
+        return (u + 1e-2 * u.mean(1, keepdim=True)).to(x.dtype), state
+
+
+class TinyBesideMask(Honest):
+    """A leak of one part in ten million beside a mask of float32, which excuses nothing."""
+    def mix(self, x, state):
+        mask = torch.ones(x.size(1), x.size(1)).tril()
+        weights = mask / mask.sum(1, keepdim=True)
+        return weights.to(x.dtype) @ x + 1e-7 * x.mean(1, keepdim=True), state
+
+
+class NoisyLeak(WholeMean):
+    """A leak beside honest noise in training."""
+    def mix(self, x, state):
+        u, state = super().mix(x, state)
+        return (u + 0.1 * torch.randn_like(u) if self.training else u), state
+
+
+class WrongKeyBias(Honest):
+    """A parameter's gradient is wrong by a third where a sequence comes in pieces."""
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.shift = nn.Parameter(torch.zeros(config.n_embd))
+
+    def mix(self, x, state):
+        u = x + self.shift
+        if state is not None:
+            u = x + self.shift.detach() + (self.shift - self.shift.detach()) * 2 / 3
+        return u, torch.ones(())
+
+
+class WrapsRound(Honest):
+    """A convolution by a Fourier transform without padding: the end comes round to the
+    beginning."""
+    def mix(self, x, state):
+        n = torch.arange(x.size(1), dtype=torch.float32)[:, None]
+        product = torch.fft.rfft(x.float(), dim=1) * torch.fft.rfft((-n / 4).exp(), dim=0)
+        return torch.fft.irfft(product, x.size(1), dim=1).to(x.dtype), state
 
 
 class Statistics(Honest):
@@ -249,6 +345,17 @@ PLANTED = {
     "chunk_max": (ChunkMax, "huge"),
     "forgetful": (Forgetful, "split"),
     "zero_gate": (ZeroGate, "suffix gradient length split"),
+    "evaluation_gate": (EvaluationGate, "suffix gradient length split"),
+    "relu_gate": (ReluGate, "suffix gradient length split"),
+    "negative_gate": (NegativeGate, "suffix gradient length split"),
+    "rezero_leak": (ReZeroLeak, "suffix gradient length split"),
+    "single_gate": (SingleGate, "suffix gradient"),
+    "faint": (Faint, "suffix gradient"),
+    "faint_inside": (FaintInside, "suffix gradient length split"),
+    "tiny_beside_mask": (TinyBesideMask, "suffix gradient"),
+    "noisy_leak": (NoisyLeak, "suffix gradient length split"),
+    "wrong_key_bias": (WrongKeyBias, "split"),
+    "wraps_round": (WrapsRound, "suffix gradient length split"),
     "hidden": (Hidden, "gradient split"),
     "length": (Length, "length split"),
     "training_only": (TrainingOnly, "suffix gradient"),

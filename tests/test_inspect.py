@@ -1,4 +1,5 @@
-"""tools/inspect_attention.py: measures on matrices whose values are known, matrices against their formulas, the whole command."""
+"""tools/inspect_attention.py: measures on matrices whose values are known, matrices against their
+formulas, the whole command."""
 import json
 import math
 import re
@@ -20,16 +21,18 @@ from mixers.performer import log_features
 from tools import inspect_attention
 from tools import inspect_measures as measures
 from tools import inspect_plots as attention_pictures
-from tools.inspect_attention import NoMatrix, attention_matrix, influence, inspect, model_influence, reach
+from tools.inspect_attention import (NoMatrix, attention_matrix, influence, inspect,
+                                     model_influence, reach)
 from training import checkpoint
 
 every_mixer = pytest.mark.parametrize("mixer", sorted(MIXERS))
 WITH_MATRIX = {"softmax", "ssa", "lln", "lln_diag", "linear", "performer"}
-WITHOUT_MATRIX = {"linformer", "pelican", *(name for name in MIXERS if name.startswith("causal_"))}  # others may go either way
+# others may go either way
+WITHOUT_MATRIX = {"linformer", "pelican", *(name for name in MIXERS if name.startswith("causal_"))}
 NAME = "tools.inspect_attention"
 
 
-# Measures ------------------------------------------------------------------------------------------------------------
+# Measures -----------------------------------------------------------------------------------------
 
 T = 9
 UNIFORM, IDENTITY = np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None], np.eye(T)
@@ -41,16 +44,49 @@ def random_matrix(T, seed=0):
     return np.exp(np.random.default_rng(seed).normal(size=(T, T))) * np.tri(T)
 
 
-@pytest.mark.parametrize("P, expected", [
-    (UNIFORM, dict(entropy=math.log2(math.factorial(T)) / T, spectral_gap=1 / 2, weight_on_first=sum(1 / n for n in range(2, T + 1)) / (T - 1),
-                   mean_distance=(T - 1) / 4)),  # row t lies t / 2 back
-    (IDENTITY, dict(entropy=0, effective_rank=T, spectral_gap=0, weight_on_first=0, mean_distance=0)),
-    # column 0 twice, every other but the last once: one singular value sqrt(2), T - 2 of 1
-    (PREVIOUS, dict(entropy=0, spectral_gap=1, weight_on_first=1 / (T - 1), mean_distance=(T - 1) / T,
-                    effective_rank=math.exp(math.log(T - 2 + 2**0.5) - 2**0.5 / (T - 2 + 2**0.5) * math.log(2) / 2))),
-    (FIRST, dict(entropy=0, effective_rank=1, spectral_gap=1, weight_on_first=1, mean_distance=(T - 1) / 2)),
-    (0.5 * IDENTITY + 0.5 * FIRST, dict(entropy=(T - 1) / T, spectral_gap=0.5, weight_on_first=0.5)),
-], ids=["uniform", "identity", "previous", "first", "half"])
+def rank_of_previous(T):
+    """Column 0 twice, every other but the last once: one singular value sqrt(2), T - 2 of 1."""
+    total = T - 2 + 2**0.5
+    return math.exp(math.log(total) - 2**0.5 / total * math.log(2) / 2)
+
+
+KNOWN = {
+    "uniform": (UNIFORM, dict(
+        entropy=math.log2(math.factorial(T)) / T,
+        spectral_gap=1 / 2,
+        weight_on_first=sum(1 / n for n in range(2, T + 1)) / (T - 1),
+        mean_distance=(T - 1) / 4,  # row t lies t / 2 back
+    )),
+    "identity": (IDENTITY, dict(
+        entropy=0,
+        effective_rank=T,
+        spectral_gap=0,
+        weight_on_first=0,
+        mean_distance=0,
+    )),
+    "previous": (PREVIOUS, dict(
+        entropy=0,
+        effective_rank=rank_of_previous(T),
+        spectral_gap=1,
+        weight_on_first=1 / (T - 1),
+        mean_distance=(T - 1) / T,
+    )),
+    "first": (FIRST, dict(
+        entropy=0,
+        effective_rank=1,
+        spectral_gap=1,
+        weight_on_first=1,
+        mean_distance=(T - 1) / 2,
+    )),
+    "half": (0.5 * IDENTITY + 0.5 * FIRST, dict(
+        entropy=(T - 1) / T,
+        spectral_gap=0.5,
+        weight_on_first=0.5,
+    )),
+}
+
+
+@pytest.mark.parametrize("P, expected", KNOWN.values(), ids=KNOWN)
 def test_measures_of_known_matrices(P, expected):
     for name, value in expected.items():
         assert getattr(measures, name)(P) == pytest.approx(value, abs=1e-12), name
@@ -67,8 +103,10 @@ def test_weight_by_distance():
 def test_effective_rank_of_two_by_two():
     # [[1, 0], [1/2, 1/2]]: the singular values have the product 1/2 and the squares' sum 3/2
     total = math.sqrt(1.5 + 2 * 0.5)
-    a, b = (0.5 + sign * math.sqrt(0.25 - 0.5 / total**2) for sign in (1, -1))  # as shares of their sum
-    assert measures.effective_rank(measures.uniform(2)) == pytest.approx(math.exp(-a * math.log(a) - b * math.log(b)))
+    a = 0.5 + math.sqrt(0.25 - 0.5 / total**2)  # as shares of their sum
+    b = 1 - a
+    rank = math.exp(-a * math.log(a) - b * math.log(b))
+    assert measures.effective_rank(measures.uniform(2)) == pytest.approx(rank)
 
 
 def test_spectral_gap_is_that_of_the_eigenvalues():
@@ -82,7 +120,8 @@ def test_spectral_gap_is_that_of_the_eigenvalues():
 def test_log_weights_are_relative_to_even_attention():
     assert measures.log_weights(UNIFORM) == pytest.approx(np.zeros(T * (T + 1) // 2 - 1))
     assert measures.log_weights(PREVIOUS) == pytest.approx(np.log(np.arange(2, T + 1)))
-    constant = dict(mean=pytest.approx(0), variance=pytest.approx(0), skewness=None, kurtosis=None, ks=None)
+    zero = pytest.approx(0)
+    constant = dict(mean=zero, variance=zero, skewness=None, kurtosis=None, ks=None)
     assert measures.normality(measures.log_weights(UNIFORM)) == constant
 
 
@@ -92,18 +131,24 @@ def test_log_normal_weights_are_found_so(sigma):
     P = np.exp(z) * np.tri(600)
     fit = measures.normality(measures.log_weights(P / P.sum(1, keepdims=True)))
     # a weight over the mean one: ln w - ln E w = z - sigma^2 / 2
-    assert fit["mean"] == pytest.approx(-sigma**2 / 2, rel=0.05) and fit["variance"] == pytest.approx(sigma**2, rel=0.05)
+    assert fit["mean"] == pytest.approx(-sigma**2 / 2, rel=0.05)
+    assert fit["variance"] == pytest.approx(sigma**2, rel=0.05)
     assert fit["ks"] < 0.01 and abs(fit["skewness"]) < 0.1 and abs(fit["kurtosis"]) < 0.1
 
 
 def test_normality_of_known_samples():
     quantiles = (np.arange(2000) + 0.5) / 2000
     normal = measures.normality(3 + 2 * stats.norm.ppf(quantiles))
-    assert normal["mean"] == pytest.approx(3) and normal["variance"] == pytest.approx(4, rel=0.01) and normal["ks"] < 0.001
+    assert normal["mean"] == pytest.approx(3)
+    assert normal["variance"] == pytest.approx(4, rel=0.01)
+    assert normal["ks"] < 0.001
     two = measures.normality(np.array([-1.0, 1.0] * 500))
-    assert two["ks"] == pytest.approx(stats.norm.cdf(1) - 0.5) and two["kurtosis"] == pytest.approx(-2) and two["skewness"] == pytest.approx(0)
+    assert two["ks"] == pytest.approx(stats.norm.cdf(1) - 0.5)
+    assert two["kurtosis"] == pytest.approx(-2)
+    assert two["skewness"] == pytest.approx(0)
     exponential = measures.normality(-np.log(quantiles))
-    assert exponential["skewness"] == pytest.approx(2, rel=0.05) and exponential["ks"] == pytest.approx(stats.norm.cdf(-1), abs=0.003)  # at 0
+    assert exponential["skewness"] == pytest.approx(2, rel=0.05)
+    assert exponential["ks"] == pytest.approx(stats.norm.cdf(-1), abs=0.003)  # at 0
 
 
 def test_temperatures():
@@ -116,7 +161,7 @@ def test_temperatures():
     assert measures.temperature_softmax(q, k) == pytest.approx(1 / scores.std(), rel=0.05)
 
 
-# Matrices ------------------------------------------------------------------------------------------------------------
+# Matrices -----------------------------------------------------------------------------------------
 
 def softmax_rows(scores):
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -139,7 +184,8 @@ def formula(name, mixer, x):
         for which, tau in mixer.tau.items():
             group = list(mixer.c_attn(x))["qkv".index(which)]
             scale = tau(x, group, 0)
-            vectors[which] = vectors[which] * repeat_heads(scale, H)[0] if scale.size(1) > 1 else vectors[which] * scale[0]
+            scale = repeat_heads(scale, H) if scale.size(1) > 1 else scale
+            vectors[which] = vectors[which] * scale[0]
         q, k, v = vectors.values()
     if getattr(mixer, "rope_base", None):
         q, k = rotate(q[None], 0, mixer.rope_base)[0], rotate(k[None], 0, mixer.rope_base)[0]
@@ -154,15 +200,23 @@ def formula(name, mixer, x):
         alpha, beta = (t.double()[:, None, None] for t in mixer.alpha_beta())
         a, b = alpha * raw_q, beta * raw_k
     P = softmax_rows(torch.logsumexp(a[:, :, None] + b[:, None], dim=-1))
-    return (0.5 * P + 0.5 * softmax_rows(diagonal_blocks(scores, D)) if name == "lln_diag" else P), v
+    if name == "lln_diag":
+        P = 0.5 * P + 0.5 * softmax_rows(diagonal_blocks(scores, D))
+    return P, v
 
 
 ALL_TERMS = dict(ssa_key_token=True, ssa_key_position=True, ssa_value_position=True)
 
 
+CASES = [(name, {}) for name in sorted(WITH_MATRIX)] + [
+    ("linformer", {}),
+    ("ssa", ALL_TERMS),
+    ("ssa", ALL_TERMS | dict(ssa_per_head=True)),
+]
+
+
 @pytest.mark.parametrize("skeleton", ["gpt2", "llama"])
-@pytest.mark.parametrize("name, options", [*((name, {}) for name in sorted(WITH_MATRIX)), ("linformer", {}), ("ssa", ALL_TERMS),
-                                           ("ssa", ALL_TERMS | dict(ssa_per_head=True))])
+@pytest.mark.parametrize("name, options", CASES)
 @pytest.mark.parametrize("T", [2, 61])
 def test_matrix_is_the_formulas(name, options, skeleton, T):
     mixer = make(name, skeleton, **options).blocks[0].mixer
@@ -183,12 +237,14 @@ def test_matrix_is_the_formulas(name, options, skeleton, T):
 
 @pytest.mark.parametrize("name, options, reason", [
     ("lln_diag", dict(lln_diag_mode="sum"), "weights of a row sum to"),
-    ("lln_diag", dict(lln_diag_mode="convex"), "weights of a row sum to|no matrix times the values"),
+    ("lln_diag", dict(lln_diag_mode="convex"),
+     "weights of a row sum to|no matrix times the values"),
     ("linformer", dict(linformer_segment=8), "weights of a row sum to"),
     ("causal_mean", {}, "no queries, keys and values")])
 def test_no_matrix_and_why(name, options, reason):
+    mixer = make(name, **options).blocks[0].mixer
     with pytest.raises(NoMatrix, match=reason):
-        attention_matrix(make(name, **options).blocks[0].mixer, torch.randn(1, 30, 32, dtype=torch.float64))
+        attention_matrix(mixer, torch.randn(1, 30, 32, dtype=torch.float64))
 
 
 class Crafted(torch.nn.Module):
@@ -203,22 +259,40 @@ class Crafted(torch.nn.Module):
         return self.c_proj(self.mix(q, k, v).transpose(1, 2).flatten(2)), None
 
 
+def identity(q, k, v):
+    return v
+
+
+def twice(q, k, v):
+    return 2 * v
+
+
+def negative(q, k, v):
+    return 3 * v - 2 * torch.cat([v[:, :, :1], v[:, :, :-1]], 2)
+
+
+def nonlinear(q, k, v):
+    return v.abs()
+
+
 @pytest.mark.parametrize("mix, reason", [
-    (lambda q, k, v: v, None),
-    (lambda q, k, v: 2 * v, "sum to 2 to 2"),
-    (lambda q, k, v: 3 * v - 2 * torch.cat([v[:, :, :1], v[:, :, :-1]], 2), "smallest weight is -2"),
-    (lambda q, k, v: v.abs(), "no matrix times the values")], ids=["identity", "twice", "negative", "nonlinear"])
+    (identity, None),
+    (twice, "sum to 2 to 2"),
+    (negative, "smallest weight is -2"),
+    (nonlinear, "no matrix times the values"),
+])
 def test_matrix_of_a_users_mixer(mix, reason, monkeypatch):
     monkeypatch.setitem(MIXERS, "crafted", type("Mine", (Crafted,), {"mix": staticmethod(mix)}))
     mixer, x = make("crafted").blocks[0].mixer, torch.randn(1, 20, 32, dtype=torch.float64)
     if reason is None:
-        assert torch.equal(attention_matrix(mixer, x)[0], torch.eye(20, dtype=torch.float64).expand(4, -1, -1))
+        P, _ = attention_matrix(mixer, x)
+        assert torch.equal(P, torch.eye(20, dtype=torch.float64).expand(4, -1, -1))
         return
     with pytest.raises(NoMatrix, match=reason):
         attention_matrix(mixer, x)
 
 
-# Influence -----------------------------------------------------------------------------------------------------------
+# Influence ----------------------------------------------------------------------------------------
 
 def exact_influence(f, x):
     J = torch.autograd.functional.jacobian(lambda x: f(x)[0], x)[:, :, 0]  # (T, E, T, C)
@@ -242,11 +316,16 @@ def test_influence_is_the_jacobians_norm(mixer):
 
 
 def test_the_estimate_of_influence_is_unbiased():
-    mixer, x = make("softmax", n_layer=1).blocks[0].mixer, torch.randn(1, 5, 32, dtype=torch.float64)
-    f = lambda x: mixer(x)[0]
+    mixer = make("softmax", n_layer=1).blocks[0].mixer
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+
+    def f(x):
+        return mixer(x)[0]
+
     squares = torch.stack([influence(f, x, probes=4, seed=seed).square() for seed in range(150)])
     error = (squares.mean(0) - exact_influence(f, x).square()).abs()
-    assert (error <= 4 * squares.std(0) / 150**0.5 + 1e-12).all() and (squares.std(0) < 0.6 * squares.mean(0) + 1e-12).all()
+    assert (error <= 4 * squares.std(0) / 150**0.5 + 1e-12).all()
+    assert (squares.std(0) < 0.6 * squares.mean(0) + 1e-12).all()
 
 
 @every_mixer
@@ -257,29 +336,38 @@ def test_inspect_knows_every_mixer(mixer):
     text = inspect_attention.summary(dict(layers=layers, model=reach(matrices["influence.model"])))
     json.dumps([layers], allow_nan=False)
     J = matrices["influence.model"]
-    assert J.shape == (T_influence, T_influence) and (np.triu(J, 1) == 0).all() and (np.diag(J) > 0).all()
+    assert J.shape == (T_influence, T_influence)
+    assert (np.triu(J, 1) == 0).all() and (np.diag(J) > 0).all()
     for i, layer in enumerate(layers):
         assert (layer["layer"], layer["mixer"]) == (i, mixer)
         if mixer in WITH_MATRIX or f"attention.{i}" in matrices and mixer not in WITHOUT_MATRIX:
             P = matrices[f"attention.{i}"]
-            assert P.shape == (4, T, T) and abs(P.sum(-1) - 1).max() < 1e-5 and (np.triu(P, 1) == 0).all()
-            assert [head["head"] for head in layer["heads"]] == [0, 1, 2, 3] and layer["no_matrix"] is None
+            assert P.shape == (4, T, T) and (np.triu(P, 1) == 0).all()
+            assert abs(P.sum(-1) - 1).max() < 1e-5
+            assert [head["head"] for head in layer["heads"]] == [0, 1, 2, 3]
+            assert layer["no_matrix"] is None
             assert ("temperature_lln" in layer["heads"][0]) == mixer.startswith("lln")
             assert set(layer["ssa_temperature"]) == ({"q", "v"} if mixer == "ssa" else set())
         else:
-            assert layer["heads"] == [] and f"attention.{i}" not in matrices and layer["no_matrix"] in text
+            assert layer["heads"] == [] and layer["no_matrix"] in text
+            assert f"attention.{i}" not in matrices
         if mixer == "pelican":
             assert layer["influence"] is None and np.count_nonzero(J) == T  # the diagonal alone
         else:
-            assert np.triu(matrices[f"influence.{i}"], 1).max() == 0 and 0 < layer["influence"]["on_self"] < 1
+            assert np.triu(matrices[f"influence.{i}"], 1).max() == 0
+            assert 0 < layer["influence"]["on_self"] < 1
         if mixer in ("causal_max", "causal_min", "causal_mean"):
             assert np.tril(matrices[f"influence.{i}"], -2).max() == 0 and np.tril(J, -3).max() == 0
 
 
 def test_reach():
     J = np.array([[2.0, 0, 0], [3, 1, 0], [0, 0, 0]])  # a row of zeros stays one
-    assert reach(J) == dict(on_self=pytest.approx((1 + 0.25 + 0) / 3), on_previous=pytest.approx((0.75 + 0) / 2),
-                            mean_distance=pytest.approx(0.75 / 3), by_distance=pytest.approx([1.25 / 3, 0.375, 0]))
+    assert reach(J) == dict(
+        on_self=pytest.approx((1 + 0.25 + 0) / 3),
+        on_previous=pytest.approx((0.75 + 0) / 2),
+        mean_distance=pytest.approx(0.75 / 3),
+        by_distance=pytest.approx([1.25 / 3, 0.375, 0]),
+    )
 
 
 def test_measured_values_are_those_of_the_matrices():
@@ -288,24 +376,31 @@ def test_measured_values_are_those_of_the_matrices():
     head, P = layers[1]["heads"][2], matrices["attention.1"][2]
     rows = [-sum(p * math.log2(p) for p in row if p > 0) for row in P]
     assert head["entropy_bits"] == pytest.approx(sum(rows) / 20)
-    assert head["weight_on_self"] == pytest.approx(np.diag(P).mean()) and head["weight_on_previous"] == pytest.approx(np.diag(P, -1).mean())
+    assert head["weight_on_self"] == pytest.approx(np.diag(P).mean())
+    assert head["weight_on_previous"] == pytest.approx(np.diag(P, -1).mean())
     mixer = model.blocks[1].mixer
     q, k, _ = mixer.c_attn(inspect_attention.mixer_inputs(model, idx)[1])
     alpha, beta = mixer.alpha_beta()
     sigma_q, sigma_k = q[0, 2].std(correction=0).item(), k[0, 2].std(correction=0).item()
     assert head["temperature_softmax"] == pytest.approx(1 / (sigma_q * sigma_k), rel=1e-4)
-    assert head["temperature_lln"] == pytest.approx(((alpha[2] * sigma_q)**2 + (beta[2] * sigma_k)**2).item()**-0.5, rel=1e-4)
+    variance = (alpha[2] * sigma_q)**2 + (beta[2] * sigma_k)**2
+    assert head["temperature_lln"] == pytest.approx(variance.item()**-0.5, rel=1e-4)
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 ALPHABET = "".join(map(chr, range(97, 123))) + " \n$_?"  # 31 symbols
+
+
+def draw_nothing(folder, report, matrices):
+    return []
 
 
 def save_run(folder, model, **config):
     trainer = dict(iter=5, val_loss=None, best_val_loss=None, tokens=0, seconds=0.0, wandb_id=None)
     config = {name: getattr(model.config, name) for name in vars(model.config)} | config
-    checkpoint.save(folder, checkpoint.model_tensors(model), {}, trainer, config, CharTokenizer(ALPHABET).to_json(), 1)
+    tokenizer = CharTokenizer(ALPHABET).to_json()
+    checkpoint.save(folder, checkpoint.model_tensors(model), {}, trainer, config, tokenizer, 1)
     return folder
 
 
@@ -320,24 +415,37 @@ def command(here, monkeypatch, capsys):
 
 
 def test_report_and_pictures_of_a_mixed_model(command, here, monkeypatch):
-    folder = save_run(here / "mixed", make("ssa,pelican,linformer,causal_max", n_layer=4, n_head=2, linformer_segment=8).float())
+    pattern = "ssa,pelican,linformer,causal_max"
+    model = make(pattern, n_layer=4, n_head=2, linformer_segment=8).float()
+    folder = save_run(here / "mixed", model)
     drawn = {}
-    keep = lambda path, figure: drawn.update({path.name: figure}) or path
+
+    def keep(path, figure):
+        drawn[path.name] = figure
+        return path
+
     monkeypatch.setattr(attention_pictures, "save", keep)
     out = command(f"--out_dir={folder}", "--start=the quick $brown\nfox jumps")
     report = json.loads((folder / "inspect" / "attention.json").read_text())
     assert report["text"] == "the quick $brown\nfox jumps" == "".join(report["tokens"])
-    assert [len(layer["heads"]) for layer in report["layers"]] == [2, 0, 0, 0] and len(report["layers"][0]["ssa_temperature"]["q"][0]) == 26
+    assert [len(layer["heads"]) for layer in report["layers"]] == [2, 0, 0, 0]
+    assert len(report["layers"][0]["ssa_temperature"]["q"][0]) == 26
     matrices = load_file(folder / "inspect" / "attention.safetensors")
-    assert set(matrices) == {"attention.0", "influence.0", "influence.2", "influence.3", "influence.model"}
-    assert report["layers"][0]["heads"][1]["mean_distance"] == pytest.approx(measures.mean_distance(matrices["attention.0"][1]), rel=1e-5)
-    assert set(drawn) == {"attention_maps.png", "log_weights.png", "entropy.png", "distance.png", "influence.png", "ssa_temperature.png"}
+    assert set(matrices) == {
+        "attention.0", "influence.0", "influence.2", "influence.3", "influence.model"}
+    distance = measures.mean_distance(matrices["attention.0"][1])
+    reported = report["layers"][0]["heads"][1]["mean_distance"]
+    assert reported == pytest.approx(distance, rel=1e-5)
+    assert set(drawn) == {"attention_maps.png", "log_weights.png", "entropy.png", "distance.png",
+                          "influence.png", "ssa_temperature.png"}
     assert all(name in out for name in drawn)
     titles = [ax.get_title() for ax in drawn["influence.png"].axes]
-    assert titles[:4] == ["ssa, layer 0", "linformer, layer 2", "causal_max, layer 3", "the whole model"]
+    assert titles[:4] == [
+        "ssa, layer 0", "linformer, layer 2", "causal_max, layer 3", "the whole model"]
     image = drawn["attention_maps.png"].axes[1].images[0].get_array()
     shown = np.maximum(matrices["attention.0"][1], 1e-3)
-    assert np.allclose(image[np.tril_indices(26)], shown[np.tril_indices(26)]) and image.mask[np.triu_indices(26, 1)].all()
+    assert np.allclose(image[np.tril_indices(26)], shown[np.tril_indices(26)])
+    assert image.mask[np.triu_indices(26, 1)].all()
     ticks = [label.get_text() for label in drawn["ssa_temperature.png"].axes[-1].get_xticklabels()]
     assert len(ticks) == 26 and ticks[3] == "␣" and ticks[16] == "↵" and ticks[10] == r"\$"
     for figure in drawn.values():
@@ -351,11 +459,16 @@ def test_report_and_pictures_of_a_mixed_model(command, here, monkeypatch):
     ("--out_dir=r --start=FILE:gone.txt", {}, "--start=FILE:gone.txt: .*No such file"),
     ("--out_dir=r --start=a", {}, "the text is a single token"),
     ("--out_dir=r --start=ABC", {}, "characters not in the alphabet of this model: 'A', 'B', 'C'"),
-    (f"--out_dir=r --start={'a' * 193}", {}, "--start is 193 tokens, and the model's block_size 192; .*--length=192"),
-    ("--out_dir=r --start=abc --length=193", {}, "--length=193: the model has learned positions for 192 tokens only"),
+    (f"--out_dir=r --start={'a' * 193}", {},
+     "--start is 193 tokens, and the model's block_size 192; .*--length=192"),
+    ("--out_dir=r --start=abc --length=193", {},
+     "--length=193: the model has learned positions for 192 tokens only"),
     ("--out_dir=r --length=1", {}, "--length=1: input should be greater than or equal to 2"),
-    ("--out_dir=r", {"dataset": "gone"}, "data/gone, which the run was trained on, is not here; give a text with --start"),
-    ("--out_dir=r", {"dataset": "digits"}, "was trained on other symbols than those of data set digits"),
+    ("--out_dir=r", {"dataset": "gone"},
+     "data/gone, which the run was trained on, is not here; give a text with --start"),
+    ("--out_dir=r", {"dataset": "x" * 300}, "which the run was trained on, is not here"),
+    ("--out_dir=r", {"dataset": "digits"},
+     "was trained on other symbols than those of data set digits"),
     ("--out_dir=r --heads=2", {}, "no option --heads; "),
     ("--out_dir=r --checkpoint=00000007", {}, "is missing: .*whole: 00000005"),
     ("--out_dir=r --mixer_file=gone.py", {}, "mixer_file gone.py does not exist")])
@@ -370,7 +483,7 @@ def test_bad_input_is_one_line(arguments, config, message, command, here, capsys
 
 
 def test_without_learned_positions_a_text_may_be_longer(command, here, monkeypatch):
-    monkeypatch.setattr(attention_pictures, "draw", lambda *_: [])
+    monkeypatch.setattr(attention_pictures, "draw", draw_nothing)
     folder = save_run(here / "r", make("linear", "llama", n_layer=1, block_size=16).float())
     (here / "text.txt").write_text("a long text " * 20)
     command(f"--out_dir={folder}", "--start=FILE:text.txt", "--length=100")
@@ -396,7 +509,8 @@ MIXERS["previous"] = Previous
 
 def test_from_training_to_pictures(home, train, here):
     (here / "mine.py").write_text(MINE)
-    train(*TINY, "--mixer=softmax,previous", "--n_layer=2", "--mixer_file=mine.py", "--max_iters=2", "--out_dir=run")
+    train(*TINY, "--mixer=softmax,previous", "--n_layer=2", "--mixer_file=mine.py",
+          "--max_iters=2", "--out_dir=run")
     done = run(home, "-m", NAME, f"--out_dir={here / 'run'}", f"--mixer_file={here / 'mine.py'}")
     assert done.returncode == 0 and done.stderr == "", done
     assert "no attention matrix: it has no queries, keys and values" in done.stdout
@@ -410,14 +524,47 @@ def test_from_training_to_pictures(home, train, here):
     J = matrices["influence.1"]  # of the user's mixer: the token before, and nothing else
     assert np.count_nonzero(J) == 15 and (np.diag(J, -1) > 0).all()
     pictures = sorted(path.name for path in folder.glob("*.png"))
-    assert pictures == ["attention_maps.png", "distance.png", "entropy.png", "influence.png", "log_weights.png"]
+    assert pictures == ["attention_maps.png", "distance.png", "entropy.png", "influence.png",
+                        "log_weights.png"]
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
-def test_a_recall_run_is_read_in_a_row_of_its_task(home, train, here):
-    train(*[a for a in TINY if not a.startswith("--dataset")], "--dataset=recall", "--mixer=softmax", "--max_iters=2", "--out_dir=run")
-    done = run(home, "-m", NAME, f"--out_dir={here / 'run'}")
-    assert done.returncode == 0 and done.stderr == "", done
+def test_a_recall_run_is_read_in_a_row_of_its_task(home, train, command, here, monkeypatch):
+    monkeypatch.setattr(attention_pictures, "draw", draw_nothing)
+    recall = [argument for argument in TINY if not argument.startswith("--dataset")]
+    train(*recall, "--dataset=recall", "--mixer=softmax", "--max_iters=2", "--out_dir=run")
+    command("--out_dir=run")
     report = json.loads((here / "run" / "inspect" / "attention.json").read_text())
     cell = json.loads((home / "data" / "recall" / "meta.json").read_text())["cells"]["val"][0]
-    assert report["text"].split() == [str(token) for token in np.fromfile(home / "data" / "recall" / "val.bin", "<u2")[:cell["length"]]]
+    validation = np.fromfile(home / "data" / "recall" / "val.bin", "<u2")
+    assert report["text"].split() == [str(token) for token in validation[:cell["length"]]]
+
+
+def test_a_link_in_the_run_is_not_written_through(command, here, capsys):
+    save_run(here / "r", make("pelican", n_layer=1).float())
+    (here / "elsewhere").mkdir()
+    (here / "r" / "inspect").symlink_to(here / "elsewhere")
+    with pytest.raises(SystemExit) as exit:
+        command("--out_dir=r", "--start=abc")
+    assert exit.value.code == 2 and "r/inspect is a link" in capsys.readouterr().err
+    assert list((here / "elsewhere").iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_refused(command, here, capsys):
+    model = make("softmax", n_layer=1).float()
+    model.norm.weight.data[0] = math.nan
+    save_run(here / "r", model)
+    with pytest.raises(SystemExit) as exit:
+        command("--out_dir=r", "--start=abc")
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and line.count("\n") == 1 and "not finite" in line
+    assert not (here / "r" / "inspect").exists()
+
+
+def test_a_mixer_that_does_nothing_yet_is_drawn_without_a_warning(recwarn):
+    model = make("softmax", n_layer=1).float()
+    model.blocks[0].mixer.c_proj.weight.data.zero_()
+    layers, matrices = inspect(model, tokens(rows=1, n=9))
+    assert not matrices["influence.0"].any()
+    attention_pictures.influence_maps(dict(layers=layers), matrices).canvas.draw()
+    assert [str(warning.message) for warning in recwarn] == []

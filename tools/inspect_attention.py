@@ -1,14 +1,19 @@
-"""What a trained model attends to. Run: python -m tools.inspect_attention --out_dir=out/shakespeare_ssa   (4 layers x 64 tokens: 10 s)
+"""What a trained model attends to. Run: python -m tools.inspect_attention --out_dir=out/my_run
 
-Reads the beginning of the validation split, or --start, and writes to out_dir/inspect:
+Takes 10 s for 4 layers and 64 tokens. Reads the beginning of the validation split, or --start, and
+writes to out_dir/inspect:
 
-    attention.json          every measure of tools/measures.py per layer and head, and how far influence reaches per layer
-    attention.safetensors   the matrices themselves: P of each layer (H, T, T), influence of each layer and of the model (T, T)
-    *.png                   attention maps, log weights, entropy over depth, weight by distance, influence, SSA's temperatures
+    attention.json          every measure of tools/inspect_measures.py per layer and head, and how
+                            far influence reaches per layer
+    attention.safetensors   the matrices themselves: P of each layer (H, T, T), influence of each
+                            layer and of the model (T, T)
+    *.png                   attention maps, log weights, entropy over depth, weight by distance,
+                            influence, SSA's temperatures
 
-P is the matrix with y = P v in each head. It is not read out but probed, with columns of the identity in place of the values v, so
-linear mixers have one too. Mixers without one, or whose rows do not sum to 1, show by influence alone: |dy_t / dx_s|, by
-automatic differentiation, which needs nothing from the mixer.
+P is the matrix with y = P v in each head. It is not read out but probed, with columns of the
+identity in place of the values v, so linear mixers have one too. Mixers without one, or whose rows
+do not sum to 1, show by influence alone: |dy_t / dx_s|, by automatic differentiation, which needs
+nothing from the mixer.
 
 B batch, T time, C channels, H heads, G key/value heads, D head size.
 """
@@ -24,8 +29,8 @@ import torch
 from safetensors.numpy import save
 
 from base.command_line import parse_options
-from base.errors import BadInput, exit_on_bad_input
-from base.files import exists
+from base.errors import BadInput, exit_on_bad_input, printable
+from base.files import is_file, write_file, write_json, writing
 from base.options import checked, option
 from data import files, load_dataset
 from data.tokenizer import read_prompt
@@ -47,11 +52,16 @@ TOLERANCE = 1e-4       # of a row's sum and of y = P v, for float32
 @checked
 class InspectOptions:
     out_dir: str = option("", "the run's folder")
-    checkpoint: str = option("newest", "newest, best, or the name of a folder in out_dir/checkpoints")
-    start: Optional[str] = option(None, "the text, or FILE:path to read it from [default: the beginning of the validation split]")
-    length: Optional[int] = option(None, "most tokens to read [default: block_size]", ge=2, lt=2**12)
+    checkpoint: str = option(
+        "newest", "newest, best, or the name of a folder in out_dir/checkpoints")
+    start: Optional[str] = option(
+        None, "the text, or FILE:path to read it from "
+              "[default: the beginning of the validation split]")
+    length: Optional[int] = option(
+        None, "most tokens to read [default: block_size]", ge=2, lt=2**12)
     device: str = option("cpu", "cpu, cuda, cuda:1, mps, or auto: the best there is")
-    mixer_file: Optional[str] = option(None, "the Python file of the mixer, if the run was trained with one")
+    mixer_file: Optional[str] = option(
+        None, "the Python file of the mixer, if the run was trained with one")
 
 
 class NoMatrix(Exception):
@@ -59,43 +69,56 @@ class NoMatrix(Exception):
 
 
 def run_heads(mixer, x, values=None):
-    """What meets in the heads of a mixer on x (B, T, C): q (B, H, T, D), k and v (B, G, T, D), the result y (B, T, H D) that c_proj
-    gets, and of SSA tau, name -> (B, heads or 1, T, 1), with which q, k and v are already scaled. `values` (B, G, T, D) take v's place."""
+    """What meets in the heads of a mixer on x (B, T, C): q (B, H, T, D), k and v (B, G, T, D), the
+    result y (B, T, H D) that c_proj gets, and of SSA tau, name -> (B, heads or 1, T, 1), with which
+    q, k and v are already scaled. `values` (B, G, T, D) take v's place."""
     seen = {"tau": {}}
 
-    def exchange(module, args, out):
+    def exchange_values(module, args, out):
         seen["q"], seen["k"], seen["v"] = out
         return seen["q"], seen["k"], seen["v"] if values is None else values
 
-    def temper(name, tau):
-        seen["tau"][name], seen[name] = tau, tau * seen[name]
-        return torch.ones_like(tau) if name == "v" and values is not None else tau  # made for v, not for what took its place
+    def keep_result(module, args):
+        seen["y"] = args[0]
+
+    def keep_temperature(name):
+        def keep(module, args, tau):
+            seen["tau"][name] = tau
+            seen[name] = tau * seen[name]
+            # made for v, not for what took its place
+            return torch.ones_like(tau) if name == "v" and values is not None else tau
+        return keep
 
     with contextlib.ExitStack() as hooks:
-        hooks.enter_context(mixer.c_attn.register_forward_hook(exchange))
-        hooks.enter_context(mixer.c_proj.register_forward_pre_hook(lambda module, args: seen.update(y=args[0])))
-        for name, module in mixer.tau.items() if isinstance(mixer, SSA) else ():
-            hooks.enter_context(module.register_forward_hook(lambda module, args, tau, name=name: temper(name, tau)))
+        hooks.enter_context(mixer.c_attn.register_forward_hook(exchange_values))
+        hooks.enter_context(mixer.c_proj.register_forward_pre_hook(keep_result))
+        if isinstance(mixer, SSA):
+            for name, module in mixer.tau.items():
+                hooks.enter_context(module.register_forward_hook(keep_temperature(name)))
         mixer(x)
     return seen
 
 
 def attention_matrix(mixer, x):
-    """P (H, T, T), row-stochastic and causal, with y = P v in every head for x (1, T, C); and the heads' q, k, v, y, tau (run_heads).
+    """P (H, T, T), row-stochastic and causal, with y = P v in every head for x (1, T, C); and the
+    heads' q, k, v, y, tau (run_heads).
 
-    SSA's v is the one scaled by its temperature, which P leaves out. NoMatrix, saying why, if the mixer has none."""
+    SSA's v is the one scaled by its temperature, which P leaves out. NoMatrix, saying why, if the
+    mixer has none."""
     if not isinstance(getattr(mixer, "c_attn", None), QKV) or not hasattr(mixer, "c_proj"):
         raise NoMatrix("it has no queries, keys and values")
     heads = run_heads(mixer, x)
     T, (H, G, D) = x.size(1), mixer.c_attn.sizes
     N = math.ceil(T / D)
     # row n of the batch carries columns n D to n D + D - 1 of the identity
-    identity = torch.eye(T, N * D, dtype=x.dtype, device=x.device).view(T, N, 1, D).permute(1, 2, 0, 3).expand(N, G, T, D)
+    identity = torch.eye(T, N * D, dtype=x.dtype, device=x.device).view(T, N, 1, D)
+    identity = identity.permute(1, 2, 0, 3).expand(N, G, T, D)
     y = run_heads(mixer, x.expand(N, -1, -1), identity)["y"]  # (N, T, H D)
     P = y.unflatten(2, (H, D)).permute(2, 1, 0, 3).flatten(2)[:, :, :T]
     sums = P.sum(-1)
     if P.min() < 0 or (sums - 1).abs().max() > TOLERANCE:
-        raise NoMatrix(f"the weights of a row sum to {sums.min():.3g} to {sums.max():.3g}, the smallest weight is {P.min():.3g}")
+        raise NoMatrix(f"the weights of a row sum to {sums.min():.3g} to {sums.max():.3g}, "
+                       f"the smallest weight is {P.min():.3g}")
     expected = (P @ repeat_heads(heads["v"], H)[0]).transpose(0, 1).flatten(1)
     if (expected - heads["y"][0]).abs().max() > TOLERANCE * heads["v"].abs().max():
         raise NoMatrix("what its heads return is no matrix times the values")
@@ -103,42 +126,61 @@ def attention_matrix(mixer, x):
 
 
 def influence(f, x, probes=PROBES, seed=0):
-    """|dy_t / dx_s| (T, T): Frobenius norms of the Jacobians' blocks, for y = f(x), f: (B, T, C) -> (B, T, E), at x (1, T, C).
+    """|dy_t / dx_s| (T, T): Frobenius norms of the Jacobians' blocks, for y = f(x), f: (B, T, C) ->
+    (B, T, E), at x (1, T, C).
 
-    Row t of a batch of T copies is asked about its token t alone, so a backward pass gives |u . dy_t/dx_s| for all t and s. Directions
-    u are rows of a random orthogonal matrix: E / probes times the sum of squares is an unbiased estimate of the squared norm, and
-    exact with E probes."""
+    Row t of a batch of T copies is asked about its token t alone, so a backward pass gives |u .
+    dy_t/dx_s| for all t and s. Directions u are rows of a random orthogonal matrix: E / probes
+    times the sum of squares is an unbiased estimate of the squared norm, and exact with E
+    probes."""
     T = x.size(1)
     x = x.detach().expand(T, -1, -1).clone().requires_grad_()
     y = f(x).diagonal(dim1=0, dim2=1).T  # (T, E)
     E = y.size(1)
     gaussian = torch.randn(E, E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     directions = torch.linalg.qr(gaussian).Q[:probes].to(y.dtype).to(y.device)
-    squares = sum(torch.autograd.grad(y, x, u.expand_as(y), retain_graph=True)[0].square().sum(-1) for u in directions)
+    squares = 0
+    for u in directions:
+        [gradient] = torch.autograd.grad(y, x, u.expand_as(y), retain_graph=True)
+        squares = squares + gradient.square().sum(-1)
     return (squares * E / len(directions)).sqrt()
 
 
 def mixer_inputs(model, idx):
     """layer -> x (1, T, C), what its mixer reads; layers without a mixer are left out."""
     inputs = {}
+
+    def keep_input(layer):
+        def keep(module, args):
+            inputs[layer] = args[0]
+        return keep
+
     with contextlib.ExitStack() as hooks:
         for layer, block in enumerate(model.blocks):
             if block.mixer is not None:
-                keep = lambda module, args, layer=layer: inputs.update({layer: args[0]})
-                hooks.enter_context(block.mixer.register_forward_pre_hook(keep))
+                hooks.enter_context(block.mixer.register_forward_pre_hook(keep_input(layer)))
         model.hidden(idx)
     return inputs
 
 
 def model_influence(model, idx):
-    """|dh_t / de_s| (T, T) of the last hidden states over the embeddings of idx (1, T), positions included."""
+    """|dh_t / de_s| (T, T) of the last hidden states over the embeddings of idx (1, T), positions
+    included."""
     embedded = []
-    with model.drop.register_forward_hook(lambda module, args, out: embedded.append(out)):
+
+    def keep(module, args, out):
+        embedded.append(out)
+
+    with model.drop.register_forward_hook(keep):
         model.hidden(idx)
 
     def last_hidden(x):
-        with model.drop.register_forward_hook(lambda *_: x):
+        def exchange(module, args, out):
+            return x
+
+        with model.drop.register_forward_hook(exchange):
             return model.hidden(idx.expand(len(x), -1))[0]
+
     return influence(last_hidden, embedded[0])
 
 
@@ -147,101 +189,173 @@ def reach(J):
     total = J.sum(1, keepdims=True)
     shares = np.divide(J, total, out=np.zeros_like(J), where=total > 0)
     by_distance = measures.weight_by_distance(shares)
-    return dict(on_self=by_distance[0], on_previous=by_distance[1], mean_distance=measures.mean_distance(shares), by_distance=by_distance.tolist())
+    return dict(on_self=by_distance[0], on_previous=by_distance[1],
+                mean_distance=measures.mean_distance(shares), by_distance=by_distance.tolist())
+
+
+def array(t):
+    """A tensor as a float64 array; made on the CPU, since MPS has no float64."""
+    return t.detach().cpu().double().numpy()
 
 
 def describe_heads(mixer, P, heads):
     """The measures of each head of a layer; P (H, T, T)."""
-    array = lambda t: t[0].cpu().double().numpy()
-    q, k = array(heads["q"]), array(repeat_heads(heads["k"], len(P)))
+    q = array(heads["q"][0])
+    k = array(repeat_heads(heads["k"], len(P))[0])
     rows = []
     for h in range(len(P)):
         row = dict(head=h) | measures.describe(P[h])
-        row |= dict(sigma_q=q[h].std(), sigma_k=k[h].std(), temperature_softmax=measures.temperature_softmax(q[h], k[h]))
+        row["sigma_q"] = q[h].std()
+        row["sigma_k"] = k[h].std()
+        row["temperature_softmax"] = measures.temperature_softmax(q[h], k[h])
         if isinstance(mixer, LLN):
             alpha, beta = (parameter[h].item() for parameter in mixer.alpha_beta())
-            row |= dict(alpha=alpha, beta=beta, temperature_lln=measures.temperature_lln(q[h], k[h], alpha, beta))
+            row["alpha"] = alpha
+            row["beta"] = beta
+            row["temperature_lln"] = measures.temperature_lln(q[h], k[h], alpha, beta)
         rows.append(row)
     return rows
 
 
 def inspect(model, idx):
-    """Everything about a model on the tokens idx (1, T): (layers, a list of dicts with what can be written as JSON; the
-    matrices by name, arrays (H, T, T) `attention.<layer>`, (T', T') `influence.<layer>` and `influence.model`)."""
+    """Everything about a model on the tokens idx (1, T): (layers, a list of dicts with what can be
+    written as JSON; the matrices by name, arrays (H, T, T) `attention.<layer>`, (T', T')
+    `influence.<layer>` and `influence.model`)."""
     model.requires_grad_(False)
-    short = idx[:, :INFLUENCE_TOKENS]
-    layers, matrices = [], {}
-    array = lambda t: t.detach().cpu().double().numpy()  # float64 there: MPS has none
-    inputs, names = mixer_inputs(model, idx), layer_mixers(model.config.mixer, model.config.n_layer)
+    layers = []
+    matrices = {}
+    inputs = mixer_inputs(model, idx)
+    names = layer_mixers(model.config.mixer, model.config.n_layer)
     for layer, block in enumerate(model.blocks):
-        row = dict(layer=layer, mixer=names[layer], no_matrix="it mixes no tokens", heads=[], ssa_temperature={}, influence=None)
+        row = dict(layer=layer, mixer=names[layer], no_matrix="it mixes no tokens", heads=[],
+                   ssa_temperature={}, influence=None)
         layers.append(row)
-        if block.mixer is None:
-            continue
-        x = inputs[layer]
-        J = matrices[f"influence.{layer}"] = array(influence(lambda x: block.mixer(x)[0], x[:, :INFLUENCE_TOKENS]))
-        row["influence"] = reach(J)
-        try:
-            P, heads = attention_matrix(block.mixer, x)
-        except NoMatrix as reason:
-            row["no_matrix"] = str(reason)
-            continue
-        P = matrices[f"attention.{layer}"] = array(P)
-        row |= dict(no_matrix=None, heads=describe_heads(block.mixer, P, heads),
-                    ssa_temperature={name: array(tau[0, :, :, 0]).tolist() for name, tau in heads["tau"].items()})
-    matrices["influence.model"] = array(model_influence(model, short))
+        if block.mixer is not None:
+            inspect_mixer(row, matrices, block.mixer, inputs[layer])
+    matrices["influence.model"] = array(model_influence(model, idx[:, :INFLUENCE_TOKENS]))
     return layers, matrices
+
+
+def inspect_mixer(row, matrices, mixer, x):
+    """Fills in a layer's row, and its matrices, from the mixer's input x (1, T, C)."""
+    def outputs(x):
+        return mixer(x)[0]
+
+    J = array(influence(outputs, x[:, :INFLUENCE_TOKENS]))
+    matrices[f"influence.{row['layer']}"] = J
+    row["influence"] = reach(J)
+    try:
+        P, heads = attention_matrix(mixer, x)
+    except NoMatrix as reason:
+        row["no_matrix"] = str(reason)
+        return
+    P = array(P)
+    matrices[f"attention.{row['layer']}"] = P
+    row["no_matrix"] = None
+    row["heads"] = describe_heads(mixer, P, heads)
+    for name, tau in heads["tau"].items():
+        row["ssa_temperature"][name] = array(tau[0, :, :, 0]).tolist()
+
+
+# The columns of the printed table: heading, format, and the measure, a key of a head's row
+COLUMNS = (
+    (" entropy", ".2f", "entropy_bits"),
+    (" of even", ".2f", "entropy_of_uniform"),
+    ("  rank", ".1f", "effective_rank"),
+    ("   gap", ".3f", "spectral_gap"),
+    ("  self", ".3f", "weight_on_self"),
+    (" prev.", ".3f", "weight_on_previous"),
+    (" first", ".3f", "weight_on_first"),
+    ("distance", ".2f", "mean_distance"),
+)
+LEGEND = """\
+entropy in bits a row, and as a share of even attention's; rank: effective; gap: 1 - |lambda_2|;
+self, prev., first: mean weight; distance in tokens; ln var, ks: variance of the log weights and
+their distance to a normal; tau: LLN's temperature, or softmax's
+"""
+
+
+def head_line(layer, head):
+    """A head's line of the printed table."""
+    values = [f"{head[key]:{layout}}".rjust(len(heading)) for heading, layout, key in COLUMNS]
+    logs = head["log_weights"]
+    ks = "-" if logs["ks"] is None else f"{logs['ks']:.3f}"
+    tau = head.get("temperature_lln", head["temperature_softmax"])
+    start = f"{layer['layer']:>5} {head['head']:>4} {layer['mixer']:10}"
+    return " ".join([start, *values, f"{logs['variance']:>7.3f} {ks:>6} {tau:>6.2f}"])
 
 
 def summary(report):
     """The printed table."""
-    lines = [f"{'layer':>5} {'head':>4} {'mixer':10} {'entropy':>8} {'of even':>8} {'rank':>6} {'gap':>6} {'self':>6} {'prev.':>6} {'first':>6} "
-             f"{'distance':>8} {'ln var':>7} {'ks':>6} {'tau':>6}"]
+    headings = [heading for heading, *_ in COLUMNS]
+    lines = [" ".join(["layer head mixer     ", *headings, " ln var     ks    tau"])]
     for layer in report["layers"]:
-        for head in layer["heads"]:
-            logs = head["log_weights"]
-            ks = "-" if logs["ks"] is None else f"{logs['ks']:.3f}"
-            lines.append(f"{layer['layer']:>5} {head['head']:>4} {layer['mixer']:10} {head['entropy_bits']:>8.2f} {head['entropy_of_uniform']:>8.2f} "
-                         f"{head['effective_rank']:>6.1f} {head['spectral_gap']:>6.3f} {head['weight_on_self']:>6.3f} "
-                         f"{head['weight_on_previous']:>6.3f} {head['weight_on_first']:>6.3f} {head['mean_distance']:>8.2f} {logs['variance']:>7.3f} "
-                         f"{ks:>6} {head.get('temperature_lln', head['temperature_softmax']):>6.2f}")
+        lines += [head_line(layer, head) for head in layer["heads"]]
         if layer["no_matrix"]:
-            lines.append(f"{layer['layer']:>5}    - {layer['mixer']:10} no attention matrix: {layer['no_matrix']}")
-    lines += ["entropy in bits a row, and as a share of even attention's; rank: effective; gap: 1 - |lambda_2|; self, prev., first: mean weight;",
-              "distance in tokens; ln var, ks: variance of the log weights and their distance to a normal; tau: LLN's temperature, or softmax's", ""]
-    for name, row in [*((f"layer {row['layer']}", row["influence"]) for row in report["layers"]), ("model", report["model"])]:
+            lines.append(f"{layer['layer']:>5}    - {layer['mixer']:10} no attention matrix: "
+                         f"{layer['no_matrix']}")
+    lines.append(LEGEND)
+    influences = {f"layer {layer['layer']}": layer["influence"] for layer in report["layers"]}
+    influences["model"] = report["model"]
+    for name, row in influences.items():
         if row:
-            lines.append(f"influence, {name}: on itself {row['on_self']:.3f}, from the previous {row['on_previous']:.3f}, "
+            lines.append(f"influence, {name}: on itself {row['on_self']:.3f}, "
+                         f"from the previous {row['on_previous']:.3f}, "
                          f"on average from {row['mean_distance']:.2f} tokens back")
     return "\n".join(lines)
 
 
 def read_tokens(options, run, config):
-    """Token ids (1, T) of the text to look at, T >= 2. BadInput if there is none, or if it is too long."""
+    """Token ids (1, T) of the text to look at, T >= 2. BadInput if there is none, or if it is too
+    long."""
     block = config.block_size
     if config.pos == "learned" and (options.length or 0) > block:
-        raise BadInput(f"--length={options.length}: the model has learned positions for {block} tokens only; choose at most {block}")
+        raise BadInput(f"--length={options.length}: the model has learned positions for {block} "
+                       f"tokens only; choose at most {block}")
     if options.start is not None:
         idx = torch.tensor([read_prompt(options.start, run.tokenizer)])
         if options.length is None and idx.size(1) > block:
-            raise BadInput(f"--start is {idx.size(1)} tokens, and the model's block_size {block}; shorten it, or read its beginning "
-                           f"with --length={block}")
+            raise BadInput(f"--start is {idx.size(1)} tokens, and the model's block_size {block}; "
+                           f"shorten it, or read its beginning with --length={block}")
     else:
         name = run.config.get("dataset")
-        if not exists(files.DATA / str(name) / "meta.json"):
-            raise BadInput(f"data/{name}, which the run was trained on, is not here; give a text with --start")
+        if not is_file(files.DATA / str(name) / "meta.json"):
+            raise BadInput(f"data/{name}, which the run was trained on, is not here; "
+                           "give a text with --start")
         data = load_dataset(name, block)
         check_tokenizer(run, data)
-        idx, _ = next(data.val_batches(max(options.length or 0, block), 1))  # of a recall task its first row
+        # of a recall task its first row
+        idx, _ = next(data.val_batches(max(options.length or 0, block), 1))
     idx = idx[:, :options.length or block]
     if idx.size(1) < 2:
-        raise BadInput("the text is a single token, which can attend to itself only; give more with --start")
+        raise BadInput("the text is a single token, which can attend to itself only; "
+                       "give more with --start")
     return idx
+
+
+def check_finite(run, model, idx):
+    """BadInput if what the model makes of the text is not finite: there is nothing to measure."""
+    with torch.no_grad():
+        h, _ = model.hidden(idx)
+    if not h.isfinite().all():
+        raise BadInput(f"{run.folder}: what the model makes of this text is not finite; "
+                       "use another checkpoint of the run")
+
+
+def output_folder(out_dir):
+    """out_dir/inspect, made if it is not there. BadInput if it is a link: that leads elsewhere."""
+    folder = Path(out_dir) / "inspect"
+    if folder.is_symlink():
+        raise BadInput(f"{folder} is a link, which is not followed; remove it")
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    return folder
 
 
 @exit_on_bad_input("tools.inspect_attention")
 def main():
-    options, *_ = parse_options(InspectOptions, sys.argv[1:], __doc__.splitlines()[0], with_config_file=False)
+    description = __doc__.splitlines()[0]
+    options, *_ = parse_options(InspectOptions, sys.argv[1:], description, with_config_file=False)
     if not options.out_dir:
         raise BadInput("which run? name its folder: --out_dir=out/shakespeare_ssa")
     if options.mixer_file:
@@ -249,19 +363,21 @@ def main():
     device = choose_device(options.device)
     run = checkpoint.load(options.out_dir, options.checkpoint)
     model = checkpoint.build_model(run).to(device)
-    idx = read_tokens(options, run, model.config)
-    layers, matrices = inspect(model, idx.to(device))
-    tokens = [run.tokenizer.decode_bytes([i]).decode("utf-8", "replace") for i in idx[0].tolist()]
-    report = dict(checkpoint=str(run.folder), text=run.tokenizer.decode(idx[0].tolist()), tokens=tokens, layers=layers,
-                  model=reach(matrices["influence.model"]))
-    folder = Path(options.out_dir) / "inspect"
-    with files.writing(folder):
-        folder.mkdir(exist_ok=True)
-        checkpoint.write_json(folder / "attention.json", report)
-    files.write_file(folder / "attention.safetensors", save({name: m.astype(np.float32) for name, m in matrices.items()}))
-    drawn = list(pictures.draw(folder, report, matrices))
+    idx = read_tokens(options, run, model.config).to(device)
+    check_finite(run, model, idx)
+    layers, matrices = inspect(model, idx)
+    ids = idx[0].tolist()
+    tokens = [run.tokenizer.decode_bytes([i]).decode("utf-8", "replace") for i in ids]
+    report = dict(checkpoint=str(run.folder), text=run.tokenizer.decode(ids), tokens=tokens,
+                  layers=layers, model=reach(matrices["influence.model"]))
+    folder = output_folder(options.out_dir)
+    write_json(folder / "attention.json", report)
+    single = {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
+    write_file(folder / "attention.safetensors", save(single))
+    drawn = [path.name for path in pictures.draw(folder, report, matrices)]
     print(summary(report))
-    print(f"\nin {folder}: attention.json, attention.safetensors, {', '.join(path.name for path in drawn)}")
+    written = ", ".join(["attention.json", "attention.safetensors", *drawn])
+    print("\n" + printable(f"in {folder}: {written}"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What an attention matrix looks like, in numbers.
 
-P is a causal attention matrix, a (T, T) array: row t holds the weights of token t on the tokens s <= t; rows sum to 1.
-Entropy, spectral gap, log-normality and temperatures are those of the LLN paper (Nahshan et al. 2023, arXiv 2311.13541).
+P is a causal attention matrix, a (T, T) array: row t holds the weights of token t on the tokens s
+<= t; rows sum to 1. Entropy, spectral gap, log-normality and temperatures are those of the LLN
+paper (Nahshan et al. 2023, arXiv 2311.13541).
 """
 import math
 
@@ -16,24 +17,28 @@ def uniform(T):
 
 
 def entropy(P):
-    """H = -1/T sum_ts P_ts log2 P_ts, in bits: 0 if every token attends to one, 1/T log2 T! if evenly to all it sees."""
+    """H = -1/T sum_ts P_ts log2 P_ts, in bits: 0 if every token attends to one, 1/T log2 T! if
+    evenly to all it sees."""
     return entr(P).sum(1).mean() / math.log(2)
 
 
 def effective_rank(P):
-    """exp of the entropy of the singular values, scaled to sum 1 (Roy and Vetterli 2007): 1 to T."""
+    """exp of the entropy of the singular values, scaled to sum 1 (Roy and Vetterli 2007): 1 to
+    T."""
     singular = np.linalg.svd(P, compute_uv=False)
     return float(np.exp(entr(singular / singular.sum()).sum()))
 
 
 def spectral_gap(P):
-    """1 - |lambda_2|. P is triangular, so its eigenvalues are its diagonal, and the first row gives lambda_1 = 1. What
-    remains is one minus the largest weight that any later token has on itself: 0 as soon as one looks at itself alone."""
+    """1 - |lambda_2|. P is triangular, so its eigenvalues are its diagonal, and the first row gives
+    lambda_1 = 1. What remains is one minus the largest weight that any later token has on itself: 0
+    as soon as one looks at itself alone."""
     return float(1 - np.diag(P)[1:].max())
 
 
 def weight_by_distance(P):
-    """(T,): entry d is the mean weight on the token d back, over the tokens t >= d, which have one. 0 is the token itself."""
+    """(T,): entry d is the mean weight on the token d back, over the tokens t >= d, which have one.
+    0 is the token itself."""
     return np.array([P.diagonal(-d).mean() for d in range(len(P))])
 
 
@@ -51,27 +56,29 @@ def mean_distance(P):
 def log_weights(P):
     """ln((t + 1) P_ts) of the visible weights above 0, row 0 aside, which has no choice.
 
-    The paper's P is not causal and takes ln P_ts; here rows have t + 1 weights, which shifts their logarithms by
-    -ln(t + 1) whatever the mechanism. So weights are taken relative to even ones."""
+    The paper's P is not causal and takes ln P_ts; here rows have t + 1 weights, which shifts their
+    logarithms by -ln(t + 1) whatever the mechanism. So weights are taken relative to even ones."""
     t, s = np.tril_indices(len(P))
     t, P = t[1:], P[t, s][1:]
     return np.log((t[P > 0] + 1) * P[P > 0])
 
 
 def normality(x):
-    """How close a sample comes to a normal distribution: its mean, variance, skewness, excess kurtosis (both 0 for a normal),
-    and ks, the largest difference between its distribution function and that of the normal with its mean and variance
-    (Kolmogorov-Smirnov's statistic). The last three are None for a constant. No p-value: weights are not independent."""
+    """How close a sample comes to a normal distribution: its mean, variance, skewness, excess
+    kurtosis (both 0 for a normal), and ks, the largest difference between its distribution function
+    and that of the normal with its mean and variance (Kolmogorov-Smirnov's statistic). The last
+    three are None for a constant. No p-value: weights are not independent."""
     mean, std = x.mean(), x.std()
     shape = dict(skewness=None, kurtosis=None, ks=None)
     if std > 1e-6:  # below is float32's rounding
-        shape = dict(skewness=stats.skew(x), kurtosis=stats.kurtosis(x), ks=stats.kstest(x, "norm", (mean, std)).statistic)
+        ks = stats.kstest(x, "norm", (mean, std)).statistic
+        shape = dict(skewness=stats.skew(x), kurtosis=stats.kurtosis(x), ks=ks)
     return dict(mean=mean, variance=std ** 2) | shape
 
 
 def temperature_softmax(q, k):
-    """1 / (sigma_q sigma_k) for the queries and keys (T, D) of a head, over tokens and channels: of independent ones, the
-    scores q.k / sqrt(D) have the variance sigma_q^2 sigma_k^2."""
+    """1 / (sigma_q sigma_k) for the queries and keys (T, D) of a head, over tokens and channels: of
+    independent ones, the scores q.k / sqrt(D) have the variance sigma_q^2 sigma_k^2."""
     return 1 / (q.std() * k.std())
 
 
@@ -83,7 +90,15 @@ def temperature_lln(q, k, alpha, beta):
 def describe(P):
     """Every measure of a matrix by name."""
     by_distance = weight_by_distance(P)
-    return dict(entropy_bits=entropy(P), entropy_of_uniform=entropy(P) / entropy(uniform(len(P))), effective_rank=effective_rank(P),
-                spectral_gap=spectral_gap(P), weight_on_self=by_distance[0], weight_on_previous=by_distance[1],
-                weight_on_first=weight_on_first(P), mean_distance=mean_distance(P), log_weights=normality(log_weights(P)),
-                weight_by_distance=by_distance.tolist())
+    return dict(
+        entropy_bits=entropy(P),
+        entropy_of_uniform=entropy(P) / entropy(uniform(len(P))),
+        effective_rank=effective_rank(P),
+        spectral_gap=spectral_gap(P),
+        weight_on_self=by_distance[0],
+        weight_on_previous=by_distance[1],
+        weight_on_first=weight_on_first(P),
+        mean_distance=mean_distance(P),
+        log_weights=normality(log_weights(P)),
+        weight_by_distance=by_distance.tolist(),
+    )

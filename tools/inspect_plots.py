@@ -1,4 +1,5 @@
-"""The pictures of tools/inspect_attention.py: its report (dict) and matrices (name -> array) as PNG files."""
+"""The pictures of tools/inspect_attention.py: its report (dict) and matrices (name -> array) as PNG
+files."""
 import io
 
 import numpy as np
@@ -18,11 +19,12 @@ GREY, COLOURS = "0.55", ("#3b6fb6", "#d1603d", "#4f9d69", "#8a5fa8")
 def draw(folder, report, matrices):
     """Writes the pictures that there is something to show in; yields their paths."""
     with_matrix = [row for row in report["layers"] if row["heads"]]
+    T = len(report["tokens"])
     if with_matrix:
         yield save(folder / "attention_maps.png", attention_maps(with_matrix, matrices))
         yield save(folder / "log_weights.png", log_weight_histograms(with_matrix, matrices))
-        yield save(folder / "entropy.png", entropy_over_depth(with_matrix, len(report["tokens"])))
-        yield save(folder / "distance.png", weight_over_distance(with_matrix, len(report["tokens"])))
+        yield save(folder / "entropy.png", entropy_over_depth(with_matrix, T))
+        yield save(folder / "distance.png", weight_over_distance(with_matrix, T))
     yield save(folder / "influence.png", influence_maps(report, matrices))
     tempered = [row for row in report["layers"] if row["ssa_temperature"]]
     if tempered:
@@ -37,7 +39,8 @@ def save(path, figure):
 
 
 def panels(rows, columns, size, **options):
-    """A figure with rows x columns panels of `size` inches, smaller if there are many, and their axes as a 2-D array."""
+    """A figure with rows x columns panels of `size` inches, smaller if there are many, and their
+    axes as a 2-D array."""
     width, height = (side * min(1, 16 / (side * n)) for side, n in zip(size, (columns, rows)))
     figure = Figure(figsize=(width * columns + 1.2, height * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -48,7 +51,12 @@ def panels(rows, columns, size, **options):
 
 def log_map(ax, matrix, norm):
     """A heat map on a logarithmic scale; zeros stay white."""
-    return ax.imshow(np.where(matrix > 0, np.maximum(matrix, norm.vmin), np.nan), norm=norm, cmap="magma_r", interpolation="nearest")
+    visible = np.where(matrix > 0, np.maximum(matrix, norm.vmin), np.nan)
+    return ax.imshow(visible, norm=norm, cmap="magma_r", interpolation="nearest")
+
+
+def title(layer):
+    return f"{layer['mixer']}, layer {layer['layer']}"
 
 
 def attention_maps(layers, matrices):
@@ -58,7 +66,7 @@ def attention_maps(layers, matrices):
     for layer, row in zip(layers, axes):
         for h, ax in enumerate(row):
             image = log_map(ax, matrices[f"attention.{layer['layer']}"][h], norm)
-            ax.set_title(f"{layer['mixer']}, layer {layer['layer']}, head {h}", fontsize=8)
+            ax.set_title(f"{title(layer)}, head {h}", fontsize=8)
     figure.supxlabel("token attended to", fontsize=9)
     figure.supylabel("token that attends", fontsize=9)
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.6, extend="min")
@@ -68,23 +76,32 @@ def attention_maps(layers, matrices):
 def log_weight_histograms(layers, matrices):
     H = len(layers[0]["heads"])
     figure, axes = panels(len(layers), H, (2.1, 1.6))
-    samples = [[log_weights(P) for P in matrices[f"attention.{layer['layer']}"]] for layer in layers]
-    pooled = np.concatenate([x for row in samples for x in row])
-    low, high = np.quantile(pooled, 0.003), pooled.max()  # far outliers are not shown
-    low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
+    samples = []  # of each layer, of each head
+    for layer in layers:
+        samples.append([log_weights(P) for P in matrices[f"attention.{layer['layer']}"]])
+    pooled = np.concatenate(sum(samples, []))
+    low = np.quantile(pooled, 0.003)  # far outliers are not shown
+    high = pooled.max()
+    margin = 0.05 * (high - low) + 1e-3
+    low -= margin
+    high += margin
     for layer, row, xs in zip(layers, axes, samples):
         for h, (ax, x) in enumerate(zip(row, xs)):
             fit = layer["heads"][h]["log_weights"]
-            ax.set_title(f"{layer['mixer']}, layer {layer['layer']}, head {h}", fontsize=8)
+            ax.set_title(f"{title(layer)}, head {h}", fontsize=8)
             ax.set(yticks=[], xlim=(low, high))
             if fit["ks"] is None:
                 ax.axvline(fit["mean"], color=COLOURS[1])
                 continue
-            ax.hist(x, BINS, range=(low, high), weights=np.full(len(x), BINS / (high - low) / len(x)), color=COLOURS[0], alpha=0.55)
+            share = np.full(len(x), BINS / (high - low) / len(x))  # also of what is not shown
+            ax.hist(x, BINS, range=(low, high), weights=share, color=COLOURS[0], alpha=0.55)
             grid = np.linspace(low, high, 200)
-            ax.plot(grid, stats.norm.pdf(grid, fit["mean"], fit["variance"] ** 0.5), color=COLOURS[1], linewidth=1.2)
-            ax.text(0.03, 0.95, f"var {fit['variance']:.3g}\nks {fit['ks']:.3f}", transform=ax.transAxes, va="top", fontsize=7)
-    figure.supxlabel("log of the attention weight over that of even attention; line: the normal of the same mean and variance", fontsize=9)
+            normal = stats.norm.pdf(grid, fit["mean"], fit["variance"] ** 0.5)
+            ax.plot(grid, normal, color=COLOURS[1], linewidth=1.2)
+            text = f"var {fit['variance']:.3g}\nks {fit['ks']:.3f}"
+            ax.text(0.03, 0.95, text, transform=ax.transAxes, va="top", fontsize=7)
+    figure.supxlabel("log of the attention weight over that of even attention; "
+                     "line: the normal of the same mean and variance", fontsize=9)
     return figure
 
 
@@ -93,9 +110,11 @@ def entropy_over_depth(layers, T):
     depth = [layer["layer"] for layer in layers]
     values = [[head["entropy_bits"] for head in layer["heads"]] for layer in layers]
     for x, heads in zip(depth, values):
-        ax.scatter([x] * len(heads), heads, s=18, color=COLOURS[0], alpha=0.7, label="a head" if x == depth[0] else None)
+        label = "a head" if x == depth[0] else None
+        ax.scatter([x] * len(heads), heads, s=18, color=COLOURS[0], alpha=0.7, label=label)
     ax.plot(depth, [np.mean(heads) for heads in values], color=COLOURS[1], label="mean over heads")
-    ax.axhline(entropy(uniform(T)), color=GREY, linestyle="--", linewidth=1, label=f"even attention over {T} tokens")
+    ax.axhline(entropy(uniform(T)), color=GREY, linestyle="--", linewidth=1,
+               label=f"even attention over {T} tokens")
     ax.set(xlabel="layer", ylabel="entropy, bits a row", xticks=depth, ylim=(0, None))
     ax.set_xticklabels([f"{layer['layer']}\n{layer['mixer']}" for layer in layers])
     ax.legend(fontsize=7, frameon=False)
@@ -107,9 +126,11 @@ def weight_over_distance(layers, T):
     even = weight_by_distance(uniform(T))
     for layer, ax in zip(layers, axes[0]):
         for head in layer["heads"]:
-            ax.plot(head["weight_by_distance"], linewidth=1, color=COLOURS[head["head"] % len(COLOURS)], label=f"head {head['head']}")
+            colour = COLOURS[head["head"] % len(COLOURS)]
+            ax.plot(head["weight_by_distance"], linewidth=1, color=colour,
+                    label=f"head {head['head']}")
         ax.plot(even, color=GREY, linestyle="--", linewidth=1, label="even")
-        ax.set(title=f"{layer['mixer']}, layer {layer['layer']}", yscale="log", ylim=(FAINTEST / 10, 1))
+        ax.set(title=title(layer), yscale="log", ylim=(FAINTEST / 10, 1))
         ax.title.set_fontsize(9)
     axes[0, -1].legend(fontsize=7, frameon=False)
     figure.supxlabel("tokens back", fontsize=9)
@@ -118,22 +139,28 @@ def weight_over_distance(layers, T):
 
 
 def influence_maps(report, matrices):
-    names = [(f"{row['mixer']}, layer {row['layer']}", matrices[f"influence.{row['layer']}"]) for row in report["layers"] if row["influence"]]
-    names.append(("the whole model", matrices["influence.model"]))
-    figure, axes = panels(1, len(names), (2.5, 2.5), sharex=True, sharey=True)
+    maps = {}  # by title
+    for layer in report["layers"]:
+        if layer["influence"]:
+            maps[title(layer)] = matrices[f"influence.{layer['layer']}"]
+    maps["the whole model"] = matrices["influence.model"]
+    figure, axes = panels(1, len(maps), (2.5, 2.5), sharex=True, sharey=True)
     norm = LogNorm(FAINTEST, 1)
-    for (title, J), ax in zip(names, axes[0]):
-        image = log_map(ax, J / J.max(), norm)
-        ax.set_title(title, fontsize=9)
+    for (name, J), ax in zip(maps.items(), axes[0]):
+        image = log_map(ax, J / J.max() if J.max() > 0 else J, norm)
+        ax.set_title(name, fontsize=9)
     figure.supxlabel("token s that is changed", fontsize=9)
     figure.supylabel("output t", fontsize=9)
     figure.colorbar(image, ax=axes, label="|dy$_t$/dx$_s$|, largest = 1", shrink=0.8, extend="min")
     return figure
 
 
-def shown(token):
-    """A token as a tick label: white space made visible."""
-    return token.replace("\n", "\u21b5").replace(" ", "\u2423").replace("\t", "\u2192").replace("$", r"\$")
+VISIBLE = str.maketrans({"\n": "\u21b5", " ": "\u2423", "\t": "\u2192", "$": r"\$"})
+
+
+def tick_label(token):
+    """A token as a tick label: white space made visible, and no $ that would begin a formula."""
+    return token.translate(VISIBLE)
 
 
 def ssa_temperatures(layers, tokens):
@@ -143,13 +170,17 @@ def ssa_temperatures(layers, tokens):
         for colour, (name, heads) in zip(COLOURS, layer["ssa_temperature"].items()):
             what = {"q": "queries", "k": "keys", "v": "values"}[name]
             for h, tau in enumerate(heads):
-                ax.plot(tau[:n], "o-", markersize=2.5, linewidth=1, color=colour, label=what if h == 0 else None)
+                ax.plot(tau[:n], "o-", markersize=2.5, linewidth=1, color=colour,
+                        label=what if h == 0 else None)
         ax.axhline(1, color=GREY, linestyle="--", linewidth=1)
         ax.set_ylabel(f"layer {layer['layer']}", fontsize=8)
         ax.grid(axis="x", color="0.92")
         ax.margins(x=0.01)
     axes[0, 0].legend(fontsize=7, frameon=False, ncols=3)
-    axes[-1, 0].set_xticks(range(n), [shown(token) for token in tokens[:n]], rotation=90 if max(map(len, tokens)) > 1 else 0,
-                           fontsize=8, fontfamily="monospace")
-    figure.supylabel("SSA's temperature $\\tau$, which multiplies queries, keys or values", fontsize=8)
+    labels = [tick_label(token) for token in tokens[:n]]
+    rotation = 90 if max(map(len, tokens)) > 1 else 0
+    axes[-1, 0].set_xticks(range(n), labels, rotation=rotation, fontsize=8,
+                           fontfamily="monospace")
+    figure.supylabel("SSA's temperature $\\tau$, which multiplies queries, keys or values",
+                     fontsize=8)
     return figure

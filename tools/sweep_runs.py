@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import os
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -28,7 +27,7 @@ from base.files import exists, read_json, writing
 from config import Options, filled_in
 from tools.records import Sweep, holds_run
 from tools.score import read_scores
-from training.run_folder import OF_ONE_COMMAND, read_options
+from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how, but for rounding
@@ -156,15 +155,11 @@ def locked_log(run):
     What is started with the file as its output holds the lock too, and goes on holding it should
     we be killed."""
     path = Path(f"{run.folder}.log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        handle = os.open(path, flags, 0o666)
-    except OSError as error:  # a link, or a pipe that nobody reads
-        raise BadInput(f"cannot write {path}: {error.strerror}; move it away") from error
-    with open(handle, "a") as log:
-        if not stat.S_ISREG(os.fstat(log.fileno()).st_mode):
-            raise BadInput(f"{path} is no regular file; move it away")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = open_plainly(path)
+    with log:
+        log.seek(0, os.SEEK_END)
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,23 +1,31 @@
-"""Does an output see what it must not: a later token, another sequence of the batch, an earlier call, the length?
+"""Does an output see what it must not: a later token, another sequence, a call before, the length?
 
-    found = find_leak(model, dtype)     # None, or what leaks where, in words; train.py asks before it reports a loss
-    sizes = leaks(module, x, cuts)      # every kind with its figure; tools/audit.py asks at many lengths
+    found = find_leak(model, dtype)     # None, or what leaks where; train.py asks before it trains
+    sizes = leaks(module, x, cuts)      # every kind with its figure; tools/audit.py asks for more
 
-Everything is measured on the CPU, on a copy: of the model itself nothing changes, and neither do torch's random numbers. Mostly in
-float64, where rounding hides nothing, but also in the precision of training, for which a mixer may have other code. B batch, T time,
-C channels.
+Everything is measured on the CPU, on a copy: of the model itself nothing changes, and neither do
+torch's random numbers. Mostly in float64, where rounding hides nothing, but also in the precision
+of training, for which a mixer may have other code. B batch, T time, C channels.
 """
 import copy
+import inspect
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixers import layer_mixers
+from base.errors import BadInput
+from base.user_code import definition
+from mixers import MIXERS, layer_mixers
 
-HUGE = 1e4  # factor on the later tokens: enough for a maximum taken over them to push earlier rows to 0/0
-# kind -> what happens, and the most that it may move an output, as a share of the largest output (of the gradient: of the
-# largest gradient). Rounding in float64 is 1e-16; products of HUGE numbers, and sums of other lengths, round to more.
+HUGE = 1e4  # factor on later tokens: enough for a maximum over them to push earlier rows to 0/0
+SHORT = 71  # tokens: a chunk of 64 and a bit
+
+# kind -> what happens, and the most that it may move an output, as a share of the largest output
+# (of the gradient: of the largest gradient). Rounding in float64 is 1e-16; products of HUGE
+# numbers, and sums of other lengths, round to more.
 KINDS = {
     "repeat": ("the same call gives another output after other calls", 1e-9),
     "rows": ("an output depends on another sequence of the batch", 1e-9),
@@ -29,8 +37,16 @@ KINDS = {
 
 
 def limit(kind, precision=torch.float64):
-    """What a size of that kind may be in a precision: also 8 roundings, as a scale that cancels may come from later tokens."""
-    return max(KINDS[kind][1], 8 * torch.finfo(precision).eps)
+    """What a size of that kind may be in a precision.
+
+    In float32 also 256 roundings, 3e-5: a Fourier transform rounds every output by all inputs,
+    later ones too. In bfloat16, where no transform is taken, 8: a scale that cancels may come from
+    later tokens."""
+    roundings = 8 if precision.itemsize == 2 else 256
+    most = roundings * torch.finfo(precision).eps
+    if kind == "huge":
+        most *= HUGE
+    return max(KINDS[kind][1], most)
 
 
 def leaking(sizes, precision=torch.float64):
@@ -38,18 +54,39 @@ def leaking(sizes, precision=torch.float64):
     return [kind for kind in sizes if not sizes[kind] <= limit(kind, precision)]
 
 
-def bare_copy(model, noise=0.1):
-    """A float64 copy of a GPT on the CPU that reads hidden states (B, T, C) in place of tokens and ends before the head.
+# The model's copies and its parts -----------------------------------------------------------------
 
-    noise: the standard deviation of what is added to every parameter: one that starts at zero would hide what it scales. Statistics
-    are then collected and applied once, for what they change may leak too. noise=0 copies the model as it is."""
-    outside = {id(model.embed): nn.Identity(), id(model.head): nn.Identity()}  # the large tables see one token at a time
-    bare = copy.deepcopy(model, outside).cpu().double().requires_grad_(False)
+def cast(module, dtype):
+    """`module` with all its floating-point tensors in another dtype. Complex ones stay complex,
+    where Module.to would drop their imaginary part: complex128 beside float64, else complex64."""
+    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+
+    def convert(tensor):
+        if tensor.is_complex():
+            return tensor.to(complex_dtype)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return module._apply(convert)
+
+
+def bare_copy(model, noise=0.1):
+    """A float64 copy of a GPT on the CPU that reads hidden states (B, T, C) in place of tokens and
+    ends before the head.
+
+    noise: the standard deviation of what is added to every parameter: one that starts at zero would
+    hide what it scales. A negative one adds the same with the other sign. Statistics are then
+    collected and applied once, for what they change may leak too. noise=0 copies the model as it
+    is."""
+    # the large tables see one token at a time
+    outside = {id(model.embed): nn.Identity(), id(model.head): nn.Identity()}
+    bare = cast(copy.deepcopy(model, outside).cpu(), torch.float64).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for p in bare.parameters():
         p += noise * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     if noise:
-        call(bare.train(), torch.randn(2, min(64, bare.config.block_size), bare.config.n_embd, generator=generator, dtype=torch.float64))
+        T = min(64, bare.config.block_size)
+        x = torch.randn(2, T, bare.config.n_embd, generator=generator, dtype=torch.float64)
+        call(bare.train(), x)
         bare.apply_statistics()
     return bare.train(model.training)
 
@@ -57,78 +94,266 @@ def bare_copy(model, noise=0.1):
 def parts(model):
     """name -> module for each mixer of a GPT, the first layer that has it, and for the FFN."""
     names = layer_mixers(model.config.mixer, model.config.n_layer)
-    mixers = {f"mixer {name}": block.mixer for name, block in reversed(list(zip(names, model.blocks))) if block.mixer is not None}
-    return mixers | {f"mlp_activation {model.config.mlp_activation}": model.blocks[0].mlp}
+    found = {}
+    for name, block in zip(names, model.blocks):
+        if block.mixer is not None:
+            found.setdefault(f"mixer {name}", block.mixer)
+    found[f"mlp_activation {model.config.mlp_activation}"] = model.blocks[0].mlp
+    return found
 
 
 def call(module, x, autocast=False):
-    """The outputs (B, T, .) of a mixer or model, (y, anything) = module(x); dropout, if there is any, always drops the same."""
+    """The outputs (B, T, .) of a mixer or model, (y, anything) = module(x), which may write into x.
+
+    Dropout, if there is any, always drops the same."""
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         torch.default_generator.manual_seed(0)
-        return module(x)[0]
+        return module(x.clone())[0]
 
+
+# The contract -------------------------------------------------------------------------------------
+
+def check_builders(mixer):
+    """BadInput if a builder cannot be called as builder(config, layer)."""
+    for name in layer_mixers(mixer):
+        builder = MIXERS[name]
+        if builder is None:
+            continue
+        try:
+            inspect.signature(builder).bind("config", "layer")
+        except TypeError as error:
+            code = builder.__init__ if isinstance(builder, type) else builder
+            raise BadInput(f"mixer {name}: its builder must take (config, layer): {error} "
+                           f"({definition(code)})") from error
+
+
+def check_forward(model, dtype=torch.float64):
+    """BadInput, with the place in the user's file, unless each mixer of a GPT on the CPU is what
+    mixers/__init__.py asks for: an nn.Module with forward(x, state=None) -> (y, state), y shaped
+    like x. What a mixer raises passes through; only with a state it may raise, since a mixer that
+    cannot decode may train."""
+    names = layer_mixers(model.config.mixer, model.config.n_layer)
+    for name, block in zip(names, model.blocks):
+        mixer = block.mixer
+        if MIXERS[name] is None:
+            continue
+        if not isinstance(mixer, nn.Module):
+            raise BadInput(f"mixer {name}: its builder must return an nn.Module, "
+                           f"not {kind_of(mixer)}")
+        where = definition(type(mixer).forward)
+        check_signature(name, mixer, where)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 5, model.config.n_embd, generator=generator).to(dtype)
+        with torch.no_grad():
+            returned = mixer(x.clone())
+            check_returned(name, x, returned, where)
+            try:
+                returned = mixer(x.clone(), returned[1])
+            except Exception:
+                continue
+            check_returned(name, x, returned, where)
+
+
+def check_signature(name, mixer, where):
+    signature = inspect.signature(mixer.forward)
+    try:
+        signature.bind("x")
+        signature.bind("x", "state")
+    except TypeError as error:
+        raise BadInput(f"mixer {name}: forward must be forward(self, x, state=None), "
+                       f"and takes {signature} ({where})") from error
+
+
+def check_returned(name, x, returned, where):
+    """BadInput unless what forward returned for x (B, T, C) is (y, state), y a tensor that can be
+    added to x."""
+    wrong = None
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+        wrong = f"it returned {kind_of(returned)}"
+    elif not isinstance(returned[0], torch.Tensor) or returned[0].shape != x.shape:
+        wrong = f"y is {kind_of(returned[0])}"
+    elif torch.promote_types(returned[0].dtype, x.dtype) != x.dtype:
+        wrong = f"x is {x.dtype}, y {returned[0].dtype}: cast it, y.to(x.dtype)"
+    if wrong:
+        raise BadInput(f"mixer {name}: forward must return (y, state), y shaped like x; "
+                       f"for x {tuple(x.shape)} {wrong} ({where})")
+
+
+def kind_of(value):
+    """"a tensor (2, 5, 32)", "3 values", "None", "a dict"."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} values"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+# Questions ----------------------------------------------------------------------------------------
 
 def difference(a, b):
-    """|a - b| over the largest |b|, the largest over the last axis. Infinite where only one is a number; two NaN are alike."""
+    """|a - b| over the largest |b|, the largest over the last axis. Infinite where only one is a
+    number; two NaN are alike."""
     alike = (a == b) | a.isnan() & b.isnan()
-    scale = b.abs().nan_to_num(0, 0, 0).max().clamp(min=1e-300)
-    return ((a - b).abs() / scale).masked_fill(alike, 0).nan_to_num(nan=math.inf).amax(-1)
+    scale = b.abs().nan_to_num(0, 0, 0).max().clamp(min=torch.finfo(b.dtype).tiny)
+    shares = (a - b).abs() / scale
+    return shares.masked_fill(alike, 0).nan_to_num(nan=math.inf).amax(-1)
+
+
+def share(part, whole):
+    """The largest number in `part` over the largest in `whole`, which has it too: 0 if all are
+    zero, infinite if one is no number."""
+    largest = whole.max().item()
+    if largest == 0:
+        return 0.0
+    value = part.max().item() / largest
+    return math.inf if math.isnan(value) else value
+
+
+class Narrowing(TorchDispatchMode):
+    """Notes whether any result of float32 or less, with an entry per token at least, came from
+    numbers of float64."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = tokens
+        self.found = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        wide = any(is_wide(value) for value in (*args, *kwargs.values()))
+        result = function(*args, **kwargs)
+        if wide and isinstance(result, torch.Tensor) and result.numel() >= self.tokens:
+            inexact = result.is_floating_point() or result.is_complex()
+            self.found = self.found or inexact and not is_wide(result)
+        return result
+
+
+def is_wide(value):
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float64, torch.complex128)
+
+
+def precision_within(module, x):
+    """The precision that a module really has on x (B, T, C): x's own, but float32 if it computes in
+    float32 or less although x is float64. Differences within that are rounding."""
+    if x.dtype != torch.float64:
+        return x.dtype
+    with torch.no_grad(), Narrowing(x.size(0) * x.size(1)) as narrowing:
+        call(module, x)
+    return torch.float32 if narrowing.found else torch.float64
+
+
+def draws(module, x):
+    """Whether a module draws from torch's random numbers: then other lengths see others."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        module(x.clone())
+        return not torch.equal(torch.get_rng_state(), before)
 
 
 def leaks(module, x, cuts, lengths=True, huge=True, autocast=False):
-    """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T, C).
+    """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T,
+    C).
 
-    Row i + 1 changes from token cuts[i] on, row 0 nowhere; so two calls tell what all rows, before their cuts, depend on.
-    lengths: also whether beginnings of row 0 alone are those of the whole; not where dropout would differ.
-    huge: also with HUGE changes; of little use behind a norm. autocast: of the forward pass to bfloat16, as in training."""
+    Row i + 1 changes from token cuts[i] on, row 0 nowhere; so two calls tell what all rows, before
+    their cuts, depend on. lengths: also whether beginnings of row 0 alone are those of the whole;
+    not asked in training of what draws random numbers. huge: also with HUGE changes; of little use
+    behind a norm. autocast: of the forward pass to bfloat16, as in training."""
     B, T, _ = x.shape
-    output = lambda x: call(module, x, autocast)
     later = torch.arange(T) >= torch.tensor([T, *cuts])[:, None]  # (B, T)
     first = torch.arange(B)[:, None].expand(B, T) == 0
+    earlier = ~later & ~first
     generator = torch.Generator().manual_seed(1)
     other = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    x = x.requires_grad_()
-    y = output(x)
     sizes = {}
+
+    x = x.detach().requires_grad_()
+    y = call(module, x, autocast)
     if y.requires_grad:
-        earlier = y[~later & ~first]
-        [gradient] = torch.autograd.grad((earlier * torch.randn(earlier.shape, generator=generator, dtype=y.dtype)).sum(), x)
-        gradient = gradient.abs().amax(-1)
-        sizes["gradient"] = (gradient[later | first].max() / gradient.max().clamp(min=1e-300)).nan_to_num(nan=math.inf).item()
+        seen = y[earlier]
+        direction = torch.randn(seen.shape, generator=generator, dtype=y.dtype)
+        [gradient] = torch.autograd.grad((seen * direction).sum(), x, materialize_grads=True)
+        gradient = gradient.abs().amax(-1)  # (B, T)
+        sizes["gradient"] = share(gradient[later | first], gradient)
+
+    x, y = x.detach(), y.detach()
     with torch.no_grad():
-        x, y = x.detach(), y.detach()
-        moved = lambda after, where: difference(after, y[:len(after), :after.size(1)])[where].max().item()
-        changed = output(torch.where(later[..., None], other, x))
-        sizes["rows"], sizes["suffix"] = moved(changed, first), moved(changed, ~later & ~first)
+        moved = difference(call(module, torch.where(later[..., None], other, x), autocast), y)
+        sizes["rows"] = moved[first].max().item()
+        sizes["suffix"] = moved[earlier].max().item()
         # row 0 was the same in both calls
-        sizes["repeat"] = moved(output(x), slice(None)) if leaking(sizes) else sizes["rows"]
+        sizes["repeat"] = sizes["rows"]
+        if leaking(sizes):
+            sizes["repeat"] = difference(call(module, x, autocast), y).max().item()
         if huge:
-            sizes["huge"] = moved(output(torch.where(later[..., None], HUGE * other, x)), ~later)
-        if lengths:
-            sizes["length"] = max(moved(output(x[:1, :t]), slice(None)) for t in cuts)
+            changed = torch.where(later[..., None], HUGE * other, x)
+            sizes["huge"] = difference(call(module, changed, autocast), y)[~later].max().item()
+        if lengths and not (module.training and draws(module, x)):
+            sizes["length"] = 0.0
+            for t in cuts:
+                moved = difference(call(module, x[:1, :t], autocast), y[:1, :t])
+                sizes["length"] = max(sizes["length"], moved.max().item())
     return sizes
 
 
-def find_leak(model, dtype=torch.float32):
-    """What leaks in a GPT, "mixer lln: an output depends on a later token", or None. dtype: of its heavy operations.
+@dataclass
+class Probe:
+    """What is asked of a module: over how many tokens, what changes where (`cuts`), in which
+    precision."""
+    where: str  # "the model", "mixer lln"
+    module: nn.Module
+    tokens: int
+    borders: set  # of tokens, from which on one sequence changes
+    precision: torch.dtype = torch.float64
+    lengths: bool = True
+    huge: bool = True
 
-    In float64 a sequence of a chunk of 64 and a bit, if block_size lets it; in training mode with noise on the weights, in
-    evaluation mode with the weights as they are. Then, of the parts, one of block_size tokens in the precision of the run."""
+    def found(self, C):
+        """The kinds of leaks that there are, at C channels."""
+        T = self.tokens
+        cuts = sorted(t for t in self.borders if 0 < t < T) or [T]
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1 + len(cuts), T, C, generator=generator, dtype=torch.float64)
+        x = x.to(torch.promote_types(self.precision, torch.float32))
+        autocast = self.precision == torch.bfloat16
+        sizes = leaks(self.module, x, cuts, self.lengths, self.huge, autocast)
+        if self.precision == torch.float64 and leaking(sizes):
+            return leaking(sizes, precision_within(self.module, x))
+        return leaking(sizes, self.precision)
+
+
+def probes(model, dtype):
+    """Every question that find_leak asks: of the model, and of its parts, which are then named
+    rather than the model.
+
+    With noise on the weights in both modes, one with the other's sign, since a weight that starts
+    at zero hides what it scales; then with the weights as they are."""
     config = model.config
-    T = min(config.block_size, 71)
-    borders = {config.n_embd // config.n_head, 64, T // 2, T - 1}
-    found = {}  # kind -> where
+    short = min(config.block_size, SHORT)
+    borders = {config.n_embd // config.n_head, 64, short // 2, short - 1}
+    long = config.block_size
+    for training, noise in ((True, 0.1), (False, -0.1), (False, 0)):
+        bare = bare_copy(model, noise).train(training)
+        yield Probe("the model", bare, short, borders, huge=False)
+        for name, part in parts(bare).items():
+            yield Probe(name, part, short, borders)
+        cast(bare, torch.float32)
+        for name, part in parts(bare).items():
+            yield Probe(name, part, long, {long // 2, long - 1}, dtype, lengths=False, huge=False)
 
-    def look(modules, T, borders, precision, **which):
-        cuts = sorted(t for t in borders if 0 < t < T) or [T]
-        x = torch.randn(1 + len(cuts), T, config.n_embd, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        for where, module in modules:
-            sizes = leaks(module, x.to(torch.promote_types(precision, torch.float32)), cuts, autocast=precision == torch.bfloat16, **which)
-            found.update({kind: where for kind in leaking(sizes, precision)})
 
-    for training in (True, False):
-        bare = bare_copy(model, noise=0.1 if training else 0).train(training)
-        look([("the model", bare)], T, borders, torch.float64, lengths=not training, huge=False)
-        look(parts(bare).items(), T, borders, torch.float64, lengths=not training)  # a part is named rather than the model around it
-        look(parts(bare.float()).items(), config.block_size, {config.block_size // 2, config.block_size - 1}, dtype, lengths=False, huge=False)
-    return next((f"{found[kind]}: {what}" for kind, (what, _) in KINDS.items() if kind in found), None)
+def find_leak(model, dtype=torch.float32):
+    """What leaks in a GPT, "mixer lln: an output depends on a later token", or None. dtype: of its
+    heavy operations. BadInput, with the place, if a mixer's forward does not return (y, state).
+
+    In float64 it asks about a sequence of a chunk of 64 and a bit, if block_size lets it; in the
+    run's precision about one of block_size tokens."""
+    check_forward(bare_copy(model, noise=0).eval())
+    where = {}  # kind -> where it was found, in a part if it is in one
+    for probe in probes(model, dtype):
+        for kind in probe.found(model.config.n_embd):
+            if probe.where != "the model" or kind not in where:
+                where[kind] = probe.where
+    for kind, (what, _) in KINDS.items():
+        if kind in where:
+            return f"{where[kind]}: {what}"
+    return None
