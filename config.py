@@ -50,6 +50,14 @@ class ModelOptions:
     performer_features: Optional[int] = option(None, "Performer's features m [default: D log D rounded to a multiple of 8]", ge=1)
     performer_redraw: int = option(0, "optimiser steps between draws of Performer's features; 0: never", ge=0)
     linformer_segment: int = option(64, "tokens L in a segment of Linformer", ge=1)
+    gla_divisor: float = option(16.0, "x", gt=0)
+    gla_rank: int = option(16, "x", ge=1)
+    deltanet_negative: bool = option(False, "x")
+    mamba2_state: Optional[int] = option(None, "x", ge=1)
+    mamba2_expand: int = option(1, "x", ge=1)
+    kda_bounded: bool = option(True, "x")
+    swa_window: Optional[int] = option(None, "x", ge=1)
+    swa_sinks: int = option(0, "x", ge=0)
     linformer_slots: int = option(4, "slots r of a completed segment of Linformer", ge=1)
 
 

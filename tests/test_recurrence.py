@@ -183,7 +183,7 @@ def test_repeated_keys_lose_no_digits(key):
 
 @pytest.mark.parametrize("kind", ["mamba2", "gla", "gated_deltanet", "kda", "rwkv7"])
 def test_the_past_does_not_see_the_future(kind):
-    """Later queries and values grow 1e4-fold, later decays 9-fold: earlier rows stay, to the bit."""
+    """Later queries and values grow 1e4-fold, later decays 9-fold: earlier rows stay to a bit."""
     arguments = inputs(kind, 150, torch.float32)
     later = {name: x.clone() for name, x in arguments.items()}
     for name, factor in (("q", 1e4), ("v", 1e4), ("g", 9.0)):
@@ -195,7 +195,7 @@ def test_the_past_does_not_see_the_future(kind):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 5e-6)])
 def test_lln_is_a_recurrence_whose_decay_is_its_running_maximum(dtype, tolerance):
-    """linear_attention by decays of m_{t-1} - m_t and a column of ones: two engines, one formula."""
+    """linear_attention by decays of m_{t-1} - m_t and a column of ones: two engines agree."""
     T, make = 150, torch.Generator().manual_seed(4)
     a, b = (2 * torch.randn(B, H, T, D, generator=make, dtype=torch.float64) for _ in range(2))
     b[:, :, 70] += 50  # a key that dwarfs all before it

@@ -33,10 +33,11 @@ Why nothing overflows. Only sums of g over tokens *between* s and t are exponent
 cumulative sum of its own and never a difference of two long ones: every exponent is <= 0, decays of
 -inf included. For one decay a head that is a c x c table. For one a channel the chunk is halved
 again and again: rows of a second half meet columns of its first half, each side decayed to the
-border between them. Where the caller guarantees g >= floor, blocks of up to 80 / |floor| tokens stay
-whole, with a reference in their middle: exponents within +-40. The system is solved by forward
-substitution: the product (I + L)(I + L^2)(I + L^4)... of many kernels loses all digits where keys
-repeat, as those of real text do.
+border between them. Where the caller guarantees g >= floor, blocks of up to 40 / |floor| tokens
+stay whole, relative to their first token: exponents within +-40. (A reference further back, in the
+middle say, would allow blocks twice as long, but rounds a row by what comes after it.) The system
+is solved by forward substitution: the product (I + L)(I + L^2)(I + L^4)... of many kernels loses
+all digits where keys repeat, as those of real text do.
 """
 import math
 
@@ -44,7 +45,7 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 64          # tokens; a power of two
-MOST_EXPONENT = 80  # nats over a block that is left whole; float32 ends at exp(88)
+MOST_EXPONENT = 40  # nats over a block that is left whole; float32 ends at exp(88)
 
 
 def recurrence(q, k, v, g=None, e=None, w=None, state=None, floor=None):
@@ -104,20 +105,18 @@ def chunks(q, k, v, g, e, w, S, floor):
     total = None if g is None else up[:, :, :, -1, :, None].exp()
 
     if e is None:
-        before, S = scan_decayed(k_down.mT @ v, total, S)
+        before, S = scan(k_down.mT @ v, total, S)
         y = q_up @ before + gram(q, k) @ v
     elif w is None:
-        A, L = gram(q, k), gram(e, k).tril(-1)
-        U, P = solve(L, v, decayed(e, up))
-        before, S = scan_erased(k_down.mT @ U, k_down.mT @ P, total, S)
-        y = q_up @ before + A @ (U + P @ before)
+        L = gram(e, k).tril(-1)
+        U0, P = solve(L, v, decayed(e, up))
+        before, U, S = scan_erased(None, U0, P, k_down, total, S)
+        y = q_up @ before + gram(q, k) @ U
     else:
-        A, A_w = gram(q, k), gram(q, w)
         L_k, L = gram(e, k).tril(-1), gram(e, w).tril(-1)
-        U, P = solve(L, L_k @ v, decayed(e, up))
-        w_down = decayed(w, down)
-        before, S = scan_erased(k_down.mT @ v + w_down.mT @ U, w_down.mT @ P, total, S)
-        y = q_up @ before + A @ v + A_w @ (U + P @ before)
+        R0, P = solve(L, L_k @ v, decayed(e, up))
+        before, R, S = scan_erased(k_down.mT @ v, R0, P, decayed(w, down), total, S)
+        y = q_up @ before + gram(q, k) @ v + gram(q, w) @ R
     return y.flatten(2, 3)[:, :, :T], S
 
 
@@ -140,8 +139,8 @@ def solve(L, *sides):
     return solution.split(sizes, -1)
 
 
-def scan_decayed(added, total, S):
-    """S <- total * S + added, chunk by chunk: the states before each (B, H, N, D, E), and the last."""
+def scan(added, total, S):
+    """S <- total * S + added, chunk by chunk: the states before each (B, H, N, D, E), the last."""
     before = []
     for i in range(added.size(2)):
         before.append(S)
@@ -150,16 +149,20 @@ def scan_decayed(added, total, S):
     return torch.stack(before, 2), S
 
 
-def scan_erased(added, turned, total, S):
-    """S <- (total * I + turned) S + added: turned (B, H, N, D, D) is what erasing does to a state."""
-    D = turned.size(-1)
-    kept = torch.eye(D, dtype=S.dtype, device=S.device)
-    step = turned + (kept if total is None else total * kept)
-    before = []
-    for i in range(added.size(2)):
+def scan_erased(added, U0, P, w_down, total, S):
+    """U = U0 + P S, then S <- total * S + added + w_down^T U, chunk by chunk: the states before each
+    (B, H, N, D, E), all U (B, H, N, c, E), the last state. added may be None."""
+    before, us = [], []
+    for i in range(U0.size(2)):
         before.append(S)
-        S = added[:, :, i] + step[:, :, i] @ S
-    return torch.stack(before, 2), S
+        u = U0[:, :, i] + P[:, :, i] @ S
+        us.append(u)
+        if total is not None:
+            S = S * total[:, :, i]
+        if added is not None:
+            S = S + added[:, :, i]
+        S = S + w_down[:, :, i].mT @ u
+    return torch.stack(before, 2), torch.stack(us, 2), S
 
 
 class Grams:
@@ -184,14 +187,14 @@ class Grams:
         return self.by_halves(a, b)
 
     def decays_by_level(self, g, floor):
-        """Of each level of halving the decays of rows, from the border on, and of columns, up to it."""
+        """Of each level of halving: the decays of rows from the border on, of columns up to it."""
         c = g.size(3)
         self.block = 1
         while floor is not None and 2 * self.block * -floor <= MOST_EXPONENT and self.block < c:
             self.block *= 2
         whole = g.unflatten(3, (-1, self.block)).cumsum(4)
-        middle = whole[..., self.block // 2, None, :]
-        self.inside = None if self.block == 1 else ((whole - middle).exp(), (middle - whole).exp())
+        first = whole[..., :1, :]
+        self.inside = None if self.block == 1 else ((whole - first).exp(), (first - whole).exp())
         half = self.block
         while half < c:
             first, second = g.unflatten(3, (-1, 2, half)).unbind(4)  # (B, H, N, pairs, half, D)
@@ -205,8 +208,8 @@ class Grams:
         if self.block == 1:
             gram = (rows * columns).sum(-1, keepdim=True)
         else:
-            from_middle, to_middle = self.inside
-            gram = ((rows * from_middle) @ (columns * to_middle).mT).tril()
+            from_first, to_first = self.inside
+            gram = ((rows * from_first) @ (columns * to_first).mT).tril()
         half = self.block
         for from_border, to_border in self.levels:
             rows = a.unflatten(3, (-1, 2, half))[:, :, :, :, 1] * from_border
@@ -227,16 +230,14 @@ def decay_table(g):
     return sums.masked_fill(~(below | below.new_ones(c).diag()), -math.inf).exp()
 
 
-def recurrence_flops(T, H, D, E, erase=False, separate=False):
+def recurrence_flops(T, H, D, E, erase=False, shared=False):
     """Multiply-adds of the products above, times 2, per token of a sequence of T tokens; the causal
-    half of a chunk counts. separate: w is not k. Exponentials are not counted: some
+    half of a chunk counts. shared: q and k have one head for all. Exponentials are not counted: some
     (log2(c / block) + 4) D a token for decays by channel."""
     c = min(CHUNK, 2 ** math.ceil(math.log2(max(T, 2))))
-    if separate:
-        return H * ((c + 1) * (4 * D + 3 * E) + (c - 1) * (D + E) + 8 * D * E)
     if erase:
         return H * ((c + 1) * (2 * D + E) + (c - 1) * (D + E) + 6 * D * E)
-    return H * ((c + 1) * (D + E) + 4 * D * E)
+    return (1 if shared else H) * (c + 1) * D + H * ((c + 1) * E + 4 * D * E)
 
 
 def recurrence_state_bytes(H, D, E, dtype):
