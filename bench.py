@@ -20,6 +20,7 @@ ceiling is the rate of the model's own matrix products alone, measured in the sa
 Writes out_dir/cells.jsonl (a line as soon as a cell is measured; the same command goes on from there), results.csv and
 plots; the last line on stdout is all of it in JSON.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
 import hashlib
 import json
@@ -67,13 +68,11 @@ class BenchOptions(ModelOptions):
     out_dir: str = option("out/bench", "the folder of the results", min_length=1)
     overwrite: bool = option(False, "clear the results that out_dir already holds")
     dataset: str = option("shakespeare_char", f"the data set whose vocabulary to take, if prepared; otherwise {VOCABULARY}")
-    mixer_file: Optional[str] = option(None, "a Python file of yours that registers its mixer in mixers.MIXERS", min_length=1)
+    mixer_file: Optional[str] = option(None, "a Python file of yours that registers its mixer in mixers.MIXERS", min_length=1, first=load_mixer_file)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the heavy operations; auto: bfloat16 where it is fast")
     compile: bool = option(False, "torch.compile training and prefill; decoding is never compiled")
 
-
-OF_CONFIG_FILES = {f.name for f in fields(ModelOptions)} | {"dataset", "mixer_file", "device", "dtype", "compile"}  # what counts here
 
 
 # Which cells, and in which order -------------------------------------------------------------------------------------
@@ -170,13 +169,11 @@ def to_measure(group, round, results, options):
 @exit_on_bad_input("bench.py")
 def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, and the cell's process with it
-    options, _, given = parse_options(BenchOptions, sys.argv[1:], __doc__.splitlines()[0], of_config_files=OF_CONFIG_FILES,
-                                      file_class=Options)
+    options, _, given = parse_options(BenchOptions, sys.argv[1:], __doc__.splitlines()[0], file_class=Options,
+                                      leave_out=("out_dir", "overwrite"))  # of a training
     for name, here in (("mixer", "mixers"), ("block_size", "lengths")):
         if name in given:
             raise BadInput(f"--{name} is of one model; give --{here} instead")
-    if options.mixer_file:
-        load_mixer_file(options.mixer_file)
     names, lengths = mixer_names(options.mixers or f"{ONE_OF_EACH_KIND},{options.mixer.replace(',', '+')}"), listed("lengths", options.lengths)
     for name in given:
         if not any(has_effect(name, mixer, options.n_layer) for mixer in names):

@@ -20,45 +20,21 @@ from base.command_line import one_line
 from base.errors import BadInput
 from base.loss import cross_entropy, head_loss
 from base.options import checked
-from config import ModelOptions
-from mixers import MIXERS, has_effect, layer_mixers, mechanism_of
+from config import ModelOptions, fill_in
+from mixers import MIXERS, layer_mixers
 from mixers.causal_reduction import causal_reduce, reduction_state_bytes
 
 
 @checked
 class GPTConfig(ModelOptions):
-    """The model options of config.py, by keyword, and the size of the vocabulary. Options left at None take the
-    architecture's own value. ValueError, naming the field, for a bad value or a bad combination."""
-    vocab_size: int = Field(ge=1)
+    """The model options of config.py, by keyword, and the size of the vocabulary.
+
+    Options left at None take the architecture's own value. ValueError, naming the field, for a bad
+    value or a bad combination."""
+    vocab_size: int = Field(ge=1, lt=2**31)
 
     def __post_init__(self):
-        llama = self.arch == "llama"
-        default = lambda value, otherwise: otherwise if value is None else value
-        C, H = self.n_embd, self.n_head
-        self.mixer = ",".join(layer_mixers(self.mixer))  # one spelling of a pattern
-        self.bias = default(self.bias, not llama)
-        self.pos = default(self.pos, "rope" if llama else "learned")
-        self.norm_eps = default(self.norm_eps, 1e-6 if llama else 1e-5)
-        self.ffn_hidden = default(self.ffn_hidden, math.ceil(8 * C / (3 * 64)) * 64 if llama else 4 * C)
-        self.ffn_bias = default(self.ffn_bias, self.bias)
-        self.mlp_activation = default(self.mlp_activation, "silu" if llama else "gelu")
-        self.tie_head = default(self.tie_head, not llama)
-        self.n_kv_head = default(self.n_kv_head, H)
-        used = set(layer_mixers(self.mixer, self.n_layer))
-        self.head_temperature = default(self.head_temperature, 0.1 if used == {"pelican"} else 1.0)
-        if C % H:
-            raise ValueError(f"n_embd {C} is not divisible by n_head {H}; choose a multiple")
-        if H % self.n_kv_head:
-            raise ValueError(f"n_head {H} is not divisible by n_kv_head {self.n_kv_head}; choose a divisor")
-        if self.pos == "rope" and C // H % 2:
-            raise ValueError(f"pos 'rope' needs an even head size, but n_embd {C} / n_head {H} is {C // H}")
-        if self.tie_head and self.zero_init_head:
-            raise ValueError("zero_init_head would zero the embedding too, since tie_head is on; set tie_head=False")
-        if self.tie_head and self.embed_rank:
-            raise ValueError(f"embed_rank {self.embed_rank} leaves no full embedding for tie_head to share; set tie_head=False")
-        for f in fields(ModelOptions):
-            if getattr(self, f.name) != f.default.default and not has_effect(f.name, self.mixer, self.n_layer):
-                raise ValueError(f"{f.name} has no effect: no layer of mixer {self.mixer!r} is {mechanism_of(f.name)}; leave it out")
+        fill_in(self)
 
 
 def model_config(values, source):

@@ -1,59 +1,80 @@
-"""Trains one model on one data set. Run: python train.py configs/shakespeare_pelican.py   (about a minute on two CPU cores)
+"""Trains one model on one data set.
 
-    python train.py configs/shakespeare.py --mixer=lln --max_iters=500     any option of config.py; --help lists them
-    python train.py configs/shakespeare.py --resume                        goes on from the newest checkpoint
-    python train.py --eval_only --out_dir=out/shakespeare                  the validation loss of a run
-    torchrun --nproc_per_node=2 train.py configs/shakespeare.py            several processes, see parallel.py
+    python train.py configs/shakespeare_pelican.py               a minute on two CPU cores
+    python train.py configs/shakespeare.py --mixer=lln           any option; --help lists them
+    python train.py configs/shakespeare.py --resume              goes on from the newest checkpoint
+    python train.py --eval_only --out_dir=out/shakespeare        the validation loss of a run
+    torchrun --nproc_per_node=2 train.py configs/shakespeare.py  several processes, see parallel.py
 
-Writes out_dir/config.json, metrics.jsonl and checkpoints/. The batch and the dropout of a step depend on (seed, step)
-only, so that every mixer sees the same data in the same order and a resumed run goes on bit for bit; the validation loss
-is the mean over fixed windows of the validation split.
+Writes out_dir/config.json, metrics.jsonl and checkpoints/. The batch and the dropout of a step
+depend on (seed, step) only, so that every mixer sees the same data in the same order and a
+resumed run goes on bit for bit; the validation loss is the mean over fixed windows of the
+validation split.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
+import contextlib
 import math
+import os
 import signal
 import sys
 import time
-from dataclasses import asdict, fields, replace
-from typing import NamedTuple, Optional
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from base.errors import BadInput, exit_on_bad_input
-from config import ModelOptions
 from data import load_dataset
 from model import GPT, model_config
 from training import checkpoint
 from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
+from training.evaluation import evaluate, print_evaluation
 from training.leaks import find_leak
-from training.metrics import Metrics
+from training.machine import Machine, refuse_what_cannot_fit
+from training.metrics import Metrics, check_wandb
+from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from training.parallel import World, join, synchronise_gradients
-from training.run_folder import check_tokenizer, compare_with, prepared_folder, read_options, start_from, train_alone
-
-EVAL_TOKENS_AT_ONCE = 8192  # tokens in a forward pass of the evaluation; more is no faster and needs memory
+from training.report import describe, show_result
+from training.run_folder import (
+    FolderLock, check_data, compare_with, data_sha256, prepared_folder, read_options, start_from,
+    train_alone)
 
 
 @exit_on_bad_input("train.py")
 def main():
     world = World()
-    options, saved = read_options(sys.argv[1:], __doc__.splitlines()[0])
-    config = model_config(asdict(options) | {"vocab_size": 1}, "options")  # refused before data are fetched
+    with FolderLock() as lock:
+        carry_out(world, lock)
+        world.end()
+
+
+def carry_out(world, lock):
+    first = world.rank == 0  # the one that writes
+    description = __doc__.splitlines()[0]
+    options, saved = read_options(sys.argv[1:], description, lock if first else None)
+    if options.threads:
+        torch.set_num_threads(min(options.threads, os.cpu_count()))
     device = world.start(choose_device(options.device), options)
     dtype = choose_dtype(options.dtype, device, options.n_embd)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    machine = Machine(device, autocast, world)
     data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))
     data.tokenizer  # each checkpoint carries it: better to miss it now
-    config = replace(config, vocab_size=data.vocab_size)
-    # what was left to be chosen, as chosen: this is what config.json records
-    options = replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."),
-                      **{f.name: getattr(config, f.name) for f in fields(ModelOptions)})
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    config = model_config(asdict(options) | {"vocab_size": data.vocab_size}, "options")
+    options = as_chosen(options, device, dtype)
+    if options.wandb_log:
+        check_wandb(options)
     if saved:
         compare_with(saved, options, config)
-        check_tokenizer(saved, data)
+        check_data(saved, data, options.other_data)
+        refuse_different_starts(saved, machine)
+    if not options.eval_only:
+        row_length = data.meta.get("row_length", options.block_size)
+        refuse_what_cannot_fit(options, config, row_length, machine)
     torch.manual_seed(options.seed)
     model = GPT(config).to(device)
-    describe(options, model, data, device, dtype, world)
+    describe(options, model, data, machine)
     if saved:
         checkpoint.load_model(model, saved.model, saved.folder)
         train_alone(model, saved.trainer.get("trained"))
@@ -61,53 +82,54 @@ def main():
         train_alone(model, start_from(options, model, data))
     refuse_leaks(model, options)
     if options.eval_only:
-        if options.eval_split not in data.cells:
-            raise BadInput(f"data/{data.name} has no {options.eval_split} split; leave --eval_split out")
-        result = evaluate(model, data, options, device, autocast, world, options.eval_split)
-        print(f"{saved.folder}: {options.eval_split} loss {result.words()}")
-        for cell, accuracy in (result.by_cell or {}).items():
-            print(f"{cell:40} {shown(accuracy)}")
+        print_evaluation(options, model, data, machine, saved)
     elif saved and saved.trainer["iter"] >= options.max_iters:
-        print(f"{saved.folder} is at step {saved.trainer['iter']} of {options.max_iters}: nothing left to do; for more, raise --max_iters")
+        print(f"{saved.folder} is at step {saved.trainer['iter']} of {options.max_iters}: "
+              "nothing left to do; for more, raise --max_iters")
     else:
-        with prepared_folder(options, world):
-            train(options, config, model, data, device, autocast, saved, world)
-    world.end()
+        record = asdict(options) | {"data_sha256": data_sha256(data)}
+        folder = prepared_folder(options, record, lock) if first else contextlib.nullcontext()
+        with folder:
+            train(options, record, model, data, machine, saved)
+
+
+def as_chosen(options, device, dtype):
+    """The options with what was left open as it was chosen: this is what config.json records."""
+    return replace(options, device=device.type, dtype=str(dtype).removeprefix("torch."),
+                   threads=torch.get_num_threads())
+
+
+def refuse_different_starts(saved, machine):
+    """BadInput if the processes have read different checkpoints: the lock is the first one's
+    alone."""
+    step = saved.trainer["iter"]
+    [total] = machine.world.total([step], machine.device)
+    if total != step * machine.world.size:
+        raise BadInput("the run went on while this command started; start it again")
 
 
 def refuse_leaks(model, options):
-    """BadInput if an output of the model sees what it must not: its losses would mean nothing. With allow_leak, one line."""
+    """BadInput if an output of the model sees what it must not: its losses would mean nothing. With
+    allow_leak, one line."""
     try:
         leak = find_leak(model, getattr(torch, options.dtype))
     except Exception as error:  # of a mixer for GPUs alone, say
+        name = f"mixer {options.mixer} could not be checked"
         if not options.allow_leak:
-            error.add_note(f"mixer {options.mixer} could not be checked for leaks, in float64 on the CPU; --allow_leak trains it unchecked")
+            error.add_note(f"{name} for leaks, in float64 on the CPU; "
+                           "--allow_leak trains it unchecked")
             raise
-        leak = f"mixer {options.mixer} could not be checked, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = " ".join(str(error).split())[:200]
+        leak = f"{name}, {type(error).__name__}: {reason}"
     if leak and not options.allow_leak:
-        raise BadInput(f"{leak}; so nothing is reported. `python -m tools.audit --mixer={options.mixer}` says more; --allow_leak trains it all the same")
+        raise BadInput(
+            f"{leak}; so nothing is reported. `python -m tools.audit --mixer={options.mixer}` says "
+            "more; --allow_leak trains it all the same")
     if leak:
         print(f"warning    {leak}; its losses may not be compared", flush=True)
 
 
-def describe(options, model, data, device, dtype, world):
-    groups = model.parameter_groups()
-    total = sum(p.numel() for p in model.parameters())
-    assert total == sum(groups.values()), groups
-    where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-    where += f", {world.size} processes ({options.parallel})" if world.size > 1 else ""
-    print(f"{options.out_dir}: {options.mixer}, {options.arch}, on {where}, {str(dtype).removeprefix('torch.')}")
-    print(f"data       {data.name}: {data.size()}, vocabulary {data.vocab_size:,}")
-    for group, count in groups.items():
-        print(f"{group:10} {count:>12,} parameters {100 * count / total:5.1f} %")
-    print(f"{'all':10} {total:>12,} parameters")
-    T = options.block_size
-    count = lambda value, unit: "n/a" if value is None else f"{value:,.0f} {unit}"
-    print(f"cost       {count(model.flops_per_token(T), 'forward FLOPs')} per token of {T}, a multiply-add being 2; "
-          f"{count(model.state_bytes(T, dtype), 'bytes')} of state after {T} tokens", flush=True)
-
-
-# Training ------------------------------------------------------------------------------------------------------------
+# Training ---------------------------------------------------------------------------------------
 
 def learning_rate(step, options):
     """Of update `step`, counted from 0: linear warm-up, then decay to min_lr at lr_decay_iters."""
@@ -123,158 +145,185 @@ def learning_rate(step, options):
     return low + left * (peak - low)
 
 
-class Evaluation(NamedTuple):
-    loss: float                # mean over the targets, in nats
-    bpb: Optional[float]       # bits per byte; None for a recall task
-    accuracy: Optional[float]  # share of right answers; None for a text
-    by_cell: Optional[dict]    # {difficulty: accuracy}, None for rows longer than learned positions reach
-
-    def words(self):
-        if self.bpb is not None:
-            return f"{self.loss:.4f} nats per token | {self.bpb:.4f} bits per byte"
-        return f"{self.loss:.4f} nats per answer | accuracy {shown(self.accuracy)}"
-
-
-def shown(accuracy):
-    return "n/a" if accuracy is None else f"{accuracy:.4f}"
-
-
-@torch.no_grad()
-def evaluate(model, data, options, device, autocast, world, split="val"):
-    """The Evaluation on the fixed windows or rows of a split."""
-    model.eval()
-    longest = options.block_size if options.pos == "learned" else math.inf
-    batches = [batch for batch in data.eval_batches(split, options.block_size, max(1, EVAL_TOKENS_AT_ONCE // options.block_size), options.eval_tokens)
-               if batch[0].size(1) <= longest]
-    sums = np.zeros((len(data.cells[split]), 3))  # of each cell: loss, targets, right answers
-    for i in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
-        # under FSDP all processes must take part in every forward pass: those without a batch left repeat the last
-        x, y, cell = batches[min(i, len(batches) - 1)]
-        x, y = x.to(device), y.to(device)
-        with autocast:
-            logits, loss = (None, model.loss(x, y)) if data.bytes_per_token else model(x, y)
-        if i < len(batches):
-            targets = (y != -1).sum().item()
-            sums[cell] += loss.item() * targets, targets, 0 if logits is None else (logits.argmax(-1) == y).sum().item()
-    model.train()
-    sums = np.reshape(world.total(sums.flatten().tolist(), device), (-1, 3))
-    loss, targets, right = sums.sum(0).tolist()
-    if data.bytes_per_token:
-        return Evaluation(loss / targets, loss / targets / math.log(2) / data.bytes_per_token, None, None)
-    by_cell = {name: right / targets if targets else None for name, (_, targets, right) in zip(data.cells[split], sums.tolist())}
-    return Evaluation(loss / targets, None, right / targets, by_cell)
-
-
-def make_optimizer(model, options, device):
-    """AdamW with weight decay on matrices only: decaying norms and biases towards zero makes no sense."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2),
-                             fused=device.type in ("cpu", "cuda"))
-
-
-def backward(model, loss_fn, x, y, rows_at_once, device, autocast, world):
-    """Adds the gradients of the mean loss over the targets y != -1 of x and y (rows of all processes, T), in passes of
-    rows_at_once rows. Returns the loss of this process's rows, such that its mean over the processes is that of all rows."""
-    targets, total = (y != -1).sum().item(), 0.0
+def backward(model, loss_fn, x, y, rows_at_once, machine):
+    """Adds the gradients of the mean loss over the targets y != -1 of x and y (rows of all
+    processes, T), in passes of rows_at_once rows. Returns the loss of this process's rows, such
+    that its mean over the processes is that of all rows."""
+    world = machine.world
+    targets = (y != -1).sum().item()
+    total = 0.0
     for start in range(0, len(x), rows_at_once):
-        synchronise_gradients(loss_fn, model, on=start + rows_at_once == len(x))
-        own_x, own_y = (world.rows(t[start:start + rows_at_once]) for t in (x, y))
-        share = (own_y != -1).sum().item() * world.size / targets  # so that each target counts alike
-        with autocast:
-            loss = loss_fn(own_x.to(device), own_y.to(device)) * share
+        end = start + rows_at_once
+        synchronise_gradients(loss_fn, model, on=end == len(x))
+        own_x, own_y = world.rows(x[start:end]), world.rows(y[start:end])
+        own_targets = (own_y != -1).sum().item()
+        if own_targets == 0:  # a mean over none is 0/0; any other counts for nothing below
+            own_y = own_y.clamp(min=0)
+        share = own_targets * world.size / targets  # so that each target counts alike
+        with machine.autocast:
+            loss = loss_fn(own_x.to(machine.device), own_y.to(machine.device)) * share
         loss.backward()
         total += loss.item()
     return total
 
 
-def train(options, config, model, data, device, autocast, saved, world):
-    """From the start, or from the checkpoint `saved`, whose weights the model has, to max_iters."""
-    forward_flops = model.flops_per_token(options.block_size)
-    rows_at_once = rows_per_pass(options.batch_size, options.block_size, device, world.size)
-    loss_fn = compiled(model, data, options, rows_at_once, device, autocast, world) if options.compile else model.loss
-    loss_fn = join(model, loss_fn, options, world)
-    optimizer = make_optimizer(model, options, device)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    step, best, tokens, seconds, wandb_id = 0, None, 0, 0.0, None
-    if saved:
-        checkpoint.load_optimizer(model, optimizer, saved.optimizer, saved.folder)
-        step, best, tokens, seconds, wandb_id = (saved.trainer[k] for k in ("iter", "best_val_loss", "tokens", "seconds", "wandb_id"))
-        print(f"going on from {saved.folder}")
-    metrics = Metrics(options, step, wandb_id) if world.rank == 0 else None
-    bar = tqdm(total=options.max_iters, initial=step, unit="step", disable=world.rank > 0 or not sys.stderr.isatty())
-    rows_per_step = options.batch_size * options.gradient_accumulation_steps
+def train(options, record, model, data, machine, saved):
+    """From the start, or from the checkpoint `saved`, whose weights the model has, to max_iters.
+    record: config.json."""
+    run = Training(options, record, model, data, machine, saved)
     stop = catch_signals()
-    started = time.perf_counter() - seconds  # the clock goes on where the saved run stopped
-    last_log, last_tokens = time.perf_counter(), tokens
-
-    def log(**values):
-        flops = None if forward_flops is None else 3 * forward_flops * tokens  # the backward pass is twice the forward pass
-        if metrics:
-            metrics.log(iter=step, tokens=tokens, flops=flops, seconds=time.perf_counter() - started, **values)
-
-    def save(val_loss=None):
-        weights, moments = checkpoint.model_tensors(model), checkpoint.optimizer_tensors(model, optimizer)
-        if metrics:
-            metrics.sync()
-            trainer = dict(iter=step, val_loss=val_loss, best_val_loss=best, tokens=tokens, seconds=time.perf_counter() - started,
-                           wandb_id=metrics.wandb_id, trained=None if options.train_only == "all" else trained)
-            checkpoint.save(options.out_dir, weights, moments, trainer, asdict(options) | {"vocab_size": config.vocab_size},
-                            data.tokenizer.to_json(), options.keep_last)
-        world.wait()
-
     stopping = False
     while True:
-        if step < options.max_iters:
-            lr = learning_rate(step, options)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            torch.manual_seed(seed_of(options.seed, step, world.rank))
-            x, y = data.batch(options.seed, step, rows_per_step, options.block_size)
-            train_loss = backward(model, loss_fn, x, y, rows_at_once, device, autocast, world)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf).item()
-            train_loss, stopping = world.total([train_loss / world.size, bool(stop)], device)
-            if not math.isfinite(train_loss + norm):
-                raise not_finite(f"loss {train_loss}, gradient norm {norm}", step, options)
-            optimizer.step()
-            optimizer.zero_grad()
-            model.apply_statistics()
-            step += 1
-            tokens += x.numel()
-            bar.update()
-            if step % options.log_interval == 0 or step == options.max_iters:
-                now = time.perf_counter()
-                speed = (tokens - last_tokens) / (now - last_log)
-                last_log, last_tokens = now, tokens
-                log(train_loss=train_loss, lr=lr, tokens_per_s=speed)
-                bar.set_postfix_str(f"loss {train_loss:.4f}, {speed:,.0f} tokens/s")
-                if bar.disable:
-                    print(f"step {step:6}/{options.max_iters} | loss {train_loss:.4f} nats | lr {lr:.2e} | {speed:,.0f} tokens/s | {now - started:.1f} s")
-        if step % options.eval_interval == 0 or step == options.max_iters:
-            eval_started = time.perf_counter()
-            result = evaluate(model, data, options, device, autocast, world)
-            val_loss = result.loss
-            if not math.isfinite(val_loss):
-                raise not_finite(f"validation loss {val_loss}", step, options)
-            is_best = best is None or val_loss < best
-            best = val_loss if is_best else best
-            log(val_loss=val_loss, val_bpb=result.bpb, val_accuracy=result.accuracy, val_accuracy_by_cell=result.by_cell,
-                peak_bytes=peak_memory(device))
-            bar.write(f"step {step:6}/{options.max_iters} | val loss {result.words()}" + (" | the best so far" if is_best else ""), file=sys.stdout)
-            if result.by_cell:
-                bar.write("accuracy    " + " | ".join(f"{cell}: {shown(value)}" for cell, value in result.by_cell.items()), file=sys.stdout)
-            save(val_loss)
-            last_log += time.perf_counter() - eval_started  # tokens_per_s is of training alone
+        if run.step < options.max_iters:
+            stopping = run.update(bool(stop))
+            if run.step % options.log_interval == 0 or run.step == options.max_iters:
+                run.log_training()
+        if run.step % options.eval_interval == 0 or run.step == options.max_iters:
+            run.evaluate_and_save()
         elif stopping:
-            save()
-        if stopping and step < options.max_iters:
-            print(f"stopped by a signal after step {step}; go on with --resume")
-        if stopping or step >= options.max_iters:
+            run.save()
+        if stopping or run.step >= options.max_iters:
             break
-    bar.close()
-    if metrics:
-        metrics.close()
+    run.close()
+    if run.step < options.max_iters:
+        print(f"stopped by a signal after step {run.step}; go on with --resume")
+    else:
+        show_result(options, model, data, machine)
+
+
+class Training:
+    """A run under way: where it stands, and what it needs to go on."""
+
+    def __init__(self, options, record, model, data, machine, saved):
+        self.options = options
+        self.record = record
+        self.model = model
+        self.data = data
+        self.machine = machine
+        device, world = machine.device, machine.world
+        self.rows_at_once = rows_per_pass(
+            options.batch_size, options.block_size, device, world.size)
+        loss_fn = model.loss
+        if options.compile:
+            loss_fn = compiled(
+                model, data, options, self.rows_at_once, device, machine.autocast, world)
+        self.loss_fn = join(model, loss_fn, options, world)
+        self.optimizer = make_optimizer(model, options, device)
+        self.step = 0  # optimiser updates done
+        self.tokens = 0
+        self.best_val_loss = None
+        seconds = 0.0
+        wandb_id = None
+        if saved:
+            load_optimizer(model, self.optimizer, saved.optimizer, saved.folder)
+            self.step = saved.trainer["iter"]
+            self.tokens = saved.trainer["tokens"]
+            self.best_val_loss = saved.trainer["best_val_loss"]
+            seconds = saved.trainer["seconds"]
+            wandb_id = saved.trainer["wandb_id"]
+            print(f"going on from {saved.folder}")
+        first = world.rank == 0
+        self.metrics = Metrics(options, self.step, wandb_id) if first else None
+        self.bar = tqdm(total=options.max_iters, initial=self.step, unit="step",
+                        disable=not first or not sys.stderr.isatty())
+        # the clock goes on where the saved run stopped
+        self.started = time.perf_counter() - seconds
+        self.last_log = time.perf_counter()
+        self.last_tokens = self.tokens
+
+    def update(self, stop):
+        """One step of the optimiser. Returns whether a process has been told to `stop`."""
+        options, step, world = self.options, self.step, self.machine.world
+        self.lr = learning_rate(step, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        torch.manual_seed(seed_of(options.seed, step, world.rank))
+        rows = options.batch_size * options.gradient_accumulation_steps
+        x, y = self.data.batch(options.seed, step, rows, options.block_size)
+        if (y == -1).all():
+            raise BadInput(f"step {step}: no answer is due in the batch: the rows of "
+                           f"data/{self.data.name} have targets of 0 alone; prepare it again")
+        loss = backward(self.model, self.loss_fn, x, y, self.rows_at_once, self.machine)
+        largest = options.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest).item()
+        sums = world.total([loss / world.size, stop], self.machine.device)
+        self.train_loss, stop = sums
+        if not math.isfinite(self.train_loss + norm):
+            raise not_finite(f"loss {self.train_loss}, gradient norm {norm}", step, options)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.apply_statistics()
+        self.step += 1
+        self.tokens += x.numel()
+        self.bar.update()
+        return bool(stop)
+
+    def log(self, **values):
+        if not self.metrics:
+            return
+        flops = self.model.flops_per_token(self.options.block_size)
+        if flops is not None:
+            flops *= 3 * self.tokens  # the backward pass is twice the forward pass
+        seconds = time.perf_counter() - self.started
+        self.metrics.log(iter=self.step, tokens=self.tokens, flops=flops, seconds=seconds, **values)
+
+    def log_training(self):
+        now = time.perf_counter()
+        speed = (self.tokens - self.last_tokens) / (now - self.last_log)
+        self.last_log, self.last_tokens = now, self.tokens
+        self.log(train_loss=self.train_loss, lr=self.lr, tokens_per_s=speed)
+        self.bar.set_postfix_str(f"loss {self.train_loss:.4f}, {speed:,.0f} tokens/s")
+        if self.bar.disable:
+            print(f"step {self.step:6}/{self.options.max_iters} | loss {self.train_loss:.4f} nats "
+                  f"| lr {self.lr:.2e} | {speed:,.0f} tokens/s | {now - self.started:.1f} s")
+
+    def evaluate_and_save(self):
+        started = time.perf_counter()
+        result = evaluate(self.model, self.data, self.options, self.machine)
+        if not math.isfinite(result.loss):
+            raise not_finite(f"validation loss {result.loss}", self.step, self.options)
+        praise = ""
+        if self.best_val_loss is None or result.loss < self.best_val_loss:
+            self.best_val_loss = result.loss
+            praise = " | the best so far"
+        self.log(val_loss=result.loss, val_bpb=result.bpb, val_accuracy=result.accuracy,
+                 val_accuracy_by_cell=result.by_cell,
+                 peak_bytes=peak_memory(self.machine.device))
+        self.say(f"step {self.step:6}/{self.options.max_iters} | val loss {result.words()}{praise}")
+        if result.by_cell:
+            self.say(f"accuracy    {result.cells()}")
+        self.save(result.loss)
+        self.last_log += time.perf_counter() - started  # tokens_per_s is of training alone
+
+    def say(self, line):
+        """Prints a line above the progress bar."""
+        self.bar.write(line, file=sys.stdout)
+
+    def save(self, val_loss=None):
+        """A checkpoint of this step. val_loss: of these weights, in nats, if they were
+        evaluated."""
+        weights = checkpoint.model_tensors(self.model)
+        moments = optimizer_tensors(self.model, self.optimizer)
+        if self.metrics:
+            self.metrics.sync()
+            trained = None
+            if self.options.train_only != "all":
+                parameters = self.model.named_parameters()
+                trained = [name for name, p in parameters if p.requires_grad]
+            state = dict(
+                iter=self.step, val_loss=val_loss, best_val_loss=self.best_val_loss,
+                tokens=self.tokens, seconds=time.perf_counter() - self.started,
+                wandb_id=self.metrics.wandb_id, trained=trained)
+            config = self.record | {"vocab_size": self.data.vocab_size}
+            tokenizer = self.data.tokenizer.to_json()
+            checkpoint.save(self.options.out_dir, weights, moments, state, config, tokenizer,
+                            self.options.keep_last)
+        self.machine.world.wait()
+
+    def close(self):
+        self.bar.close()
+        if self.metrics:
+            self.metrics.close()
 
 
 def seed_of(*numbers):
@@ -284,12 +333,15 @@ def seed_of(*numbers):
 
 def not_finite(what, step, options):
     kept = checkpoint.checkpoints(options.out_dir)
-    return BadInput(f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); training stops, "
-                    f"{f'the last good checkpoint is {kept[-1]}' if kept else 'before the first checkpoint'}; try a lower learning_rate")
+    last = f"the last good checkpoint is {kept[-1]}" if kept else "before the first checkpoint"
+    return BadInput(
+        f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); training stops, "
+        f"{last}; try a lower learning_rate")
 
 
 def catch_signals():
-    """A list that holds the signal's number once SIGTERM or Ctrl-C has come. A second one ends the process at once."""
+    """A list that holds the signal's number once SIGTERM or Ctrl-C has come. A second one ends
+    the process at once."""
     caught = []
 
     def handle(number, frame):

@@ -1,1 +1,4 @@
-"""What everything stands on: errors, files, how options are declared and read, the loss. Imports nothing from above."""
+"""What everything stands on: errors, files, how options are declared and read, the loss.
+
+Imports nothing from above.
+"""

@@ -7,62 +7,126 @@ import difflib
 import runpy
 import types
 import typing
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from typing import Optional
 
 from pydantic import TypeAdapter, ValidationError
 
 from base.errors import BadInput
 from base.files import is_file
 
+# what newcomers type -> what it is called here, or where it is
+OTHER_NAMES = {
+    "lr": "learning_rate", "layers": "n_layer", "num_layers": "n_layer", "depth": "n_layer",
+    "heads": "n_head", "num_heads": "n_head", "dim": "n_embd", "d_model": "n_embd",
+    "width": "n_embd", "context": "block_size", "context_length": "block_size",
+    "seq_len": "block_size", "steps": "max_iters", "max_steps": "max_iters",
+    "iters": "max_iters", "attention": "mixer", "model": "mixer", "activation": "mlp_activation",
+    "output_dir": "out_dir", "random_seed": "seed", "wd": "weight_decay",
+    "grad_accum": "gradient_accumulation_steps", "warmup": "warmup_iters", "data": "dataset",
+    "dropout_rate": "dropout", "precision": "dtype", "optim": "optimizer",
+}
+ELSEWHERE = {
+    "epochs": "there are no epochs, only steps: --max_iters",
+    "tokenizer": "a data set brings its own: choose another --dataset, or make one of your text "
+                 "with python -m data.text --tokenizer=...",
+    "config": "name the config file without an option: train.py configs/shakespeare.py",
+}
+
 
 def is_bool(annotation):
     return annotation is bool or bool in typing.get_args(annotation)
 
 
-def nearest(name, names):
+def nearest(name, names, otherwise="; --help lists them all"):
+    """The end of a message on a name that is none: the known one that is most like it."""
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; nearest: {match[0]}" if match else "; --help lists them all"
+    return f"; nearest: {match[0]}" if match else otherwise
+
+
+def nearest_option(name, names):
+    """The same for an option, as it is written in a config file: also by what others call it."""
+    if name in ELSEWHERE:
+        return f"; {ELSEWHERE[name]}"
+    if OTHER_NAMES.get(name) in names:
+        return f"; nearest: {OTHER_NAMES[name]}"
+    return nearest(name, names)
 
 
 def complaint(error):
-    """(option name or "", what is wrong with it) of a ValueError: pydantic's first complaint, or its text."""
+    """(option's name or "", what is wrong with it) of a ValueError.
+
+    Of pydantic's, the first complaint; of others, the text."""
     if not isinstance(error, ValidationError):
         return "", str(error)
     detail = error.errors()[0]
-    name = str(detail["loc"][0]) if detail["loc"] and isinstance(detail["loc"][0], str) else ""
+    place = detail["loc"]
+    name = place[0] if place and isinstance(place[0], str) else ""
     message = detail["msg"].removeprefix("Value error, ")
-    return name, message if name == "" else message[0].lower() + message[1:]
+    if name == "":
+        return name, message
+    return name, message[0].lower() + message[1:]
 
 
 def one_line(error):
     """A ValueError of GPTConfig or Options in words, with the option's name."""
-    return ": ".join(filter(None, complaint(error)))
+    name, message = complaint(error)
+    return f"{name}: {message}" if name else message
 
 
-def read_config_file(path, cls):
-    """The options that a config file sets, name -> value. BadInput if it does not run or sets an unknown name."""
+def shortened(text):
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def repr_of(value):
+    """A value of a config file as messages show it, whatever it is."""
+    try:
+        return shortened(repr(value))
+    except Exception:  # of an integer with 5,000 digits, or a class of the user's own
+        return f"<{type(value).__name__}>"
+
+
+# Config files -----------------------------------------------------------------------------------
+
+def run_config_file(path):
+    """All names that a config file leaves behind, name -> value. BadInput if it does not run."""
     if not is_file(path):
         raise BadInput(f"config file {path} does not exist")
     try:
-        names = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, they need the place and the reason
+        return runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises
         raise BadInput(f"config file {path}: {type(error).__name__}: {error}") from error
+
+
+def options_among(names, path, cls):
+    """The options of cls among a config file's names.
+
+    BadInput for a name that is none, or a bad value."""
     known = [f.name for f in fields(cls)]
     values = {}
     for name, value in names.items():
         # what a config may need besides options: imports, functions, names with an underscore
-        if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
+        is_helper = isinstance(value, (types.ModuleType, type)) or callable(value)
+        if name.startswith("_") or is_helper:
             continue
         if name not in known:
-            raise BadInput(f"config file {path}: no option {name!r}{nearest(name, known)}")
+            raise BadInput(f"config file {path}: no option {name!r}{nearest_option(name, known)}")
         values[name] = value
     try:
         cls(**values)
-    except ValidationError as error:
+    except (ValidationError, OverflowError) as error:
         name, message = complaint(error)
-        raise BadInput(f"config file {path}: {name} = {values.get(name)!r}: {message}") from error
+        wrong = "" if name == "" else f"{name} = {repr_of(values.get(name))}: "
+        raise BadInput(f"config file {path}: {wrong}{message}") from error
     return values
 
+
+def read_config_file(path, cls):
+    """The options of cls that a config file sets, name -> value. BadInput if anything is wrong."""
+    return options_among(run_config_file(path), path, cls)
+
+
+# The command line -------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -70,73 +134,209 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(cls, description, with_config_file):
-    usage = "%(prog)s [config_file] [--option=value ...]" if with_config_file else "%(prog)s [--option=value ...]"
-    parser = Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
+    usage = "%(prog)s [config_file] [--option=value ...]"
+    if not with_config_file:
+        usage = "%(prog)s [--option=value ...]"
+    parser = Parser(
+        usage=usage, description=description, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
     if with_config_file:
-        parser.add_argument("config_file", nargs="?", help="a Python file that sets options, for example configs/shakespeare.py")
+        parser.add_argument("config_file", nargs="?", help=(
+            "a Python file that sets options, for example configs/shakespeare.py"))
+    groups = {}
     for f in fields(cls):
-        info = f.default  # pydantic's Field: default, help and limits
-        hint = info.description + ("" if info.default is None else f" [default: {info.default}]")
-        hint = hint.replace("%", "%%")
-        kind = typing.get_args(f.type)[0] if type(None) in typing.get_args(f.type) else f.type
-        metavar = "True|False" if kind is bool else "|".join(typing.get_args(kind)) or kind.__name__
-        parser.add_argument(f"--{f.name}", metavar=metavar, help=hint + (f"; or --no-{f.name}" if kind is bool else ""))
+        heading = heading_of(cls, f.name)
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        groups[heading].add_argument(f"--{f.name}", metavar=metavar(f.type), help=help_of(f))
     return parser
 
 
+def heading_of(cls, name):
+    """Under what --help lists an option: what the class that declares it says."""
+    for member in cls.__mro__:
+        if name in vars(member).get("__annotations__", {}):
+            headings = vars(member).get("headings", {})
+            return headings.get(name) or vars(member).get("heading", "options")
+    raise KeyError(name)
+
+
+def metavar(annotation):
+    """What --help shows for an option's value: True|False, table|published, int."""
+    kind = annotation
+    if type(None) in typing.get_args(annotation):
+        kind = typing.get_args(annotation)[0]
+    if kind is bool:
+        return "True|False"
+    return "|".join(typing.get_args(kind)) or kind.__name__
+
+
+def help_of(f):
+    """The help of an option, with the names it knows, its default and how to switch it off."""
+    info = f.default  # pydantic's Field
+    names = info.json_schema_extra["names"]
+    text = info.description
+    if names:
+        text += f"; have {', '.join(names())}"
+    if info.default is not None:
+        text += f" [default: {info.default}]"
+    if is_bool(f.type):
+        text += f"; or --no-{f.name}"
+    return text.replace("%", "%%")
+
+
 def spell_out(argv, bools):
-    """`--compile`, `--compile False` and `--no-compile` as `--compile=True` or `=False`: a boolean must not swallow the
-    word behind it, which may be the config file."""
-    out, argv = [], list(argv)
-    while argv:
-        word = argv.pop(0)
+    """`--compile`, `--compile False` and `--no-compile` as `--compile=True` or `=False`.
+
+    A boolean must not swallow the word behind it, which may be the config file."""
+    spelt = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         if word.startswith("--no-") and word[5:] in bools:
             word = f"--{word[5:]}=False"
         elif word.startswith("--") and word[2:] in bools:
-            word += "=" + (argv.pop(0) if argv and argv[0].lower() in ("true", "false", "none") else "True")
-        out.append(word)
-    return out
+            value = "True"
+            if words and words[0].lower() in ("true", "false", "none"):
+                value = words.pop(0)
+            word += f"={value}"
+        spelt.append(word)
+    return spelt
 
 
 def from_text(text, annotation):
-    """A value from the command line. "none" unsets an option that may be unset and is not itself a text."""
+    """A value from the command line, checked for its type.
+
+    "none" unsets an option that may be unset and is not itself a text."""
     kinds = typing.get_args(annotation)
-    if text.lower() == "none" and type(None) in kinds and str not in kinds and text not in typing.get_args(kinds[0]):
+    may_be_unset = type(None) in kinds and str not in kinds
+    if may_be_unset and text.lower() == "none" and text not in typing.get_args(kinds[0]):
         return None
     if is_bool(annotation) and text.lower() not in ("true", "false"):
         raise BadInput(f"{text!r} is neither True nor False")
     return TypeAdapter(annotation).validate_strings(text)
 
 
-def parse_options(cls, argv, description, with_config_file=True, base={}, of_config_files=None, file_class=None):
-    """Options from a command line: the defaults, over them the config file, `base` (dict), the command line. A config file
-    sets options of cls, or those of file_class, of which the names in of_config_files count.
-    Returns (options, config file or None, names set on the command line)."""
-    known = {f.name: f.type for f in fields(cls)}
+@dataclass
+class Given:
+    """What a user gave: by the command line, and by the config file that it names."""
+    cls: type
+    on_command_line: dict
+    config_file: Optional[str]
+    in_config_file: dict
+
+    def options(self, base={}):
+        """The options, an instance of cls: the defaults, over them the config file, `base` (name ->
+        value; a resumed run's own), the command line. BadInput for values that do not fit."""
+        values = {**self.in_config_file, **base, **self.on_command_line}
+        try:
+            return self.cls(**values)
+        except ValidationError as error:
+            name, message = complaint(error)
+            value = shortened(str(values.get(name)))
+            raise BadInput(f"--{name}={value}: {message}") from error
+
+
+def read_given(cls, argv, description, with_config_file=True, file_class=None, leave_out=()):
+    """Reads a command line, and the config file that it names, once: Given. BadInput.
+
+    A config file sets options of cls; or those of file_class, of which those that cls has too
+    count, but for the names in leave_out."""
+    check_text(argv)
+    config_file = find_config_file(cls, argv) if with_config_file else None
+    names = run_config_file(config_file) if config_file else {}
+    for f in fields(cls):
+        first = f.default.json_schema_extra["first"]
+        value = early_value(f, argv, names) if first else None
+        if isinstance(value, str):
+            first(value)  # which may add options to cls
+    on_command_line = read_command_line(cls, argv, description, with_config_file)
+    config_file = on_command_line.pop("config_file", None)
+    in_file = {}
+    if config_file:
+        names = names or run_config_file(config_file)
+        in_file = options_among(names, config_file, file_class or cls)
+    counting = {f.name for f in fields(cls)} - set(leave_out)
+    in_file = {name: value for name, value in in_file.items() if name in counting}
+    for name, value in in_file.items():
+        if isinstance(value, str):
+            check_text([value], f"{name} in config file {config_file}")
+    return Given(cls, on_command_line, config_file, in_file)
+
+
+def check_text(words, where=None):
+    """BadInput for text that no file or option can be called."""
+    for word in words:
+        place = where or shortened(word.partition("=")[0])
+        if "\0" in word:
+            raise BadInput(f"{place} holds a zero byte; leave it out")
+        if any("\ud800" <= c <= "\udfff" for c in word):  # what Python makes of such bytes
+            raise BadInput(f"{place} holds bytes that are no UTF-8; write it in UTF-8")
+
+
+def find_config_file(cls, argv):
+    """The config file on a command line of which not all options are known yet, or None."""
+    parser = Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    for f in fields(cls):
+        parser.add_argument(f"--{f.name}")
+    _, rest = parser.parse_known_args(spell_out(argv, bools_of(cls)))
+    for word in rest:
+        if not word.startswith("-") and is_file(word):
+            return word
+    return None
+
+
+def early_value(f, argv, names):
+    """The value of an option that is needed before the command line can be read as a whole."""
+    parser = Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument(f"--{f.name}")
+    known, _ = parser.parse_known_args(argv)
+    return getattr(known, f.name, names.get(f.name))
+
+
+def bools_of(cls):
+    return [f.name for f in fields(cls) if is_bool(f.type)]
+
+
+def read_command_line(cls, argv, description, with_config_file):
+    """The options that a command line sets, name -> value, and config_file. BadInput."""
+    kinds = {f.name: f.type for f in fields(cls)}
+    bools = bools_of(cls)
     parser = make_parser(cls, description, with_config_file)
-    arguments, rest = parser.parse_known_args(spell_out(argv, [n for n, t in known.items() if is_bool(t)]))
+    arguments, rest = parser.parse_known_args(spell_out(argv, bools))
     if rest:
-        name = rest[0].partition("=")[0]
-        names = [f"--{n}" for n in known] + [f"--no-{n}" for n, t in known.items() if is_bool(t)]
-        what = f"no option {name}{nearest(name, names)}" if name.startswith("-") else f"unexpected argument {name!r}"
-        raise BadInput(what)
+        raise BadInput(unknown(rest[0], kinds, bools))
     given = vars(arguments)
-    config_file = given.pop("config_file", None)
     for name, text in given.items():
+        if name == "config_file":
+            continue
         if text == []:  # argparse's reading of `--name=--`
             raise BadInput(f"--{name}=--: a value is missing")
         try:
-            given[name] = from_text(text, known[name])
+            given[name] = from_text(text, kinds[name])
         except ValueError as error:
-            raise BadInput(f"--{name}={text}: {complaint(error)[1]}") from error
-    values = read_config_file(config_file, file_class or cls) if config_file else {}
-    values = {name: value for name, value in values.items() if not of_config_files or name in of_config_files}
-    for name, value in {**values, **given}.items():
-        if isinstance(value, str) and "\0" in value:
-            raise BadInput(f"{name} holds a zero byte; leave it out")
-    try:
-        return cls(**{**values, **base, **given}), config_file, set(given)
-    except ValidationError as error:
-        name, message = complaint(error)
-        raise BadInput(f"--{name}={given.get(name, base.get(name))}: {message}") from error
+            raise BadInput(f"--{name}={shortened(text)}: {complaint(error)[1]}") from error
+    return given
+
+
+def unknown(word, known, bools):
+    """What is wrong with a word of the command line that is no option's."""
+    name = word.partition("=")[0]
+    if not name.startswith("-"):
+        return f"unexpected argument {name!r}"
+    plain = name.removeprefix("--")
+    if plain in ELSEWHERE or plain in OTHER_NAMES:
+        near = nearest_option(plain, known).replace("nearest: ", "nearest: --")
+    else:
+        near = nearest(name, [f"--{n}" for n in known] + [f"--no-{n}" for n in bools])
+    return f"no option {name}{near}"
+
+
+def parse_options(cls, argv, description, with_config_file=True, base={}, file_class=None,
+                  leave_out=()):
+    """Options from a command line, see read_given and Given.options.
+
+    Returns (options, config file or None, names set on the command line)."""
+    given = read_given(cls, argv, description, with_config_file, file_class, leave_out)
+    return given.options(base), given.config_file, set(given.on_command_line)

@@ -1,4 +1,7 @@
-"""Reading and writing files: half of one is never taken for a whole one, and no link or pipe is taken for a file."""
+"""Reading and writing files.
+
+Half of one is never taken for a whole one, and no link or pipe is taken for a file.
+"""
 import contextlib
 import json
 import os
@@ -12,7 +15,7 @@ from base.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON_BYTES = 2**26  # the largest JSON file that is read; no file of ours comes near
-JSON_DEPTH = 64     # objects and lists within each other; more would exhaust the stack of what handles them
+JSON_DEPTH = 64     # objects and lists within each other; more would exhaust Python's stack
 
 
 def shown(path):
@@ -21,7 +24,9 @@ def shown(path):
 
 
 def exists(path):
-    """Whether there is something at a path; not if its name is too long or a folder above it is closed to us."""
+    """Whether there is something at a path.
+
+    Not if its name is too long, or a folder above it is closed to us."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):
@@ -56,9 +61,10 @@ def sync(path):
 
 
 def write_file(path, content):
-    """Writes bytes under a name of this process's own, then renames: `path` is always whole or absent.
+    """Writes bytes under a name of this process's own, then renames: `path` is whole or absent.
 
-    A link at `path` is replaced, not followed. Folders above are made. BadInput if it cannot be written."""
+    A link at `path` is replaced, not followed. Folders above are made. BadInput if it cannot be
+    written."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with writing(path):
         try:
@@ -78,15 +84,19 @@ def write_json(path, value):
 
 
 def read_bytes(path, at_most, remedy):
-    """The content of a regular file of up to `at_most` bytes. BadInput for a pipe, a folder or a larger file."""
+    """The content of a regular file of up to `at_most` bytes.
+
+    BadInput for a pipe, a folder or a larger file."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not wait for a writer
+        # opening a pipe must not wait for a writer
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(handle, "rb") as file:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise BadInput(f"{shown(path)} is no regular file; {remedy}")
             if status.st_size > at_most:
-                raise BadInput(f"{shown(path)} has {status.st_size:,} bytes, at most {at_most:,} are read; {remedy}")
+                raise BadInput(f"{shown(path)} has {status.st_size:,} bytes, at most {at_most:,} "
+                               f"are read; {remedy}")
             return file.read()
     except OSError as error:
         raise BadInput(f"cannot read {shown(path)}: {error.strerror}; {remedy}") from error
@@ -95,7 +105,8 @@ def read_bytes(path, at_most, remedy):
 def read_json(path, remedy, schema=None):
     """The JSON object in a file: a dict, or what the pydantic type `schema` makes of it.
 
-    BadInput, naming the file, what is wrong with it and `remedy`, if there is none or it does not fit the schema."""
+    BadInput, naming the file, what is wrong with it and `remedy`, if there is none or it does not
+    fit the schema."""
     damaged = f"{shown(path)} is damaged"
     try:
         content = parse_json(read_bytes(path, JSON_BYTES, remedy))
@@ -116,7 +127,9 @@ def read_json(path, remedy, schema=None):
 
 
 def parse_json(content):
-    """The value in JSON bytes or text. ValueError for what is none, NaN, infinity, or nested too deeply."""
+    """The value in JSON bytes or text.
+
+    ValueError for what is none, NaN, infinity, or nested too deeply."""
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
 
@@ -126,8 +139,13 @@ def parse_json(content):
         raise ValueError("nested too deeply") from error
     level = [value]
     for _ in range(JSON_DEPTH):
-        level = [inner for outer in level if isinstance(outer, (dict, list))
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
-        if not level:
+        inner = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        if not inner:
             return value
+        level = inner
     raise ValueError("nested too deeply")

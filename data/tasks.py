@@ -1,77 +1,127 @@
-"""The recall tasks: rows of tokens with questions in them, drawn from a seed; and the writer of their data sets.
+"""The recall tasks: rows of tokens with questions in them, drawn from a seed; and their data sets.
 
-    tokens, targets = mqar(np.random.default_rng(1), n=1000, vocab_size=64, length=64, pairs=8)    # both (1000, 64)
+    tokens, targets = mqar(np.random.default_rng(1), n=1000, vocab_size=64, length=64, pairs=8)
+    python -m data.prepare mqar     (writes data/mqar: seconds; train.py does so when needed)
 
-targets[i, t] is the answer due when tokens[i, :t + 1] have been read, and 0 where none is due: token 0 pads rows and is
-never an answer. What sets a difficulty (length, pairs, ...) is a cell, and accuracy is counted cell by cell.
+tokens and targets are (n, length). targets[i, t] is the answer due when tokens[i, :t + 1] have been
+read, and 0 where none is due: token 0 pads rows and is never an answer. What sets a difficulty
+(length, pairs, ...) is a cell, and accuracy is counted cell by cell.
 """
+from dataclasses import dataclass
+from typing import Callable
+
 import numpy as np
 
 from base.errors import BadInput
-from data.files import write_folder
+from data.files import SPLITS, write_folder
 from data.tokenizer import NumberTokenizer
 
 SEED = 2024
 ROWS_AT_ONCE = 4096
 
 
-# The tasks -----------------------------------------------------------------------------------------------------------
+# The tasks ---------------------------------------------------------------------------------------
 
 def mqar(rng, n, vocab_size, length, pairs, power=0.01):
-    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): `pairs` keys with their values, then each key
-    once more, when its value is due.
+    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): pairs of keys and
+    values, then each key once more, when its value is due. With vocab_size=16, length=12 and
+    pairs=2:
 
-    Keys are 1 .. V/2 - 1 and values V/2 .. V - 1, without repetition in a row. Behind the pairs every second place can
-    hold a question; the i-th of them is chosen with a weight of i^(power - 1), so that most gaps are short; they are drawn for one
-    pair after the other, as in the reference, so that a place alone says a little about its pair (tests/test_tasks.py). The places
-    left over hold any token but the row's keys: in the reference code they may be keys, with another answer beside them."""
-    half, start = vocab_size // 2, 2 * pairs
+        tokens    3 12  5  9  5  8  3 14 11  1 10  6     (3 -> 12, 5 -> 9; then 5 and 3 are asked)
+        targets   .  .  .  .  9  . 12  .  .  .  .  .
+
+    Keys are 1 .. V/2 - 1 and values V/2 .. V - 1, without repetition in a row. Behind the pairs
+    every second place can hold a question; the i-th of them is chosen with a weight of
+    i^(power - 1), so that most gaps are short; they are drawn for one pair after the other, as in
+    the reference, so that a place alone says a little about its pair (tests/test_tasks.py). The
+    places left over hold any token but the row's keys: in the reference code they may be keys,
+    with another answer beside.
+    """
+    half = vocab_size // 2
+    start = 2 * pairs  # of the questions
     if pairs >= half or 4 * pairs > length:
-        raise BadInput(f"mqar: {pairs} pairs need a vocabulary above {2 * pairs + 1} and rows of {4 * pairs} tokens or more, not {vocab_size} and {length}")
-    keys, values = distinct(rng, n, pairs, 1, half), distinct(rng, n, pairs, half, vocab_size)
-    tokens, targets, row = rng.integers(1, vocab_size, (n, length)), np.zeros((n, length), int), np.arange(n)[:, None]
+        raise BadInput(f"mqar: {pairs} pairs need a vocabulary above {2 * pairs + 1} and rows of "
+                       f"{4 * pairs} tokens or more, not {vocab_size} and {length}")
+    keys = distinct(rng, n, pairs, 1, half)
+    values = distinct(rng, n, pairs, half, vocab_size)
+    row = np.arange(n)[:, None]
+
+    # fillers everywhere, drawn again until none is a key of its row
+    tokens = rng.integers(1, vocab_size, (n, length))
     is_key = np.zeros((n, vocab_size), bool)
     is_key[row, keys] = True
-    while (again := is_key[row, tokens]).any():
-        tokens[again] = rng.integers(1, vocab_size, again.sum())
-    tokens[:, 0:start:2], tokens[:, 1:start:2] = keys, values
-    weights = np.arange(1, (length - start) // 2 + 1) ** (power - 1)
+    collides = is_key[row, tokens]
+    while collides.any():
+        tokens[collides] = rng.integers(1, vocab_size, collides.sum())
+        collides = is_key[row, tokens]
+
+    tokens[:, 0:start:2] = keys
+    tokens[:, 1:start:2] = values
+
     # the smallest of exponential variables over the weights are a weighted draw without repetition
-    asked = start + 2 * (rng.exponential(size=(n, len(weights))) / weights).argsort(1)[:, :pairs]
-    tokens[row, asked], targets[row, asked] = keys, values
+    places = (length - start) // 2
+    weights = np.arange(1, places + 1) ** (power - 1)
+    order = (rng.exponential(size=(n, places)) / weights).argsort(1)
+    asked = start + 2 * order[:, :pairs]  # (n, pairs): where the key of each pair is asked for
+    tokens[row, asked] = keys
+    targets = np.zeros((n, length), int)
+    targets[row, asked] = values
     return tokens, targets
 
 
 def induction(rng, n, vocab_size, length):
-    """Induction heads (Olsson et al. 2022, arXiv 2209.11895; as a task Dao et al. 2022, arXiv 2212.14052): the trigger,
-    token 1, stands once among random symbols 2 .. V - 1 and again at the end, when the symbol that followed it is due."""
-    tokens, targets, row = rng.integers(2, vocab_size, (n, length)), np.zeros((n, length), int), np.arange(n)
+    """Induction heads (Olsson et al. 2022, arXiv 2209.11895; as a task Dao et al. 2022,
+    2212.14052): the trigger, token 1, stands once among random symbols 2 .. V - 1 and again at
+    the end, when the symbol that followed it is due. With length=8:
+
+        tokens    7  4  1  9  2  4  6  1
+        targets   .  .  .  .  .  .  .  9
+    """
+    row = np.arange(n)
+    tokens = rng.integers(2, vocab_size, (n, length))
     trigger = rng.integers(length - 2, size=n)
-    tokens[row, trigger] = tokens[:, -1] = 1
+    tokens[row, trigger] = 1
+    tokens[:, -1] = 1
+    targets = np.zeros((n, length), int)
     targets[:, -1] = tokens[row, trigger + 1]
     return tokens, targets
 
 
 def copying(rng, n, vocab_size, length, symbols):
-    """Selective copying: `symbols` random symbols, 3 .. V - 1, among blanks, token 2; after the separator, token 1, the
-    symbols are due in their order, each of them being the next token read. Without blanks if length = 2 symbols."""
-    tokens, targets, row = np.full((n, length), 2), np.zeros((n, length), int), np.arange(n)[:, None]
+    """Selective copying: random symbols, 3 .. V - 1, among blanks, token 2; after the separator,
+    token 1, the symbols are due in their order, each of them being the next token read. Without
+    blanks if length = 2 symbols. With length=10 and symbols=3:
+
+        tokens    2  7  2  2  4  7  2  1  7  4
+        targets   .  .  .  .  .  .  .  7  4  7
+    """
+    row = np.arange(n)[:, None]
     drawn = rng.integers(3, vocab_size, (n, symbols))
-    tokens[row, np.sort(distinct(rng, n, symbols, 0, length - symbols))] = drawn
+    places = np.sort(distinct(rng, n, symbols, 0, length - symbols))
+    tokens = np.full((n, length), 2)
+    tokens[row, places] = drawn
     tokens[:, -symbols] = 1
     tokens[:, length - symbols + 1:] = drawn[:, :-1]
+    targets = np.zeros((n, length), int)
     targets[:, -symbols:] = drawn
     return tokens, targets
 
 
 def passkey(rng, n, vocab_size, length, depth, digits=5):
-    """Passkey retrieval (Mohtashami and Jaggi 2023, arXiv 2305.16300): filler with a key in it, which is due at the end.
+    """Passkey retrieval (Mohtashami and Jaggi 2023, arXiv 2305.16300): filler with a key in it,
+    which is due at the end. With vocab_size=16, length=16 and digits=3:
 
-    Token 1 says that the key follows, token 2 asks for it, 3 .. 12 are the digits, and the filler is one sentence of the
-    words 13 .. V - 1, over and over, from a random word on. The key starts at `depth` percent or up to 25 deeper."""
-    words, body = vocab_size - 13, length - digits  # the question and all digits but the last are read too
-    tokens, targets, row = np.empty((n, length), int), np.zeros((n, length), int), np.arange(n)[:, None]
-    tokens[:] = 13 + (rng.integers(words, size=(n, 1)) + np.arange(length)) % words
+        tokens   14 15 13  1  7  3 12 15 13 14 15 13 14  2  7  3
+        targets   .  .  .  .  .  .  .  .  .  .  .  .  .  7  3 12
+
+    Token 1 says that the key follows, token 2 asks for it, 3 .. 12 are the digits, and the filler
+    is one sentence of the words 13 .. V - 1, over and over, from a random word on. The key starts
+    at `depth` percent or up to 25 deeper."""
+    row = np.arange(n)[:, None]
+    words = vocab_size - 13
+    body = length - digits  # the question and all digits but the last are read too
+    first_word = rng.integers(words, size=(n, 1))
+    tokens = 13 + (first_word + np.arange(length)) % words
     key = rng.integers(3, 13, (n, digits))
     places = body - digits  # where the key may start
     start = rng.integers(places * depth // 100, places * (depth + 25) // 100, (n, 1))
@@ -79,13 +129,18 @@ def passkey(rng, n, vocab_size, length, depth, digits=5):
     tokens[row, start + 1 + np.arange(digits)] = key
     tokens[:, body] = 2
     tokens[:, body + 1:] = key[:, :-1]
+    targets = np.zeros((n, length), int)
     targets[:, body:] = key
     return tokens, targets
 
 
 def parity(rng, n, vocab_size, length, asked_from):
-    """Running parity: tokens 1 and 2 are the bits 0 and 1; after each bit from the asked_from-th on (counted from 1), 1 is
-    due if there were evenly many ones so far, else 2."""
+    """Running parity: tokens 1 and 2 are the bits 0 and 1; after each bit from the asked_from-th on
+    (counted from 1), 1 is due if there were evenly many ones so far, else 2. With asked_from=3:
+
+        tokens    2  1  2  2  1  2
+        targets   .  .  1  2  2  1
+    """
     bits = rng.integers(2, size=(n, length))
     targets = 1 + bits.cumsum(1) % 2
     targets[:, :asked_from - 1] = 0
@@ -103,10 +158,77 @@ def distinct(rng, n, k, low, high):
     return drawn
 
 
-# Their data sets -----------------------------------------------------------------------------------------------------
+# Their data sets ---------------------------------------------------------------------------------
+
+@dataclass
+class RecallSet:
+    """What data/<name> is drawn from. A split is a list of (rows, cell), and a cell the arguments
+    of `task` besides vocab_size."""
+    task: Callable
+    vocab_size: int
+    train: list
+    val: list
+    test: list
+
+
+def alike(rows, cells):
+    """As many rows of each cell."""
+    return [(rows, cell) for cell in cells]
+
+
+def mqar_cells(*sizes):
+    """[(rows, cell)] from (rows, length, pairs)."""
+    return [(rows, dict(length=length, pairs=pairs)) for rows, length, pairs in sizes]
+
+
+MQAR = [dict(length=64, pairs=pairs) for pairs in (4, 8, 16)]
+MQAR_PAPER = [(1000, 64, 4), (1000, 64, 8), (1000, 64, 16), (1000, 128, 32), (1000, 256, 64)]
+INDUCTION = [dict(length=length) for length in (16, 32, 64)]
+INDUCTION_PAPER = [dict(length=length) for length in (64, 128, 256, 512, 1024, 2048, 4096)]
+COPYING = [dict(length=16, symbols=8), dict(length=32, symbols=16),
+           dict(length=64, symbols=8), dict(length=64, symbols=16)]
+COPYING_PAPER = [dict(length=256, symbols=16)]
+PASSKEY = [dict(length=length, depth=depth) for length in (64, 128) for depth in (0, 25, 50, 75)]
+PARITY = [dict(length=16, asked_from=1), dict(length=32, asked_from=17)]
+PARITY_LONGER = [dict(length=64, asked_from=33), dict(length=128, asked_from=65)]
+
+RECALL_SETS = {
+    # those of a laptop's size
+    "mqar": RecallSet(mqar, 64, alike(20_000, MQAR), alike(500, MQAR), alike(1000, MQAR)),
+    "induction": RecallSet(
+        induction, 32, alike(20_000, INDUCTION), alike(500, INDUCTION), alike(1000, INDUCTION)),
+    "copying": RecallSet(
+        copying, 32, alike(20_000, COPYING), alike(500, COPYING), alike(1000, COPYING)),
+    "passkey": RecallSet(
+        passkey, 32, alike(10_000, PASSKEY), alike(500, PASSKEY), alike(1000, PASSKEY)),
+    # trained on 32 bits and tested on up to 128
+    "parity": RecallSet(
+        parity, 3, [(50_000, dict(length=32, asked_from=1))],
+        alike(500, PARITY), alike(1000, PARITY + PARITY_LONGER)),
+
+    # as zoology measures it now: as many rows of each difficulty to train and to test as in its
+    # mqar_example_configs/original_mqar_configs.py; the rows to validate, apart from both, are ours
+    "mqar_paper": RecallSet(
+        mqar, 8192,
+        mqar_cells((100_000, 64, 4), (20_000, 128, 8), (20_000, 256, 16), (20_000, 256, 32),
+                   (20_000, 256, 64)),
+        mqar_cells(*MQAR_PAPER),
+        mqar_cells(*MQAR_PAPER, (1000, 512, 128), (1000, 1024, 256))),
+    # as Gu and Dao 2023 (arXiv 2312.00752) have them; tests up to 16 times as long
+    "induction_paper": RecallSet(
+        induction, 16, [(100_000, dict(length=256))], [(1000, dict(length=256))],
+        alike(500, INDUCTION_PAPER)),
+    # in the size of MAD's (Poli et al. 2024, arXiv 2403.17844)
+    "copying_paper": RecallSet(
+        copying, 16, alike(12_800, COPYING_PAPER), alike(1280, COPYING_PAPER),
+        alike(1280, COPYING_PAPER)),
+}
+
 
 def draw(task, rng, n, held_out, **cell):
-    """tokens and targets (2, n, length) of n rows, none of which begins with a held-out one, {length: rows as bytes}."""
+    """tokens and targets (2, n, length) of n rows, none of which begins with a held-out one.
+
+    held_out is {length: set of rows as bytes}. BadInput if there are not enough others."""
     both = np.stack(task(rng, n, **cell)).astype("<u2")
     for _ in range(100):
         known = np.zeros(n, bool)
@@ -116,32 +238,64 @@ def draw(task, rng, n, held_out, **cell):
         if not known.any():
             return both
         both[:, known] = np.stack(task(rng, known.sum(), **cell))
-    raise BadInput(f"there are too few different rows of {cell} for each split to have its own; ask for fewer or for longer ones")
+    raise BadInput(f"there are too few different rows of {cell} for each split to have its own; "
+                   "ask for fewer or for longer ones")
+
+
+def draw_split(task, vocab_size, seed, sizes, held_out):
+    """tokens and targets (2, rows, longest length) of a split, a list of (rows, cell); held_out
+    grows."""
+    row_length = max(cell["length"] for _, cell in sizes)
+    parts = []
+    for i, (rows, cell) in enumerate(sizes):
+        rng = np.random.default_rng([*seed, i])
+        for start in range(0, rows, ROWS_AT_ONCE):
+            n = min(ROWS_AT_ONCE, rows - start)
+            both = draw(task, rng, n, held_out, vocab_size=vocab_size, **cell)
+            padding = row_length - cell["length"]
+            parts.append(np.pad(both, ((0, 0), (0, 0), (0, padding))))
+    both = np.concatenate(parts, axis=1)
+    first = 0
+    for rows, cell in sizes:  # only now: rows of one split may be alike
+        length = cell["length"]
+        known = held_out.setdefault(length, set())
+        for row in both[0, first:first + rows]:
+            known.add(row[:length].tobytes())
+        first += rows
+    return both
+
+
+def cells_of(sizes):
+    """What meta.json says of a split, a list of (rows, cell)."""
+    cells = []
+    for rows, cell in sizes:
+        name = " ".join(f"{key}={value}" for key, value in cell.items())
+        cells.append({"name": name, "length": cell["length"], "rows": rows})
+    return cells
 
 
 def write_task(folder, task, vocab_size, made_by, train, val, test):
-    """Write data/<name>, a folder, with `task` above. Each split is a list of (rows, cell), a cell being the task's
-    arguments besides vocab_size. Rows are padded to the longest of their split.
+    """Write data/<name>, a folder, with `task` above; see RecallSet. Rows are padded to the longest
+    of their split.
 
-    Splits have seeds of their own, and no row that is trained on begins with a row to validate or to test."""
-    held_out, arrays, cells = {}, {}, {}  # held_out: length -> rows as bytes
-    for number, (split, sizes) in enumerate({"test": test, "val": val, "train": train}.items()):
-        row_length = max(cell["length"] for _, cell in sizes)
-        drawn = []
-        for i, (rows, cell) in enumerate(sizes):
-            rng = np.random.default_rng([SEED, number, i])
-            for start in range(0, rows, ROWS_AT_ONCE):
-                both = draw(task, rng, min(ROWS_AT_ONCE, rows - start), held_out, vocab_size=vocab_size, **cell)
-                drawn.append(np.pad(both, ((0, 0), (0, 0), (0, row_length - cell["length"]))))
-        tokens, targets = np.concatenate(drawn, axis=1)
-        arrays |= {f"{split}.bin": tokens, f"{split}_targets.bin": targets}
-        cells[split] = [{"name": " ".join(f"{key}={value}" for key, value in cell.items()), "length": cell["length"], "rows": rows}
-                        for rows, cell in sizes]
-        ends = np.repeat([cell["length"] for cell in cells[split]], [cell["rows"] for cell in cells[split]])
-        for row, end in zip(tokens, ends.tolist()):
-            held_out.setdefault(end, set()).add(row[:end].tobytes())
+    Splits have seeds of their own, and no row that is trained on begins with a row to validate or
+    to test."""
+    arrays = {}
+    held_out = {}  # {length: set of rows as bytes}
+    for number, (split, sizes) in enumerate((("test", test), ("val", val), ("train", train))):
+        tokens, targets = draw_split(task, vocab_size, [SEED, number], sizes, held_out)
+        arrays[f"{split}.bin"] = tokens
+        arrays[f"{split}_targets.bin"] = targets
     tokenizer = NumberTokenizer(vocab_size)
     meta = {"vocab_size": vocab_size, "dtype": "uint16", "row_length": arrays["train.bin"].shape[1]}
-    meta |= {f"{split}_tokens": arrays[f"{split}.bin"].size for split in ("train", "val", "test")}
-    meta |= {"cells": {split: cells[split] for split in ("train", "val", "test")}, "tokenizer": tokenizer.name, "seed": SEED, "made_by": made_by}
+    for split in SPLITS:
+        meta[f"{split}_tokens"] = arrays[f"{split}.bin"].size
+    meta["cells"] = {"train": cells_of(train), "val": cells_of(val), "test": cells_of(test)}
+    meta |= {"tokenizer": tokenizer.name, "seed": SEED, "made_by": made_by}
     write_folder(folder, arrays, tokenizer, meta)
+
+
+def write_recall_set(folder):
+    """Write data/<name>, a folder named like an entry of RECALL_SETS."""
+    made = RECALL_SETS[folder.name]
+    write_task(folder, made.task, made.vocab_size, "data.prepare", made.train, made.val, made.test)

@@ -7,15 +7,24 @@ Each saves itself as one JSON file that needs no other and no network.
 """
 import base64
 import functools
+import io
 import json
 import re
 from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, Field
 
 from base.errors import BadInput
-from base.files import read_json, shown
+from base.files import read_bytes, read_json, shown
 
-# GPT-2's rule for cutting text into words before merging, in the form tiktoken gives it (same words, less backtracking)
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+PROMPT_BYTES = 2**24  # of a prompt's file
+
+# GPT-2's rule for cutting text into words before merging, in the form that tiktoken gives it: the
+# same words, less backtracking. No other is run: one from a received file may take for ever.
+GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
+                r"|\s++$|\s+(?!\S)|\s")
 
 
 class CharTokenizer:
@@ -28,12 +37,19 @@ class CharTokenizer:
         self.ids = {c: i for i, c in enumerate(alphabet)}
 
     def encode(self, text):
-        """Token ids. BadInput names the characters that the alphabet lacks."""
+        """Token ids, a list. BadInput names the characters that the alphabet lacks."""
+        return self.encode_to_numpy(text).tolist()
+
+    def encode_to_numpy(self, text):
+        """Token ids, uint32 (n,), for long texts."""
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
-            listed = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
-            raise BadInput(f"characters not in the alphabet of this model: {listed}; leave them out")
-        return [self.ids[c] for c in text]
+            listed = ", ".join(map(repr, unknown[:10]))
+            if len(unknown) > 10:
+                listed += ", ..."
+            raise BadInput(f"characters not in the alphabet of this model: {listed}; "
+                           "leave them out")
+        return np.fromiter(map(self.ids.__getitem__, text), np.uint32, len(text))
 
     def decode(self, ids):
         return "".join(self.alphabet[i] for i in ids)
@@ -46,25 +62,32 @@ class CharTokenizer:
 
 
 class GPT2Tokenizer:
-    """Byte-pair encoding: token i is the bytes tokens[i], and lower tokens merge first. Runs on tiktoken."""
+    """Byte-pair encoding: token i is the bytes tokens[i], and lower tokens merge first.
+
+    Runs on tiktoken."""
     name = "gpt2"
 
-    def __init__(self, tokens, special_tokens, pattern=GPT2_PATTERN):
+    def __init__(self, tokens, special_tokens):
         self.tokens = tokens                  # list of bytes
         self.special_tokens = special_tokens  # {"<|endoftext|>": its id}
-        self.pattern = pattern
         self.vocab_size = len(tokens) + len(special_tokens)
 
     @functools.cached_property
     def encoding(self):
         import tiktoken  # here, as characters do without
         ranks = {token: i for i, token in enumerate(self.tokens)}
-        return tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks,
-                                 special_tokens=self.special_tokens, explicit_n_vocab=self.vocab_size)
+        return tiktoken.Encoding(self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens=self.special_tokens,
+                                 explicit_n_vocab=self.vocab_size)
 
     def encode(self, text):
-        """Token ids; "<|endoftext|>" in a text is text like any other (its id: special_tokens["<|endoftext|>"])."""
+        """Token ids, a list; "<|endoftext|>" in a text is text like any other (its id:
+        special_tokens["<|endoftext|>"])."""
         return self.encoding.encode_ordinary(text)
+
+    def encode_to_numpy(self, text):
+        """Token ids, uint32 (n,), for long texts."""
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids):
         """Text; bytes that are no whole UTF-8 character become U+FFFD."""
@@ -76,8 +99,8 @@ class GPT2Tokenizer:
 
     def to_json(self):
         tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        return json.dumps({"tokenizer": self.name, "pattern": self.pattern, "special_tokens": self.special_tokens,
-                           "tokens": tokens})
+        return json.dumps({"tokenizer": self.name, "pattern": GPT2_PATTERN,
+                           "special_tokens": self.special_tokens, "tokens": tokens})
 
 
 class NumberTokenizer:
@@ -88,12 +111,14 @@ class NumberTokenizer:
         self.vocab_size = vocab_size
 
     def encode(self, text):
-        """Token ids. BadInput if the text is no list of numbers below vocab_size."""
-        wrong = [word for word in text.split() if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= self.vocab_size]
-        if wrong or not text.split():
-            raise BadInput(f"{wrong[0] if wrong else text!r} is no token of this model; give numbers from 0 to {self.vocab_size - 1}, "
-                           "separated by spaces")
-        return [int(word) for word in text.split()]
+        """Token ids, a list. BadInput if the text is no list of numbers below vocab_size."""
+        ids = []
+        for word in text.split() or [repr(text)]:
+            if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= self.vocab_size:
+                raise BadInput(f"{word} is no token of this model; give numbers from 0 to "
+                               f"{self.vocab_size - 1}, separated by spaces")
+            ids.append(int(word))
+        return ids
 
     def decode(self, ids):
         return "".join(f"{i} " for i in ids)
@@ -110,14 +135,16 @@ def char_tokenizer_of(text):
 
 
 def printable_bytes():
-    """byte -> the character that GPT-2's files write it as: printable bytes as themselves, the other 68 as chr(256), chr(257), ..."""
+    """byte -> the character that GPT-2's files write it as: printable bytes as themselves, the
+    other 68 as chr(256), chr(257), ..."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 def gpt2_tokenizer(vocab_bpe):
-    """GPT-2's tokenizer from the text of its vocab.bpe: a version line, then one merge `left right` a line, first merge first.
+    """GPT-2's tokenizer from the text of its vocab.bpe: a version line, then one merge `left right`
+    a line, first merge first.
 
     The single bytes, in printable_bytes' order, are the first 256 tokens.
     """
@@ -128,48 +155,109 @@ def gpt2_tokenizer(vocab_bpe):
     return GPT2Tokenizer(tokens, {"<|endoftext|>": len(tokens)})
 
 
+# Reading them back -------------------------------------------------------------------------------
+
+class CharFile(BaseModel):
+    alphabet: str
+
+
+class NumberFile(BaseModel):
+    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
+
+
+class GPT2File(BaseModel):
+    tokens: list[str]
+    special_tokens: dict[str, int]
+    pattern: str
+
+
 def load_tokenizer(path):
     """The tokenizer saved in a tokenizer.json. BadInput if the file is missing or damaged."""
+    path = Path(path)
     remedy = "copy it from the data set or the run that it belongs to"
-    saved = read_json(Path(path), remedy)
-    path = shown(Path(path))
-    kind = saved.get("tokenizer")
+    kind = read_json(path, remedy).get("tokenizer")
     if kind == "char":
-        alphabet = saved.get("alphabet")
-        if isinstance(alphabet, str) and 0 < len(alphabet) == len(set(alphabet)):
-            return CharTokenizer(alphabet)
-        raise BadInput(f"{path} is damaged: its alphabet is no string of different characters; {remedy}")
+        return char_tokenizer(read_json(path, remedy, CharFile).alphabet, path, remedy)
     if kind == "numbers":
-        if type(saved.get("vocab_size")) is int and saved["vocab_size"] > 0:
-            return NumberTokenizer(saved["vocab_size"])
-        raise BadInput(f"{path} is damaged: its vocab_size is {saved.get('vocab_size')!r}, no positive integer; {remedy}")
+        return NumberTokenizer(read_json(path, remedy, NumberFile).vocab_size)
     if kind == "gpt2":
-        try:
-            tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
-            tokenizer = GPT2Tokenizer(tokens, dict(saved["special_tokens"]), saved["pattern"])
-            if not {bytes([b]) for b in range(256)} <= set(tokens):
-                raise ValueError("single bytes are missing among its tokens")
-            tokenizer.encode("")  # tiktoken checks the rest: numbering, types, pattern
-            return tokenizer
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise BadInput(f"{path} is damaged: {type(error).__name__}: {error}; {remedy}") from error
-    raise BadInput(f"{path} names the tokenizer {kind!r}; have char, gpt2, numbers; {remedy}")
+        return gpt2_of_file(read_json(path, remedy, GPT2File), path, remedy)
+    raise BadInput(f"{shown(path)} names the tokenizer {kind!r}; have char, gpt2, numbers; "
+                   f"{remedy}")
+
+
+def char_tokenizer(alphabet, path, remedy):
+    """The tokenizer of an alphabet that was read from `path`. BadInput if it can be none."""
+    if not 0 < len(alphabet) == len(set(alphabet)):
+        problem = "is no string of different characters"
+    elif not is_unicode(alphabet):
+        problem = "holds half of a surrogate pair, which is no character"
+    else:
+        return CharTokenizer(alphabet)
+    raise BadInput(f"{shown(path)} is damaged: its alphabet {problem}; {remedy}")
+
+
+def is_unicode(text):
+    """Whether UTF-8 can spell a text. JSON can spell more: half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def gpt2_of_file(saved, path, remedy):
+    """The tokenizer of a GPT2File. BadInput says what is wrong with it."""
+    try:
+        tokens = [base64.b64decode(token, validate=True) for token in saved.tokens]
+    except ValueError as error:
+        raise BadInput(f"{shown(path)} is damaged: a token is no base64, {error}; "
+                       f"{remedy}") from error
+    special_ids = sorted(saved.special_tokens.values())
+    n_tokens = len(tokens) + len(special_ids)
+    single_bytes = {bytes([b]) for b in range(256)}
+    problem = None
+    if saved.pattern != GPT2_PATTERN:
+        problem = f"its pattern {saved.pattern[:40]!r} is not GPT-2's, and no other is run"
+    elif len(set(tokens)) < len(tokens):
+        problem = "a token stands there twice"
+    elif not single_bytes <= set(tokens):
+        problem = "single bytes are missing among its tokens"
+    elif special_ids != list(range(len(tokens), n_tokens)):
+        problem = f"the ids of its special tokens are not {len(tokens)} .. {n_tokens - 1}"
+    elif "" in saved.special_tokens or not all(map(is_unicode, saved.special_tokens)):
+        problem = "a special token is empty or no text"
+    if problem:
+        raise BadInput(f"{shown(path)} is damaged: {problem}; {remedy}")
+    return GPT2Tokenizer(tokens, saved.special_tokens)
 
 
 def read_prompt(start, tokenizer):
     """Token ids of the prompt. BadInput if it is empty, unreadable or outside the alphabet."""
     if start is None and tokenizer.name == "numbers":
-        raise BadInput("this model was trained on a recall task, whose tokens are numbers: start with some, for example --start='3 40 3'")
+        raise BadInput("this model was trained on a recall task, whose tokens are numbers: "
+                       "start with some, for example --start='3 40 3'")
     if start is None:
         try:
             return tokenizer.encode("\n")
         except BadInput:  # a text without line breaks
             return [0]
     if start.startswith("FILE:"):
-        try:
-            start = Path(start[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"--start={start}: {error}; name a text file in UTF-8") from error
+        start = read_prompt_file(start)
     if not start:
         raise BadInput("--start is empty; give at least one character or leave it out")
+    if not is_unicode(start):
+        raise BadInput("--start is not UTF-8; give it as a text in UTF-8")
     return tokenizer.encode(start)
+
+
+def read_prompt_file(start):
+    """The text of FILE:<path>. BadInput."""
+    remedy = "name a text file in UTF-8"
+    try:
+        text = read_bytes(Path(start[5:]), PROMPT_BYTES, remedy).decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--start={start}: {error}; {remedy}") from error
+    except BadInput as error:
+        raise BadInput(f"--start={start}: {error}") from error
+    return io.StringIO(text, newline=None).read()  # line ends as in a file read as text

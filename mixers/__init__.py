@@ -1,30 +1,47 @@
 """The registry: every token mixer that `--mixer` can name.
 
-A mixer is an nn.Module whose `forward(x, state=None) -> (y, state)` takes x (B, T, C), the normalised hidden states of
-T new tokens on top of `state` (None: the start of the sequence), and returns y (B, T, C), where y_t depends on the
-tokens up to t only. Training, prefill and decoding are this one function: feeding a sequence in any split gives the
-outputs of one call on the whole. A returned state never changes later; it is a (nested) tuple of tensors and numbers
-(a key/value cache also holds on to the storage it is a view of).
+A mixer is an nn.Module whose `forward(x, state=None) -> (y, state)` takes x (B, T, C), the
+normalised hidden states of T new tokens on top of `state` (None: the start of the sequence), and
+returns y (B, T, C), where y_t depends on the tokens up to t only. Training, prefill and decoding
+are this one function: feeding a sequence in any split gives the outputs of one call on the whole.
+A returned state never changes later; it is a (nested) tuple of tensors and numbers (a key/value
+cache also holds on to the storage it is a view of).
 
 It may also say what it costs, and ask to be told of each optimiser step:
 
-    flops_per_token(T)      forward FLOPs per token, on average over a sequence of T tokens; matrix products only, a
-                            multiply-add is 2, and of a product with a causal mask only the visible half counts
-    state_bytes(T, dtype)   bytes of one sequence's state after T tokens, when activations are of that torch.dtype
-    apply_statistics()      called once per optimiser step: the forward pass may collect statistics, never apply them
+    flops_per_token(T)      forward FLOPs per token, on average over a sequence of T tokens; matrix
+                            products only, a multiply-add is 2, and of a product with a causal mask
+                            only the visible half counts
+    state_bytes(T, dtype)   bytes of one sequence's state after T tokens, when activations are of
+                            that torch.dtype
+    apply_statistics()      called once per optimiser step: the forward pass may collect
+                            statistics, never apply them
 
-A mixer whose q, k and v come from a QKV (mixers/parts/heads.py) named c_attn, and whose heads end in a c_proj, shows its attention matrix
-in tools/inspect_attention.py without further code.
+and declare options of its own, named after it, which its builder then finds in `config`:
 
-To add one: write mixers/mine.py, import its class here and add a line to MIXERS. Tests, benchmark and audit take it from there.
-Without touching this folder: a file of your own with `from mixers import MIXERS; MIXERS["mine"] = Mine`, and --mixer_file=PATH.
+    class Options:
+        mine_width: int = option(4, "its help", ge=1)    # from base.options import option
+
+They are options of --help, config files and GPTConfig as all others are, and are refused where no
+layer uses the mixer. A mixer built on another has the other's options too if its own are written
+`class Options(Other.Options)`.
+
+A mixer whose q, k and v come from a QKV (mixers/parts/heads.py) named c_attn, and whose heads end
+in a c_proj, shows its attention matrix in tools/inspect_attention.py without further code.
+
+To add one: write mixers/mine.py, import its class here and add a line to MIXERS. Tests, benchmark
+and audit take it from there. Without touching this folder: a file of your own with
+`from mixers import MIXERS; MIXERS["mine"] = Mine`, and --mixer_file=PATH; a program of your own
+that adds a mixer with options calls gather_options() behind it.
 """
 import runpy
 from functools import partial
 from pathlib import Path
 
+from base.command_line import nearest, one_line
 from base.errors import BadInput
-from base.files import is_file
+from base.files import is_file, read_bytes
+from base.options import checked, declared, replace_options
 from mixers.causal_reduction import CausalReduction
 from mixers.deltanet import DeltaNet
 from mixers.gated_deltanet import GatedDeltaNet
@@ -66,49 +83,115 @@ MIXERS = {
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
 }
-loaded = set()  # files that have registered theirs
+loaded = {}  # user's file -> its code, and the mixers that it registered
+CODE_BYTES = 2**24  # the longest such file
+
+
+@checked
+class MixerOptions:
+    """The options of all mechanisms, from the registry; config.ModelOptions is made from it."""
+    gathered = {}  # option -> its type, its default with help and limits
+    headings = {}  # option -> under what --help lists it
+
+
+def options_class(name):
+    """The class in which a mixer declares its options, or None."""
+    builder = MIXERS[name]
+    if isinstance(builder, partial):
+        builder = builder.func
+    return getattr(builder, "Options", None)
+
+
+def mixers_with(option):
+    """The names of the mixers that declare an option; none for a general one (n_head, dropout)."""
+    return [name for name in MIXERS if hasattr(options_class(name), option)]
 
 
 def mechanism_of(option):
-    """The mechanism that an option is named after, "lln" for "lln_matching", or None."""
-    return next((name for name in ("lln_diag", "lln", "ssa", "performer", "linformer") if option.startswith(name + "_")), None)
+    """The mixer that an option belongs to, "lln" for lln_matching, or None for a general one."""
+    users = mixers_with(option)
+    return users[0] if users else None
+
+
+def gather_options():
+    """Gives MixerOptions, and the classes made from it, the options of the mixers registered now.
+
+    ValueError for a declaration that is wrong, or a name that is taken."""
+    found = {}
+    for name in MIXERS:
+        if options_class(name) is None:
+            continue
+        for option, (kind, field) in declared(options_class(name)).items():
+            if option in found and found[option][1] is not field:
+                raise ValueError(f"option {option} is of mixer {mechanism_of(option)} already; "
+                                 "choose another name")
+            found[option] = (kind, field)
+    if found != MixerOptions.gathered:
+        replace_options(MixerOptions, found)
+    MixerOptions.gathered = found
+    MixerOptions.headings = {option: "mixer " + ", ".join(mixers_with(option)) for option in found}
 
 
 def layer_mixers(mixer, n_layer=None):
-    """The mixer's name for each layer. mixer: a name, or a pattern `softmax,lln,lln` (also joined by +), layer i taking
-    entry i modulo its length; without n_layer, the pattern itself. ValueError with the choices for an unknown name."""
+    """The mixer's name for each layer.
+
+    mixer: a name, or a pattern `softmax,lln,lln` (also joined by +), layer i taking entry i modulo
+    its length; without n_layer, the pattern itself. ValueError with the choices for an unknown
+    name."""
     pattern = [name.strip() for name in mixer.replace("+", ",").split(",")]
     for name in pattern:
         if name not in MIXERS:
-            raise ValueError(f"mixer {name!r}; have {', '.join(sorted(MIXERS))}")
+            have = ", ".join(sorted(MIXERS))
+            raise ValueError(f"mixer {name!r}{nearest(name, MIXERS, '')}; have {have}")
     return [pattern[i % len(pattern)] for i in range(n_layer or len(pattern))]
 
 
 def mixer_names(text):
-    """The entries of a list of mixers, each a name or a pattern joined by +; "all" is every one. BadInput with the choices."""
+    """The entries of a list of mixers, each a name or a pattern joined by +; "all" is every one.
+
+    BadInput with the choices for an unknown name."""
     if text == "all":
         return list(MIXERS)
     try:
-        return list(dict.fromkeys("+".join(layer_mixers(name)) for name in text.split(",")))
+        patterns = ["+".join(layer_mixers(entry)) for entry in text.split(",")]
     except ValueError as error:
         raise BadInput(f"--mixers={text}: {error}") from error
+    return list(dict.fromkeys(patterns))  # each once, in their order
 
 
 def has_effect(option, mixer, n_layer):
-    """Whether an option matters to a model: not if it is named after a mechanism that none of its layers has."""
-    mechanism = mechanism_of(option)
-    return mechanism is None or any(name.startswith(mechanism) for name in layer_mixers(mixer, n_layer))
+    """Whether an option matters to a model: not if it is of mixers that none of its layers has."""
+    users = mixers_with(option)
+    return not users or any(name in users for name in layer_mixers(mixer, n_layer))
 
 
 def load_mixer_file(path):
-    """Runs a user's file, which registers its mixer in MIXERS. BadInput if it does not run or registers none."""
+    """Runs a user's file, which registers its mixer in MIXERS, and gathers its options.
+
+    A file that has run, is the same still and whose mixers are there does not run again. BadInput
+    if it does not run, registers none, or declares options that cannot be."""
     if not is_file(path):
         raise BadInput(f"mixer_file {path} does not exist")
+    code = read_bytes(Path(path), CODE_BYTES, "name a Python file")
+    key = Path(path).resolve()
     before = dict(MIXERS)
+    old_code, registered = loaded.get(key, (None, {}))
+    if code == old_code and registered.items() <= before.items():
+        return
     try:
         runpy.run_path(path)
-    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, they need the place and the reason
-        raise BadInput(f"mixer_file {path}: {type(error).__name__}: {error}") from error
-    if MIXERS == before and Path(path).resolve() not in loaded:  # a class that the file imports is the same when it runs once more
-        raise BadInput(f'mixer_file {path} registers no mixer; end it with: MIXERS["name"] = YourClass')
-    loaded.add(Path(path).resolve())
+        gather_options()
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises
+        MIXERS.clear()
+        MIXERS.update(before)
+        reason = one_line(error) if isinstance(error, ValueError) else str(error)
+        raise BadInput(f"mixer_file {path}: {type(error).__name__}: {reason}") from error
+    new = {name: builder for name, builder in MIXERS.items() if before.get(name) is not builder}
+    # a class that the file imports is the same when the file runs once more
+    if not new and key not in loaded:
+        raise BadInput(f'mixer_file {path} registers no mixer; '
+                       'end it with: MIXERS["name"] = YourClass')
+    loaded[key] = code, {**registered, **new}
+
+
+gather_options()

@@ -14,10 +14,15 @@ import math
 import torch
 import torch.nn as nn
 
+from base.options import option
 from mixers.parts.heads import QKV, causal_attention, into_blocks, merge_heads, qkv_flops, repeat_heads, rotate
 
 
 class Linformer(nn.Module):
+    class Options:
+        linformer_segment: int = option(64, "tokens L in a segment of Linformer", ge=1)
+        linformer_slots: int = option(4, "slots r of a completed segment of Linformer", ge=1)
+
     def __init__(self, config, layer):
         super().__init__()
         self.rope_base = config.rope_base if config.pos == "rope" else None

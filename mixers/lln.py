@@ -15,11 +15,13 @@ Deviations:
   read from a table made for the head size at hand.
 """
 import functools
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from base.options import option
 from mixers.parts.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
 from mixers.parts.heads import QKV, Wide, merge_heads, qkv_flops, repeat_heads
 
@@ -85,6 +87,11 @@ class Moments(Wide):
 
 
 class LLN(nn.Module):
+    class Options:
+        lln_matching: Literal["table", "published"] = option(
+            "table",
+            "LLN's moment matching: a table for the head size, or the paper's constants for D = 64")
+
     def __init__(self, config, layer):
         super().__init__()
         self.published = config.lln_matching == "published"

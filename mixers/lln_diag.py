@@ -8,9 +8,12 @@ Diag is causal softmax attention within blocks of D tokens (block size = head si
 LLN, Diag, y (B, H, T, D). State: the number of tokens, LLN's state, and keys and values (B, G, <= D, D) of the current block.
 With RoPE only Diag rotates: the exponential of a rotated vector encodes no relative position.
 """
+from typing import Literal
+
 import torch
 import torch.nn as nn
 
+from base.options import option
 from mixers.lln import LLN
 from mixers.parts.heads import cache_bytes, causal_attention, causal_attention_flops, into_blocks, merge_heads, repeat_heads, rotate
 
@@ -28,6 +31,10 @@ def block_attention(q, k, v, n_before):
 
 
 class LLNDiag(LLN):
+    class Options(LLN.Options):
+        lln_diag_mode: Literal["mean", "sum", "convex"] = option(
+            "mean", "LLN and Diag: half each, r and p learnable, r and 1 - r learnable")
+
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.rope_base = config.rope_base if config.pos == "rope" else None

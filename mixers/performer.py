@@ -9,10 +9,12 @@ a layer, drawn from the seed and saved. State: S (B, H, m, D), z and the key max
 Default m: D log D, rounded to a multiple of 8. --performer_redraw=N draws omega anew every N optimiser steps.
 """
 import math
+from typing import Optional
 
 import torch
 import torch.nn as nn
 
+from base.options import option
 from mixers.parts.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
 from mixers.parts.heads import QKV, Wide, merge_heads, qkv_flops, repeat_heads, rotate
 
@@ -50,6 +52,12 @@ class RandomFeatures(Wide):
 
 
 class Performer(nn.Module):
+    class Options:
+        performer_features: Optional[int] = option(
+            None, "Performer's features m [default: D log D rounded to a multiple of 8]", ge=1)
+        performer_redraw: int = option(
+            0, "optimiser steps between draws of Performer's features; 0: never", ge=0)
+
     def __init__(self, config, layer):
         super().__init__()
         self.rope_base = config.rope_base if config.pos == "rope" else None

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from base.options import option
 from mixers.parts.heads import QKV, Cache, cache_bytes, causal_attention, causal_attention_flops, merge_heads, qkv_flops, rotate
 
 C_START = 0.011
@@ -61,6 +62,17 @@ class Temperature(nn.Module):
 
 
 class SSA(nn.Module):
+    class Options:
+        ssa_query_token: bool = option(True, "SSA's token term for queries")
+        ssa_query_position: bool = option(True, "SSA's position term for queries")
+        ssa_key_token: bool = option(False, "SSA's token term for keys")
+        ssa_key_position: bool = option(False, "SSA's position term for keys")
+        ssa_value_token: bool = option(True, "SSA's token term for values")
+        ssa_value_position: bool = option(False, "SSA's position term for values")
+        ssa_share: bool = option(
+            True, "SSA's token terms reuse the projection that they scale; otherwise an MLP each")
+        ssa_per_head: bool = option(False, "SSA's temperatures differ between heads")
+
     def __init__(self, config, layer):
         super().__init__()
         self.rope_base = config.rope_base if config.pos == "rope" else None

@@ -129,7 +129,7 @@ def here(home, tmp_path, monkeypatch):
     """This process works in an empty folder, with the data sets of `home`; what a script changes in it is put back."""
     import data.dataset
     import data.files
-    from mixers import MIXERS
+    from mixers import MIXERS, gather_options
     for module in (data.files, data.dataset):
         monkeypatch.setattr(module, "DATA", home / "data")
     monkeypatch.setattr("base.files.ROOT", home)
@@ -140,6 +140,7 @@ def here(home, tmp_path, monkeypatch):
     yield folder
     MIXERS.clear()
     MIXERS.update(mixers)
+    gather_options()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -1,17 +1,27 @@
 """The options: both ways to set them, what is refused and how, the recipes in configs/, the learning rate's schedule."""
+import json
 import math
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 import train as train_script
 from base.command_line import parse_options
 from base.errors import BadInput
 from config import ModelOptions, Options
-from mixers import MIXERS
+from mixers import (
+    MIXERS,
+    MixerOptions,
+    gather_options,
+    load_mixer_file,
+    mechanism_of,
+    options_class,
+)
 from model import GPTConfig
 from sample import SampleOptions
+from tools.sweep import SweepOptions
 from training.run_folder import read_options
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -141,6 +151,138 @@ def test_a_wrong_type_in_a_config_file(name, value, config):
 def test_a_value_out_of_range_both_ways(name, value, config):
     assert f"--{name}={value}" in complaint(f"--{name}={value}")
     assert f"{name} = {value}" in complaint(config(f"{name} = {value}"))
+
+
+# -- a mechanism's own options ------------------------------------------------------------------
+
+MINE = """
+from typing import Optional
+
+import torch
+from base.options import option
+from mixers import (
+    MIXERS,
+    MixerOptions,
+    gather_options,
+    load_mixer_file,
+    mechanism_of,
+    options_class,
+)
+from mixers.softmax import Softmax
+
+class Mine(Softmax):
+    class Options:
+        mine_gate: float = option(0.5, "how far Mine opens", ge=0, le=1)
+        mine_depth: Optional[int] = option(None, "layers of Mine [default: none]", ge=1)
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gate = torch.nn.Parameter(torch.full((1,), config.mine_gate))
+
+    def forward(self, x, state=None):
+        y, state = super().forward(x, state)
+        return self.gate * y, state
+
+MIXERS["mine"] = Mine
+"""
+
+
+def test_each_mixers_options_are_named_after_it_and_declared_in_its_file():
+    names = [f.name for f in fields(MixerOptions)]
+    assert "ssa_share" in names and "lln_matching" in names
+    for name in names:
+        mixer = mechanism_of(name)
+        assert name.startswith(f"{mixer}_")
+        assert options_class(mixer).__module__ == f"mixers.{mixer}"
+        assert name not in ModelOptions.__annotations__
+
+
+def test_gptconfig_takes_a_mechanisms_options_by_keyword():
+    assert GPTConfig(vocab_size=3, mixer="ssa", ssa_share=False).ssa_share is False
+    # LLN + Diag is made of LLN
+    assert GPTConfig(vocab_size=3, mixer="lln_diag", lln_matching="published").lln_matching
+    for mixer, options in (("softmax", {"lln_matching": "published"}),
+                           ("lln", {"lln_diag_mode": "sum"}),
+                           ("lln_diag,lln", {"ssa_share": False})):
+        [name] = options
+        with pytest.raises(ValueError, match=f"{name} has no effect: no layer of mixer"):
+            GPTConfig(vocab_size=3, mixer=mixer, **options)
+    with pytest.raises(ValueError, match="linformer_slots"):
+        GPTConfig(vocab_size=3, mixer="linformer", linformer_slots=0)
+
+
+def test_a_users_mixer_has_options_of_its_own(train, sample, config):
+    file = config(MINE)
+    tiny = [*TINY, f"--mixer_file={file}", "--max_iters=2", "--out_dir=run"]
+    train(*tiny, "--mixer=mine", "--mine_gate", "0.25", config("", "none.py"))
+    recorded = json.loads(Path("run/config.json").read_text())
+    assert (recorded["mine_gate"], recorded["mine_depth"]) == (0.25, None)
+    # a config file sets them; a resumed run's own go before it
+    recipe = config("mine_gate = 1", "recipe.py")
+    assert parse(recipe, f"--mixer_file={file}").mine_gate == 1.0
+    recipe = config(f"mixer_file = {file!r}\nmine_gate = 0.75", "recipe.py")
+    assert parse("--mine_depth", "3", recipe).mine_gate == 0.75
+    assert "mine_gate 0.25" in train(recipe, *tiny, "--mixer=mine", "--resume", "--max_iters=3")
+    assert "mine_gate 0.25 -> 0.5" in train.refuses(
+        *tiny, "--mixer=mine", "--resume", "--mine_gate=0.5", "--max_iters=4")
+    assert "mine_gate has no effect: no layer of mixer 'softmax' is mine" in train.refuses(
+        *tiny, "--mine_gate=0.75", "--out_dir=other")
+    assert "--mine_gate=2.0: input should be less than or equal to 1" in train.refuses(
+        *tiny, "--mine_gate=2", "--out_dir=other")
+    assert "--mine_gate" in train.refuses(*tiny, "--mine_gat=1", "--out_dir=other")
+    sample("--out_dir=run", f"--mixer_file={file}", "--num_samples=1", "--max_new_tokens=3")
+    assert GPTConfig(vocab_size=3, mixer="mine", mine_gate=0).mine_gate == 0.0
+
+
+def test_options_of_a_mixer_are_gone_with_it(here, config):
+    sweep = parse_options(SweepOptions, [], "tests")[0]
+    load_mixer_file(config(MINE))
+    with_mine = parse_options(SweepOptions, ["--seeds=2"], "tests")[0]
+    assert asdict(with_mine) == asdict(sweep) | dict(seeds=2, mine_gate=0.5, mine_depth=None)
+    assert "mine_gate=0.5" in repr(Options()) and Options() != Options(mine_gate=0.0)
+    del MIXERS["mine"]
+    gather_options()
+    assert "mine_gate" not in [f.name for f in fields(Options)]
+    assert "mine_gate" not in repr(Options()) and Options() == Options()
+    with pytest.raises(ValueError, match="mine_gate"):
+        GPTConfig(vocab_size=3, mine_gate=0)
+
+
+def test_help_lists_a_users_mixer_and_its_options_when_the_file_is_named(here, config, capsys):
+    file = config(MINE)
+    recipe = config(f"mixer_file = {file!r}", "recipe.py")
+    for named in ([f"--mixer_file={file}"], ["--mixer_file", file], [recipe]):
+        with pytest.raises(SystemExit):
+            parse(*named, "--help")
+        text = " ".join(capsys.readouterr().out.split())
+        assert "mixer mine: --mine_gate float how far Mine opens [default: 0.5]" in text
+        assert "linformer, mine [default: softmax]" in text
+
+
+@pytest.mark.parametrize("old, new, reason", [
+    ("mine_gate", "n_layer", "there is an option n_layer already"),
+    ("mine_gate", "ssa_share", "option ssa_share is of mixer ssa already"),
+    ("mine_gate: float", "mine_gate", "mine_gate is no option"),
+    ('option(0.5, "how far Mine opens", ge=0, le=1)', "0.5", "mine_gate is no option"),
+    ("0.5", "1.5", "mine_gate: input should be less than or equal to 1"),
+    ("float =", "gloat =", "NameError"),
+])
+def test_an_option_that_a_users_mixer_declares_wrongly(old, new, reason, here, config):
+    file = config(MINE.replace(old, new))
+    known = [f.name for f in fields(Options)]
+    message = complaint(f"--mixer_file={file}")
+    assert f"mixer_file {file}" in message and reason in message
+    assert [f.name for f in fields(Options)] == known and "mine" not in MIXERS
+
+
+def test_a_mixer_file_runs_once(here, config):
+    counted = MINE + "open('ran', 'a').write('x')\n"
+    file = config(counted)
+    for _ in range(2):
+        read_options([f"--mixer_file={file}", "--mixer=mine"], "tests")
+    assert Path("ran").read_text() == "x"
+    config(counted.replace("0.5", "0.125"))  # it has changed
+    assert read_options([f"--mixer_file={file}"], "tests")[0].mine_gate == 0.125
 
 
 # -- config files -----------------------------------------------------------------------------------------------------

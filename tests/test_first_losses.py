@@ -12,7 +12,7 @@ import torch
 from config import Options
 from mixers import MIXERS
 from model import GPT, GPTConfig
-from train import make_optimizer
+from training.optimizer import make_optimizer
 
 RECORD = Path(__file__).with_name("first_losses.json")
 

@@ -16,6 +16,7 @@ from data.tokenizer import char_tokenizer_of, gpt2_tokenizer
 from model import GPT, GPTConfig
 from tools import export_hf
 from training import checkpoint, pretrained
+from training.optimizer import load_optimizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n"
 SHORT = ["--dataset=letters", "--batch_size=2", "--device=cpu", "--eval_tokens=500", "--warmup_iters=0", "--learning_rate=0.01"]
@@ -65,7 +66,7 @@ def read(folder, **changes):
     """Our model of a Hugging Face folder, through the code that train.py uses."""
     config = replace(pretrained.read_config(folder), **changes)
     model = GPT(config).eval()
-    checkpoint.init_model(model, pretrained.load(folder, config), folder)
+    checkpoint.init_model(model, pretrained.read_weights(folder, config), folder)
     return model
 
 
@@ -315,4 +316,4 @@ def test_damaged_names_of_trained_parameters(gpt2, here, train):
     with pytest.raises(BadInput, match=r"\+exp_avg.blocks.0.mixer.tau.q.w"):
         for name, p in model.named_parameters():
             p.requires_grad_(not name.endswith("w"))
-        checkpoint.load_optimizer(model, torch.optim.AdamW(model.parameters(), fused=True), run.optimizer, run.folder)
+        load_optimizer(model, torch.optim.AdamW(model.parameters(), fused=True), run.optimizer, run.folder)

@@ -1,7 +1,7 @@
-"""tools/sweep.py, score.py and compare.py on real runs; the statistics against values known otherwise."""
-import csv
+"""tools/sweep.py on real runs: what is finished, goes on, is refused; sizes that are matched."""
+import fcntl
 import json
-import math
+import os
 import shutil
 import signal
 import subprocess
@@ -9,176 +9,75 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import ROOT, TINY, metrics, one_line, run
-from scipy import stats
+from conftest import TINY, metrics, run
 
 from base.errors import BadInput
 from config import Options
-from mixers import MIXERS, has_effect, load_mixer_file
+from mixers import MIXERS, has_effect
 from model import model_config
-from tools import compare
+from tools import records
 from tools import sweep as sweeping
 from tools import sweep_runs as runs
-from tools.score import STRIDE, score
 from tools.sweep_matching import TOLERANCE, matched, size
 from training import checkpoint
 from training.run_folder import read_options
 
-SHORT = [a for a in TINY if not a.startswith("--learning_rate")] + ["--max_iters=4", "--eval_interval=2", "--log_interval=1"]
-ALONE = {"WANDB_MODE": "offline"}
+SHORT = [word for word in TINY if not word.startswith("--learning_rate")]
+SHORT += ["--max_iters=4", "--eval_interval=2", "--log_interval=1"]
+RATE = "--learning_rates=3e-2"
 
 
-def sweep(home, *more, **options):
-    return run(home, "-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--keep_last=1", *more, timeout=300, **options)
+def command(*more):
+    return ["-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--keep_last=1", *more]
 
 
-@pytest.fixture(scope="module")
-def swept(home, tmp_path_factory):
-    """A sweep of two mixers and two seeds, with wandb; what it printed is in swept.log beside it."""
-    folder = tmp_path_factory.mktemp("sweeps") / "swept"
-    done = sweep(home, "--mixers=softmax,pelican", "--learning_rates=3e-2", "--seeds=2", "--wandb_log", f"--out_dir={folder}", env=ALONE)
+def sweep(home, *more):
+    done = run(home, *command(*more), timeout=300)
     assert done.returncode == 0, done
-    folder.with_suffix(".log").write_text(done.stdout)
-    return folder
+    return done.stdout
 
 
 def scores(folder):
     return json.loads((folder / "scores.json").read_text())
 
 
-def test_a_sweep_runs_every_mixer_with_every_seed(swept):
-    record = json.loads((swept / "sweep.json").read_text())
-    assert sorted(record["runs"]) == sorted(f"{mixer}-lr0.03-seed{seed}" for mixer in ("softmax", "pelican") for seed in (1, 2))
-    assert record["failed"] == {} and all(metrics(swept / run)[-1]["iter"] == 4 for run in record["runs"])
-    assert swept.with_suffix(".log").read_text().count("min left") >= 2
+def sweep_file(folder):
+    return json.loads((folder / "sweep.json").read_text())
 
 
-@pytest.mark.slow
-def test_each_mixer_gets_the_rate_of_the_lower_select_loss_and_its_seeds_run_at_it(home, tmp_path):
-    """Of two rates the lower learns nothing, and the run that a rate is chosen by is not among those that are compared."""
-    folder = tmp_path / "new" / "s"
-    done = sweep(home, "--mixers=softmax,pelican", "--learning_rates=1e-9,3e-2", "--seeds=1", f"--out_dir={folder}")
-    assert done.returncode == 0 and "the edge of what was tried" in done.stdout, done
-    record = json.loads((folder / "sweep.json").read_text())
-    for mixer in ("softmax", "pelican"):
-        low, high = (scores(folder / f"{mixer}-lr{rate}-seed0")["select"]["loss"] for rate in ("1e-09", "0.03"))
-        assert high < low and record["chosen"][mixer] == 0.03
-    assert sorted(record["runs"]) == ["pelican-lr0.03-seed1", "softmax-lr0.03-seed1"]
-    assert not (folder / "softmax-lr1e-09-seed1").exists()
-    done = sweep(home, "--mixers=pelican", "--learning_rates=3e-2", "--seeds=1", f"--out_dir={folder}")  # a later one leaves the others in
-    assert sorted(json.loads((folder / "sweep.json").read_text())["runs"]) == ["pelican-lr0.03-seed1", "softmax-lr0.03-seed1"], done
-    done = sweep(home, "--mixers=pelican", "--learning_rates=2e-2", "--seeds=1", f"--out_dir={folder}", "--dry_run")
-    assert done.stdout.count("would run") == 1, done
-    done = sweep(home, "--mixers=softmax,pelican", "--learning_rates=1e-9,3e-2", "--seeds=2", f"--out_dir={folder}", "--dry_run")
-    assert done.stdout.count("would run") == 2 and done.stdout.count("finished   ") == 6, done  # the second stage, as the first has chosen
+@pytest.fixture(scope="module")
+def swept(home, tmp_path_factory):
+    """A sweep of two mixers and one seed; what it printed is in swept.log beside it."""
+    folder = tmp_path_factory.mktemp("sweeps") / "swept"
+    out = sweep(home, "--mixers=softmax,pelican", RATE, "--seeds=1", f"--out_dir={folder}")
+    folder.with_suffix(".log").write_text(out)
+    return folder
 
 
-def test_a_sweep_that_has_not_ended_shows_no_run_that_chose(home, swept, tmp_path):
-    """sweep.json is there from the start, and grows with each run."""
-    folder = shutil.copytree(swept, tmp_path / "swept")
-    record = json.loads((folder / "sweep.json").read_text())
-    last = record["runs"].pop()
-    (folder / "sweep.json").write_text(json.dumps(record | {"missing": [last]}))
-    done = run(home, "-m", "tools.compare", folder)
-    assert done.returncode == 0 and "the sweep has not ended, 1 runs are missing" in done.stdout and f"| {1:>5} |" in done.stdout, done
-    (folder / "sweep.json").write_text(json.dumps(record | {"runs": [], "missing": [last]}))
-    assert "no run to compare" in one_line(run(home, "-m", "tools.compare", folder))
-
-
-def test_the_mixer_file_may_stand_in_the_config_and_register_an_imported_class(home, tmp_path):
-    (tmp_path / "mine.py").write_text("from mixers import MIXERS\nfrom mixers.softmax import Softmax\nMIXERS['mine'] = Softmax\n")
-    (tmp_path / "config.py").write_text(f"mixer_file = {str(tmp_path / 'mine.py')!r}\n")
-    same = ["-m", "tools.sweep", tmp_path / "config.py", *SHORT, "--keep_last=1", "--mixers=mine", "--seeds=1", f"--out_dir={tmp_path}/s"]
-    assert (done := run(home, *same, timeout=300)).returncode == 0, done
-    assert (done := run(home, *same, "--dry_run")).returncode == 0 and done.stdout.startswith("finished"), done
-
-
-def test_a_sweep_goes_on_where_it_was(home, swept, tmp_path):
-    """Finished runs are left alone, and --dry_run names what is missing."""
-    folder = shutil.copytree(swept, tmp_path / "swept")
-    shutil.rmtree(folder / "pelican-lr0.03-seed2")
-    (folder / "pelican-lr0.03-seed1/scores.json").write_text("{}")  # damaged: it is made again
-    same = "--mixers=softmax,pelican", "--learning_rates=3e-2", "--seeds=2", f"--out_dir={folder}"
-    done = sweep(home, *same, "--dry_run")
-    assert done.returncode == 0 and done.stdout.count("finished") == 2 and done.stdout.count("would run") == 2, done
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl") if path.parent.name != "pelican-lr0.03-seed1"}
-    done = sweep(home, *same)
-    assert done.returncode == 0 and done.stdout.count("finished before") == 2, done
-    assert len(json.loads((folder / "sweep.json").read_text())["runs"]) == 4
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    assert metrics(folder / "pelican-lr0.03-seed2")[-1]["iter"] == 4 and "report" in scores(folder / "pelican-lr0.03-seed1")
-
-
-@pytest.mark.parametrize("ran, wanted, words", [
-    ([], ["--n_head=1"], "n_head 2, not 1"), (["--ffn_hidden=8"], [], "ffn_hidden 8, not 64"), (["--min_lr=1e-4"], [], "min_lr 0.0001, not 0.001"),
-    (["--max_iters=3"], [], "max_iters 3, not 4"), (["--wandb_log", "--keep_last=3"], [], None), (["--lr_decay_iters=9"], ["--lr_decay_iters=9", "--max_iters=3"], None)])
-def test_only_a_run_of_the_same_options_is_finished(home, swept, here, tmp_path, ran, wanted, words):
-    """Also where an option is left out and train.py chooses it."""
-    def arguments(more):
-        return tuple(SHORT + ["--mixer=softmax", "--learning_rate=0.01"] + more)
-    config = vars(read_options(list(arguments(ran)), "")[0]) | {"out_dir": "there"}
-    config |= asdict(model_config(config | {"vocab_size": 1}, "test"))
-    folder = shutil.copytree(swept / "softmax-lr0.03-seed1", tmp_path / "run")
-    (folder / "config.json").write_text(json.dumps(config))
-    run = runs.Run(str(folder), arguments(wanted))
-    if words:
-        with pytest.raises(BadInput, match=words):
-            run.finished()
-    else:
-        assert run.finished()
-
-
-def test_a_failed_run_is_listed_with_its_error_and_the_others_run(home, tmp_path):
-    (tmp_path / "mine.py").write_text("from mixers import MIXERS\ndef broken(config, layer): raise ValueError('no such thing')\nMIXERS['broken'] = broken\n")
-    done = sweep(home, "--mixers=broken,pelican", f"--mixer_file={tmp_path}/mine.py", "--seeds=1", "--at_once=2", f"--out_dir={tmp_path}/s")
-    assert done.returncode == 1, done
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("failed")]
-    assert "broken-lr0.001-seed1" in line and "no such thing" in line
-    assert json.loads((tmp_path / "s" / "sweep.json").read_text())["runs"] == ["pelican-lr0.001-seed1"]
-
-
-@pytest.mark.slow
-def test_an_interrupted_sweep_saves_its_runs_and_goes_on(home, tmp_path):
-    same = ["-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--max_iters=100000", "--mixers=softmax,pelican", "--seeds=1", "--at_once=2", f"--out_dir={tmp_path}/s"]
-    process = subprocess.Popen([sys.executable, *same], cwd=home, stderr=subprocess.PIPE, text=True)
-    folders = [tmp_path / "s" / f"{mixer}-lr0.001-seed1" for mixer in ("softmax", "pelican")]
-    deadline = time.monotonic() + 90
-    while not all(checkpoint.checkpoints(folder) for folder in folders):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
-    reached = [int(checkpoint.checkpoints(folder)[-1].name) for folder in folders]
-    assert all("stopped by a signal" in Path(f"{folder}.log").read_text() for folder in folders)
-    longest = max(reached) + 4
-    for folder in folders:  # what max_iters says may change, so that this test ends
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"max_iters": longest, "lr_decay_iters": longest}))
-    done = run(home, *same, f"--max_iters={longest}")
-    assert done.returncode == 0, done
-    assert all(int(checkpoint.checkpoints(folder)[-1].name) == longest for folder in folders)
-
-
-@pytest.mark.slow
-def test_the_rehearsal_of_a_cluster_runs_the_same(home, swept, tmp_path):
-    done = sweep(home, "--mixers=softmax", "--learning_rates=3e-2", "--seeds=1", "--cluster=local", "--cluster_options=timeout_min=5", f"--out_dir={tmp_path}/s")
-    assert done.returncode == 0, done
-    assert scores(tmp_path / "s" / "softmax-lr0.03-seed1")["report"] == scores(swept / "softmax-lr0.03-seed1")["report"]
+@pytest.fixture
+def here_sweep(here, monkeypatch, capsys):
+    """here_sweep(*arguments): what tools.sweep prints in this process, where it trains nothing."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tools.sweep", *SHORT, "--keep_last=1", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            sweeping.main()
+            sys.exit(0)  # a dry run returns
+        assert exit.value.code == 0
+        return capsys.readouterr().out
+    return call
 
 
 @pytest.fixture
 def refuses(here, monkeypatch, capsys):
-    """refuses(tool, *arguments): the one line of a command that ended with status 2, and wrote nothing but a log."""
-    def call(tool, *arguments):
-        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])
+    """refuses(*arguments): the one line of a tools.sweep that ended with status 2."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tools.sweep", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
-            tool.main()
+            sweeping.main()
         line = capsys.readouterr().err
         assert exit.value.code == 2 and line.count("\n") == 1, line
         assert not list(here.iterdir())
@@ -186,262 +85,432 @@ def refuses(here, monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--learning_rate=1"], "--learning_rates"), (["--seed=3"], "--seeds"), (["--resume"], "goes on by itself"), (["--mixers=softmax,nope"], "have"),
-    (["--learning_rates=fast"], "--learning_rates=fast"), (["--learning_rates=-1"], "above 0"), (["--seeds=0"], "seeds"), (["--match=size"], "match"),
-    (["--ssa_share=False"], "--ssa_share has no effect"), (["--mixers="], "mixers"), (["--baseline=lln"], "--baseline is for --match"), (["--match=params", "--baseline=foo"], "--baseline=foo: mixer 'foo'"), (["--n_head=3"], "n_embd"),
-    (["--min_lr=1"], "min_lr 1.0 is above learning_rate"), (["--cluster=local", "--cluster_options=nonsense=1"], "nonsense")])
-def test_bad_options_are_one_line(refuses, tmp_path, arguments, words):
-    assert words in refuses(sweeping, *SHORT, f"--out_dir={tmp_path}/s", *arguments)
+def wait_for(condition, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# A whole sweep -------------------------------------------------------------------------------
+
+def test_a_sweep_runs_every_mixer_and_says_how_long_it_will_take(swept):
+    record = sweep_file(swept)
+    assert sorted(record["runs"]) == ["pelican-lr0.03-seed1", "softmax-lr0.03-seed1"]
+    assert record["failed"] == {} and record["missing"] == []
+    for name in record["runs"]:
+        assert metrics(swept / name)[-1]["iter"] == 4 and "report" in scores(swept / name)
+    assert swept.with_suffix(".log").read_text().count("min left") == 1  # after the first of two
+
+
+@pytest.mark.slow
+def test_each_mixer_gets_the_rate_of_the_lower_select_loss_and_its_seeds_run_at_it(home, tmp_path):
+    """Of two rates the lower learns nothing, and the run that a rate is chosen by is not among
+    those that are compared."""
+    folder = tmp_path / "new" / "s"
+    of_two = ["--mixers=softmax,pelican", "--learning_rates=1e-9,3e-2", f"--out_dir={folder}"]
+    of_one = ["--mixers=pelican", "--seeds=1", f"--out_dir={folder}"]
+    compared = ["pelican-lr0.03-seed1", "softmax-lr0.03-seed1"]
+    assert "the edge of what was tried" in sweep(home, *of_two, "--seeds=1")
+    record = sweep_file(folder)
+    for mixer in ("softmax", "pelican"):
+        low = scores(folder / f"{mixer}-lr1e-09-seed0")["select"]["loss"]
+        high = scores(folder / f"{mixer}-lr0.03-seed0")["select"]["loss"]
+        assert high < low and record["chosen"][mixer] == 0.03
+    assert sorted(record["runs"]) == compared
+    assert not (folder / "softmax-lr1e-09-seed1").exists()
+    sweep(home, *of_one, RATE)  # a later one leaves the others in
+    assert sorted(sweep_file(folder)["runs"]) == compared
+    assert sweep_file(folder)["chosen"] == {"softmax": 0.03, "pelican": 0.03}
+    out = sweep(home, *of_one, "--learning_rates=2e-2", "--dry_run")
+    assert out.count("would run") == 1
+    out = sweep(home, *of_two, "--seeds=2", "--dry_run")  # the second stage: the first has chosen
+    assert out.count("would run") == 2 and out.count("finished   ") == 6
+
+
+def test_a_sweep_goes_on_where_it_was(home, swept, here_sweep, tmp_path):
+    """Finished runs are left alone, and what sweep.json says of other mixers stays."""
+    folder = shutil.copytree(swept, tmp_path / "swept")
+    damaged = folder / "pelican-lr0.03-seed1"
+    (damaged / "scores.json").write_text("{}")
+    record = sweep_file(folder)
+    record["chosen"]["lln"] = 0.03
+    record["mixers"].append("lln")
+    record["missing"] = ["lln-lr0.03-seed1", "pelican-lr0.03-seed9"]
+    record["failed"] = {"lln-lr0.03-seed2": "loss nan", "pelican-lr0.03-seed3": "loss nan"}
+    (folder / "sweep.json").write_text(json.dumps(record))
+    same = ["configs/shakespeare.py", RATE, "--seeds=2", f"--out_dir={folder}"]
+    same[0] = str(home / same[0])
+    out = here_sweep(*same, "--mixers=softmax,pelican", "--dry_run")
+    assert out.count("finished") == 1 and out.count("would run") == 3
+    untouched = folder / "softmax-lr0.03-seed1" / "metrics.jsonl"
+    before = untouched.stat().st_mtime_ns
+    sweep(home, "--mixers=pelican", *same[1:])
+    assert untouched.stat().st_mtime_ns == before
+    assert metrics(damaged)[-1]["iter"] == 4 and "report" in scores(damaged)  # scored again
+    assert metrics(folder / "pelican-lr0.03-seed2")[-1]["iter"] == 4
+    record = sweep_file(folder)
+    assert sorted(record["runs"]) == [
+        "pelican-lr0.03-seed1", "pelican-lr0.03-seed2", "softmax-lr0.03-seed1"]
+    assert record["missing"] == ["lln-lr0.03-seed1"]
+    assert record["failed"] == {"lln-lr0.03-seed2": "loss nan"}
+    assert set(record["mixers"]) == {"softmax", "pelican", "lln"}
+    assert record["chosen"] == {"softmax": 0.03, "pelican": 0.03, "lln": 0.03}
+
+
+def test_the_mixer_file_may_stand_in_the_config_and_register_an_imported_class(
+        home, here_sweep, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from mixers import MIXERS\nfrom mixers.softmax import Softmax\nMIXERS['mine'] = Softmax\n")
+    config = tmp_path / "config.py"
+    config.write_text(f"mixer_file = {str(tmp_path / 'mine.py')!r}\n")
+    same = ["--keep_last=1", "--mixers=mine", "--seeds=1", f"--out_dir={tmp_path}/s"]
+    done = run(home, "-m", "tools.sweep", config, *SHORT, *same, timeout=300)
+    assert done.returncode == 0, done
+    assert here_sweep(str(config), *same, "--dry_run").startswith("finished")
+
+
+def test_a_failed_run_is_listed_with_its_error_and_the_others_run(home, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from mixers import MIXERS\n"
+        "def broken(config, layer):\n"
+        "    raise ValueError('no such thing')\n"
+        "MIXERS['broken'] = broken\n")
+    arguments = ["--mixers=broken,pelican", f"--mixer_file={tmp_path}/mine.py", "--seeds=1",
+                 "--at_once=2", f"--out_dir={tmp_path}/s"]
+    done = run(home, *command(*arguments), env={"OMP_NUM_THREADS": "2"}, timeout=300)
+    assert done.returncode == 1, done
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("failed")]
+    assert "broken-lr0.001-seed1" in line and "no such thing" in line
+    record = sweep_file(tmp_path / "s")
+    assert record["runs"] == ["pelican-lr0.001-seed1"]
+    assert list(record["failed"]) == record["missing"] == ["broken-lr0.001-seed1"]
+    config = json.loads((tmp_path / "s/pelican-lr0.001-seed1/config.json").read_text())
+    assert config["threads"] == 1  # two at once, one thread each
+
+
+@pytest.mark.slow
+def test_the_rehearsal_of_a_cluster_runs_the_same(home, swept, tmp_path):
+    sweep(home, "--mixers=softmax", RATE, "--seeds=1", "--cluster=local",
+          "--cluster_options=timeout_min=5", f"--out_dir={tmp_path}/s")
+    there = scores(tmp_path / "s" / "softmax-lr0.03-seed1")
+    assert there["report"] == scores(swept / "softmax-lr0.03-seed1")["report"]
+
+
+# Interrupted, killed, in use -----------------------------------------------------------------
+
+def start(home, folder, *more):
+    """A sweep that trains for long, and the folder of its only run."""
+    long = command("--max_iters=100000", "--seeds=1", f"--out_dir={folder}", *more)
+    process = subprocess.Popen([sys.executable, *long], cwd=home, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return process
+
+
+def shorten(folder):
+    """Lets a run end four steps after where it is. Returns that step."""
+    last = int(checkpoint.checkpoints(folder)[-1].name) + 4
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"max_iters": last, "lr_decay_iters": last}
+    (folder / "config.json").write_text(json.dumps(config))
+    return last
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_saves_its_runs_and_goes_on(home, tmp_path):
+    of_both = ["--mixers=softmax,pelican", "--at_once=2"]
+    process = start(home, tmp_path / "s", *of_both)
+    folders = [tmp_path / "s" / f"{mixer}-lr0.001-seed1" for mixer in ("softmax", "pelican")]
+    wait_for(lambda: all(checkpoint.checkpoints(folder) for folder in folders), process)
+    process.send_signal(signal.SIGINT)
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
+    for folder in folders:
+        assert "stopped by a signal" in Path(f"{folder}.log").read_text()
+    last = max(shorten(folder) for folder in folders)
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"max_iters": last, "lr_decay_iters": last}
+        (folder / "config.json").write_text(json.dumps(config))
+    sweep(home, f"--max_iters={last}", "--seeds=1", f"--out_dir={tmp_path / 's'}", *of_both)
+    for folder in folders:
+        assert int(checkpoint.checkpoints(folder)[-1].name) == last
+
+
+def test_the_trainings_of_a_killed_sweep_save_and_end_and_it_goes_on_at_once(home, tmp_path):
+    process = start(home, tmp_path / "s", "--mixers=pelican")
+    folder = tmp_path / "s" / "pelican-lr0.001-seed1"
+    wait_for(lambda: checkpoint.checkpoints(folder), process)
+    process.kill()
+    process.communicate()
+    assert runs.is_locked(f"{folder}.log")  # the training does not end before it has saved
+    again = start(home, tmp_path / "s", "--mixers=pelican")
+    log = Path(f"{folder}.log")
+    wait_for(lambda: "going on from" in log.read_text(), again)
+    assert log.read_text().count("stopped by a signal") == 1
+    assert "in use by the training" not in log.read_text()
+    again.terminate()
+    again.communicate(timeout=60)
+    assert log.read_text().count("stopped by a signal") == 2
+    assert not runs.is_locked(log) and not runs.is_locked(folder / "lock")
+    assert sweep_file(tmp_path / "s")["failed"] == {}
+
+
+@pytest.mark.parametrize("held", ["a.log", "a/lock"])
+def test_a_run_in_use_is_waited_for_after_the_others(tmp_path, monkeypatch, capsys, held):
+    """By another sweep, which holds the log, or by a train.py by hand."""
+    first, second = (runs.Run(str(tmp_path / name), ()) for name in "ab")
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(runs, "run_child", lambda *arguments: 0)
+    with open(tmp_path / held, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ended = runs.carry_out([first, second])
+        assert next(ended) == (second, None)
+    assert list(ended) == [(first, None)]
+    [line] = capsys.readouterr().out.splitlines()
+    assert f"{first.folder} is in use" in line
+
+
+def test_a_run_that_somebody_else_takes_in_between_is_not_a_failed_one(tmp_path, monkeypatch):
+    run = runs.Run(str(tmp_path / "a"), ())
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(runs, "run_child", lambda *arguments: 2)
+    with runs.locked_log(run):
+        assert runs.train_and_score(run) == runs.IN_USE
+    with open(tmp_path / "a" / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert runs.train_and_score(run) == runs.IN_USE
+    assert runs.train_and_score(run) == "exit status 2"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_a_log_that_is_no_file_of_ours_is_not_written_to(tmp_path, kind):
+    log, other = tmp_path / "a.log", tmp_path / "mine.txt"
+    if kind == "pipe":
+        os.mkfifo(log)
+    elif kind == "link":
+        other.write_text("mine")
+        log.symlink_to(other)
+    else:
+        log.mkdir()
+    with pytest.raises(BadInput, match="a.log"):
+        runs.train_and_score(runs.Run(str(tmp_path / "a"), ()))
+    assert kind != "link" or other.read_text() == "mine"
+
+
+@pytest.mark.parametrize("device, cores, threads, expected", [
+    ("cpu", 8, None, 8), ("cpu", 1, None, 1), ("cpu", 8, 3, 2), ("cpu", 2, 4, 1),
+    ("cuda", 8, None, 1)])
+def test_a_cpu_has_as_many_runs_at_once_as_cores(monkeypatch, device, cores, threads, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    options = sweeping.SweepOptions(device=device, threads=threads)
+    assert sweeping.runs_at_once(options) == expected
+    assert sweeping.runs_at_once(sweeping.SweepOptions(device=device, at_once=5)) == 5
+
+
+def test_the_number_of_threads_is_recorded_as_used(here, monkeypatch):
+    import train
+    before = torch.get_num_threads()
+    try:
+        for asked, used in ((None, before), (2, min(2, os.cpu_count())), (9999, os.cpu_count())):
+            words = [f"--threads={asked}", *TINY, "--max_iters=1", f"--out_dir=run{asked}"]
+            monkeypatch.setattr(sys, "argv", ["train.py", *words])
+            train.main()
+            assert json.loads(Path(f"run{asked}/config.json").read_text())["threads"] == used
+    finally:
+        torch.set_num_threads(before)
+
+
+# What is finished ----------------------------------------------------------------------------
+
+def arguments(*more):
+    return (*SHORT, "--mixer=softmax", "--learning_rate=0.01", *more)
+
+
+def config_of(*more):
+    """config.json of a run of these arguments."""
+    options, _ = read_options(list(arguments(*more)), "")
+    config = vars(options) | {"out_dir": "there"}
+    return config | asdict(model_config(config | {"vocab_size": 1}, "test"))
+
+
+@pytest.mark.parametrize("ran, wanted, words", [
+    ([], ["--n_head=1"], "n_head 2, not 1"),
+    (["--ffn_hidden=8"], [], "ffn_hidden 8, not 64"),
+    (["--min_lr=1e-4"], [], "min_lr 0.0001, not 0.001"),
+    (["--max_iters=3"], [], "max_iters 3, not 4"),
+    (["--wandb_log", "--keep_last=3", "--threads=7"], [], None),
+    (["--lr_decay_iters=9"], ["--lr_decay_iters=9", "--max_iters=3"], None)])
+def test_only_a_run_of_the_same_options_is_finished(swept, here, tmp_path, ran, wanted, words):
+    """Also where an option is left out and train.py chooses it."""
+    folder = shutil.copytree(swept / "softmax-lr0.03-seed1", tmp_path / "run")
+    (folder / "config.json").write_text(json.dumps(config_of(*ran)))
+    run = runs.Run(str(folder), arguments(*wanted))
+    if words:
+        with pytest.raises(BadInput, match=words):
+            run.finished()
+    else:
+        assert run.finished()
+
+
+def test_a_run_from_before_an_option_counts_as_one_with_its_default(here):
+    config = config_of()
+    wanted = runs.Run("x", arguments()).options()
+    assert runs.difference(wanted, config | {"data_sha256": "a"}, "a") is None
+    assert runs.difference(wanted, config | {"data_sha256": "a"}, "b").name == "data_sha256"
+    for lacking in ("weight_decay", "ffn_hidden"):  # ffn_hidden's default follows from n_embd
+        older = {name: value for name, value in config.items() if name != lacking}
+        assert runs.difference(wanted, older) is None
+        other = runs.Run("x", arguments(f"--{lacking}=1")).options()
+        assert runs.difference(other, older).name == lacking
+
+
+@pytest.fixture
+def records_of_swept(swept, tmp_path, monkeypatch):
+    """results/swept as a fresh clone has it."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    kept = records.read_records(swept)
+    records.write_records(tmp_path / "results" / "swept", kept)
+    return kept
+
+
+def test_what_is_recorded_is_not_trained_again(
+        home, swept, records_of_swept, here_sweep, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "run_child", None)  # nothing is trained
+    folder = tmp_path / "clone" / "swept"
+    same = [str(home / "configs/shakespeare.py"), "--mixers=softmax,pelican", RATE]
+    same.append(f"--out_dir={folder}")
+    out = here_sweep(*same, "--seeds=1")
+    assert "2 runs are recorded in results/swept and not trained again" in out
+    assert sorted(sweep_file(folder)["runs"]) == sorted(sweep_file(swept)["runs"])
+    out = here_sweep(*same, "--seeds=2", "--dry_run")
+    assert out.count("finished   ") == 2 and out.count("would run") == 2
+    for other in (["--n_head=1"], ["--max_iters=5"], ["--dataset=digits"]):
+        assert here_sweep(*same, "--seeds=1", "--dry_run", *other).count("would run") == 2
+    elsewhere = f"--out_dir={tmp_path}/clone/other"
+    assert here_sweep(*same, "--seeds=1", "--dry_run", elsewhere).count("would run") == 2
+
+
+def test_rates_are_chosen_by_records_too(swept, records_of_swept, here_sweep, tmp_path):
+    """softmax has two rates on record, seed 0; the better one's seed 1 is left to train."""
+    [softmax] = [record for record in records_of_swept if record.config["mixer"] == "softmax"]
+    for rate, loss in ((0.03, 2.0), (0.02, 1.0)):
+        softmax.name = f"softmax-lr{rate}-seed0"
+        softmax.config |= {"seed": 0, "learning_rate": rate, "min_lr": rate / 10}
+        softmax.scores["select"]["loss"] = loss
+        records.write_records(tmp_path / "results" / "swept", [softmax])
+    out = here_sweep(swept_config(swept), "--mixers=softmax", "--learning_rates=2e-2,3e-2",
+                     "--seeds=1", "--dry_run", f"--out_dir={tmp_path}/swept")
+    assert "-> learning rate 0.02" in out and out.count("would run") == 1
+
+
+def swept_config(folder):
+    return str(Path(sweeping.__file__).parents[1] / sweep_file(folder)["config"])
+
+
+# What is refused -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, naming", [
+    (["--learning_rate=1"], "--learning_rates"),
+    (["--seed=3"], "--seeds"),
+    (["--resume"], "goes on by itself"),
+    (["--mixers=softmax,nope"], "have"),
+    (["--learning_rates=fast"], "--learning_rates=fast"),
+    (["--learning_rates=-1"], "above 0"),
+    (["--learning_rates=1e400"], "above 0"),
+    (["--learning_rates=1e-3,1.0000001e-3"], "six digits"),
+    (["--seeds=0"], "seeds"),
+    (["--seeds=2000000000"], "seeds"),
+    (["--at_once=1000000"], "at_once"),
+    (["--match=size"], "match"),
+    (["--ssa_share=False"], "--ssa_share has no effect"),
+    (["--mixers="], "mixers"),
+    (["--baseline=lln"], "--baseline is for --match"),
+    (["--match=params", "--baseline=foo"], "--baseline=foo: mixer 'foo'"),
+    (["--n_head=3"], "n_embd"),
+    (["--min_lr=1"], "min_lr 1.0 is above learning_rate"),
+    (["--device=tpu"], "tpu"),
+    (["--cluster_options=timeout_min=5"], "--cluster_options is for --cluster"),
+    (["--cluster=local", "--at_once=2"], "--at_once"),
+    (["--cluster=local", "--cluster_options=nonsense=1"], "nonsense"),
+    (["--cluster=local", "--cluster_options=timeout_min"], "'timeout_min' is not name=value"),
+    (["--cluster=local", "--cluster_options==5"], "'=5' is not name=value"),
+    (["--cluster=local", "--cluster_options=timeout_min=soon"], "timeout_min=soon"),
+    (["--cluster=slurm"], "slurm")])
+def test_bad_options_are_one_line(refuses, tmp_path, words, naming):
+    assert naming in refuses(*SHORT, f"--out_dir={tmp_path}/s", *words)
+    assert not list(tmp_path.glob("s/*.json"))
     assert not list(tmp_path.glob("s/*seed*"))
 
 
-# -- scores ---------------------------------------------------------------------------------------------------------------
-
-def test_scores_are_those_of_the_two_halves_of_the_windows(home, swept, here):
-    """Against one forward pass over every window, halved by hand."""
-    from data import load_dataset
-    folder = swept / "softmax-lr0.03-seed1"
-    model, data = checkpoint.build_model(checkpoint.load(folder)), load_dataset("letters", 16)
-    losses = []
-    with torch.no_grad():
-        for x, y in data.val_batches(16, 1):
-            losses.append(F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), reduction="none"))
-    half = len(losses) // 2
-    of = scores(folder)
-    for part, mine in (("select", losses[:half]), ("report", losses[half:])):
-        assert of[part]["loss"] == pytest.approx(torch.cat(mine).mean().item(), abs=1e-5)
-        assert of[part]["bpb"] == pytest.approx(of[part]["loss"] / math.log(2) / data.bytes_per_token)
-    whole = torch.stack([loss for loss in losses[half:] if len(loss) == 16]).mean(0)
-    assert np.abs(np.array(of["by_position"])[-1] - whole[-1].item()) < 1e-5
-    assert torch.cat(losses).mean().item() == pytest.approx(metrics(folder)[-1]["val_loss"], abs=1e-5)
+@pytest.mark.parametrize("out_dir", ["a" * 300, "/proc/x", "there/file/s"])
+def test_a_folder_that_cannot_be_is_one_line(refuses, tmp_path, monkeypatch, out_dir):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
+    assert "cannot write" in refuses(*SHORT, f"--out_dir={tmp_path / out_dir}")
 
 
-def test_the_example_leaks_and_is_scored_in_its_last_position(home, tmp_path):
-    """The option's figure is that of windows cut by hand; the example is refused without --allow_leak."""
-    folder = tmp_path / "run"
-    done = run(home, "train.py", *SHORT, "--mixer_file=" + str(ROOT / "examples/leaky_context.py"), "--mixer=causal_max_leak", f"--out_dir={folder}")
-    assert "--allow_leak" in one_line(done)
-    done = run(home, "train.py", *SHORT, "--mixer_file=" + str(ROOT / "examples/leaky_context.py"), "--mixer=causal_max_leak", f"--out_dir={folder}", "--allow_leak")
-    assert done.returncode == 0, done
-    done = run(home, "-m", "tools.score", f"--out_dir={folder}", "--last_position", "--mixer_file=" + str(ROOT / "examples/leaky_context.py"))
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("in the last position")]
-    load_mixer_file(str(ROOT / "examples/leaky_context.py"))
-    try:
-        model = checkpoint.build_model(checkpoint.load(folder))
-    finally:
-        for name in ("causal_max_leak", "causal_min_leak"):
-            MIXERS.pop(name)
-    val = np.fromfile(home / "data/letters/val.bin", dtype="<u2").astype(np.int64)
-    val = torch.from_numpy(val[len(val) // 2:])
-    with torch.no_grad():
-        losses = [F.cross_entropy(model(val[None, i:i + 16])[0][0, -1], val[i + 16]).item() for i in range(0, len(val) - 16, STRIDE)]
-    assert float(line.split()[-2]) == pytest.approx(mean(losses), abs=1e-4)
+@pytest.mark.parametrize("content, naming", [
+    ("[]", "no JSON object"), ('{"runs": null, "failed": {}}', "runs"),
+    ('{"runs": ["../x"], "failed": {}}', "runs"), ('{"runs": ["a/b"], "failed": {}}', "runs"),
+    ('{"runs": [], "failed": [1]}', "failed"),
+    ('{"runs": [], "failed": {}, "chosen": 3}', "chosen"),
+    ("[" * 100_000, "no valid JSON"), ('{"runs": [], "failed": {"a": NaN}}', "no valid JSON"),
+    (None, "no regular file")])
+def test_a_damaged_sweep_file_is_one_line_before_anything_runs(refuses, tmp_path, content, naming):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    if content is None:
+        os.mkfifo(folder / "sweep.json")
+    else:
+        (folder / "sweep.json").write_text(content)
+    line = refuses(*SHORT, f"--out_dir={folder}")
+    assert "sweep.json" in line and naming in line
+    assert len(list(folder.iterdir())) == 1
 
 
-def test_one_window_cannot_be_halved(home, trained, here, tmp_path):
-    folder = shutil.copytree(trained, tmp_path / "run")
-    [*_, last] = checkpoint.checkpoints(folder)
-    config = json.loads((last / "config.json").read_text()) | {"eval_tokens": 1}
-    (last / "config.json").write_text(json.dumps(config))
-    (last / "manifest.json").write_text(json.dumps({name: checkpoint.sha256(last / name) for name in checkpoint.FILES}))
-    with pytest.raises(BadInput, match="two are needed"):
-        score(folder, torch.device("cpu"))
+@pytest.mark.parametrize("content, naming", [
+    ('{"block_size": "' + "x" * 5000 + '"}', "block_size xxx"),
+    ('{"mixer": "\\u001b[31m"}', r"\x1b"),
+    ("{}x", "no valid JSON"), (None, "no regular file")])
+def test_a_damaged_config_of_a_run_is_one_short_line(refuses, tmp_path, content, naming):
+    folder = tmp_path / "s" / "softmax-lr0.001-seed1"
+    folder.mkdir(parents=True)
+    if content is None:
+        os.mkfifo(folder / "config.json")
+    else:
+        (folder / "config.json").write_text(content)
+    line = refuses(*SHORT, f"--out_dir={tmp_path}/s")
+    assert naming in line and len(line) < 500
 
 
-def test_a_recall_task_is_chosen_by_its_val_split_and_reported_on_its_test_split(home, tmp_path):
-    folder = tmp_path / "run"
-    done = run(home, "train.py", *[a for a in SHORT if not a.startswith("--dataset")], "--dataset=recall", f"--out_dir={folder}")
-    assert done.returncode == 0, done
-    assert run(home, "-m", "tools.score", f"--out_dir={folder}").returncode == 0
-    of = scores(folder)
-    assert of["select"]["loss"] == pytest.approx(metrics(folder)[-1]["val_loss"], abs=1e-4)
-    done = run(home, "train.py", "--eval_only", "--eval_split=test", f"--out_dir={folder}")
-    assert f"{of['report']['loss']:.4f}" in done.stdout and f"{of['report']['accuracy']:.4f}" in done.stdout
-    assert all(f"{value:.4f}" in done.stdout for value in of["by_cell"].values()) and len(of["by_cell"]) == 2
+# Equal sizes ---------------------------------------------------------------------------------
 
-
-# -- comparison -----------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def compared(home, swept):
-    done = run(home, "-m", "tools.compare", swept, "--wandb_log", f"--keep={swept.parent / 'kept'}", env=ALONE)
-    assert done.returncode == 0, done
-    return done.stdout
-
-
-def test_the_table_has_what_the_runs_have(swept, compared):
-    with open(swept / "compare" / "table.csv") as file:
-        lines = {line["mixer"]: line for line in csv.DictReader(file)}
-    assert set(lines) == {"softmax", "pelican"}
-    for mixer, line in lines.items():
-        losses = [scores(swept / f"{mixer}-lr0.03-seed{seed}")["report"]["loss"] for seed in (1, 2)]
-        assert float(line["loss"]) == pytest.approx(mean(losses))
-        low, high = stats.t.interval(0.95, 1, loc=mean(losses), scale=stats.sem(losses))
-        assert float(line["loss_interval"]) == pytest.approx((high - low) / 2)
-        model = checkpoint.build_model(checkpoint.load(swept / f"{mixer}-lr0.03-seed1"))
-        assert int(line["parameters"]) == sum(p.numel() for p in model.parameters())
-        assert int(line["state_bytes"]) == model.state_bytes(16, torch.float32)
-        assert float(line["peak_bytes"]) > 2**27
-        assert f"{mean(losses):.4f}" in compared
-    assert lines["softmax"]["verdict"] == "baseline"
-    assert (swept / "compare" / "table.md").read_text() in compared
-    assert all((swept / "compare" / name).read_bytes().startswith(b"\x89PNG") for name in ("verdicts.png", "loss.png", "state.png", "position.png"))
-
-
-def test_the_records_alone_give_the_same_table(home, swept, compared):
-    kept = swept.parent / "kept"
-    assert not list(kept.glob("*/checkpoints"))
-    done = run(home, "-m", "tools.compare", kept, f"--out_dir={swept.parent / 'again'}")
-    assert done.returncode == 0 and (swept.parent / "again" / "table.md").read_text() == (swept / "compare" / "table.md").read_text(), done
-
-
-def test_single_runs_compare_too_and_what_is_not_equal_is_said(home, swept, compared):
-    a, b = swept / "softmax-lr0.03-seed1", changed(swept.parent / "kept/softmax-lr0.03-seed2", swept.parent / "b", learning_rate=0.01)
-    done = run(home, "-m", "tools.compare", a, b, "--baseline=softmax learning_rate=0.03", f"--out_dir={swept.parent / 'two'}")
-    assert done.returncode == 0, done
-    assert "one seed" in done.stdout and "not equal: learning_rate is 0.01 for softmax learning_rate=0.01; 0.03 for" in done.stdout
-
-
-def test_what_cannot_be_compared_is_one_line(refuses, swept, trained, tmp_path):
-    refuse = lambda *arguments: refuses(compare, *arguments, f"--out_dir={tmp_path}/c")
-    assert "no run to compare in" in refuse(tmp_path) and "no run to compare" in refuse()
-    assert "no run to compare in nowhere" in refuse(swept, "nowhere")
-    assert "have pelican, softmax" in refuse(swept, "--baseline=lln")
-    run = swept / "softmax-lr0.03-seed1"
-    assert "differ in" in refuse(swept, changed(run, tmp_path / "other", "config.json", block_size=8))
-    assert "same run twice" in refuse(run, changed(run, tmp_path / "twin"))
-    assert "has not reached its 9 steps" in refuse(run, changed(run, tmp_path / "shorter", "config.json", max_iters=9))
-    assert "same name, or are there already" in refuse(swept, f"--keep={swept}")
-    changed(run, tmp_path / "kept" / run.name, "config.json", max_iters=9)
-    assert "is of another run" in refuse(swept, f"--keep={tmp_path / 'kept'}")
-    assert not (tmp_path / "c").exists()
-
-
-@pytest.mark.parametrize("file, content, words", [
-    ("config.json", "{}", "it lacks mixer"), ("metrics.jsonl", "3\n", "cannot be read"), ("metrics.jsonl", '{"val_loss": 1}\n', "cannot be read"),
-    ("sweep.json", '{"runs": null}', "sweep.json is damaged"), ("scores.json", "{}", "no checkpoint in"), ("sweep.json", "[]", "sweep.json is damaged")])
-def test_a_damaged_record_is_one_line(refuses, swept, compared, tmp_path, file, content, words):
-    folder = shutil.copytree(swept.parent / "kept", tmp_path / "kept")
-    (folder / ("" if file == "sweep.json" else "softmax-lr0.03-seed1") / file).write_text(content)
-    assert words in refuses(compare, folder, f"--out_dir={tmp_path}/c")
-
-
-def test_failed_and_leaking_runs_are_named(home, swept, tmp_path):
-    folder = shutil.copytree(swept.parent / "kept", tmp_path / "kept")
-    for path in folder.glob("pelican*/config.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"allow_leak": True}))
-    (folder / "sweep.json").write_text(json.dumps({"runs": [path.name for path in folder.glob("*/")], "failed": {"lln-seed1": "loss nan"}}))
-    done = run(home, "-m", "tools.compare", folder)
-    assert "not in the table: lln-seed1: loss nan" in done.stdout and "losses may not be compared: pelican" in done.stdout, done
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("| pelican")]
-    assert "leaks" in line and "worse" not in line and "better" not in line
-
-
-def changed(source, folder, file="config.json", **values):
-    """A copy of a run with other values in one of its files."""
-    shutil.copytree(source, folder)
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
-    return folder
-
-
-def test_holms_adjustment():
-    """The example of Holm's procedure by hand: 0.01 x 4, 0.02 x 3, 0.03 x 2 (below the one before it, so as that), 0.9 x 1."""
-    assert compare.holm({"c": 0.03, "a": 0.01, "d": 0.9, "b": 0.02}) == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.9})
-    assert compare.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
-
-
-def welch(a, b):
-    """p of Welch's test from its definition."""
-    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
-    freedom = (va + vb)**2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return 2 * stats.t.sf(abs(np.mean(a) - np.mean(b)) / math.sqrt(va + vb), freedom)
-
-
-def test_verdicts_are_welchs_with_holms_correction():
-    losses = {"base": [1.00, 1.01, 0.99], "low": [0.90, 0.91, 0.895], "same": [1.00, 1.02, 0.99], "high": [1.2, 1.3, 1.25], "lone": [0.5]}
-    found = compare.verdicts(losses, "base")
-    assert {label: row["verdict"] for label, row in found.items()} == {
-        "base": "baseline", "low": "better", "same": "inside the seed noise", "high": "worse", "lone": "one seed"}
-    adjusted = compare.holm({label: welch(losses[label], losses["base"]) for label in ("low", "same", "high")})
-    assert {label: found[label]["p"] for label in adjusted} == pytest.approx(adjusted)
-    assert found["low"]["difference_low"] < found["low"]["difference"] < found["low"]["difference_high"] < 0
-
-
-def test_chance_alone_is_rarely_called_a_difference():
-    """13 mixers that are all the baseline: in at most one table of twenty any of them is said to differ."""
-    draw = np.random.default_rng(0)
-    wrong = 0
-    for _ in range(300):
-        losses = {str(i): draw.normal(1.8, 0.01, 5).tolist() for i in range(14)}
-        wrong += any(row["verdict"] in ("better", "worse") for row in compare.verdicts(losses, "0").values())
-    assert wrong / 300 < 0.08  # 0.05, and two and a half standard deviations of 300 draws
-
-
-# -- equal sizes ----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("what, baseline", [("params", "softmax"), ("flops", "softmax"), ("flops", "performer")])
+@pytest.mark.parametrize("what, baseline", [
+    ("params", "softmax"), ("flops", "softmax"), ("flops", "performer")])
 def test_matching_brings_every_mixer_to_the_baselines_size(what, baseline):
     """With options of two mechanisms set, which must count for these and not for the others."""
-    options = asdict(Options(n_layer=1, n_head=4, n_embd=64, block_size=64, performer_features=256, linformer_segment=16))
-    own = lambda mixer: {name: value for name, value in options.items() if has_effect(name, mixer, 1)} | {"mixer": mixer, "vocab_size": 65}
+    options = asdict(Options(n_layer=1, n_head=4, n_embd=64, block_size=64,
+                             performer_features=256, linformer_segment=16))
+
+    def model_of(mixer, changed={}):
+        own = {name: value for name, value in options.items() if has_effect(name, mixer, 1)}
+        return model_config(own | {"mixer": mixer, "vocab_size": 65} | changed, "test")
+
+    target = size(model_of(baseline), what)
     for mixer in MIXERS:
-        found, reached, target = matched(options, mixer, baseline, what, 65)
-        changed = {name: value for name, (_, value) in found.items()}
-        assert target == size(model_config(own(baseline), "test"), what)
-        assert abs(reached / target - 1) <= TOLERANCE, (mixer, reached, target)
-        config = model_config(own(mixer) | changed, "test")
-        assert size(config, what) == reached
-        assert set(changed) <= {"n_embd", "ffn_hidden"} and (changed or mixer not in ("pelican", "causal_max"))
-        assert all(before == getattr(model_config(own(mixer), "test"), name) for name, (before, _) in found.items())
+        found = matched(options, mixer, baseline, what, 65)
+        changed = {change.name: change.value for change in found.changes}
+        assert found.target == target
+        assert abs(found.reached / target - 1) <= TOLERANCE, (mixer, found)
+        assert size(model_of(mixer, changed), what) == found.reached
+        assert set(changed) <= {"n_embd", "ffn_hidden"}
+        assert changed or mixer not in ("pelican", "causal_max")
+        for change in found.changes:
+            assert change.before == getattr(model_of(mixer), change.name)
 
 
 def test_sizes_that_cannot_be_matched_are_said_so():
-    """One channel a head already, and attention over 4,096 tokens costs more than the whole of pelican."""
+    """One channel a head already, and attention over 4,096 tokens costs more than pelican."""
     options = asdict(Options(n_layer=1, n_head=16, n_embd=16, ffn_hidden=8, block_size=4096))
     with pytest.raises(BadInput, match="cannot be brought"):
         matched(options, "softmax", "pelican", "flops", 65)
-
-
-# -- wandb ----------------------------------------------------------------------------------------------------------------
-
-def records(path):
-    """The records of a .wandb file: 7 bytes, then blocks of 32 KiB that hold pieces, each with 4 bytes of checksum, 2 of length
-    and its type: whole, first, middle or last."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    content, at, whole = path.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        if 2**15 - at % 2**15 < 7:  # the rest of a block too short for a piece
-            at += 2**15 - at % 2**15
-            continue
-        length, kind = int.from_bytes(content[at + 4:at + 6], "little"), content[at + 6]
-        whole += content[at + 7:at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
-def recorded(folder):
-    """Of each offline wandb run below a folder: its record, and the keys and last values of its history."""
-    for path in sorted(folder.glob("**/offline-run-*/*.wandb")):
-        history, own = {}, None
-        for record in records(path):
-            own = record.run if record.HasField("run") and own is None else own
-            for item in record.history.item:
-                history[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        yield own, history
-
-
-def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(swept, compared):
-    runs = list(recorded(swept))
-    trainings = [(own, history) for own, history in runs if own.job_type != "comparison"]
-    assert {own.run_group for own, _ in runs} == {"swept"}
-    assert sorted(tuple(own.tags) for own, _ in trainings) == sorted(
-        (mixer, f"seed {seed}") for mixer in ("softmax", "pelican") for seed in (1, 2))
-    for own, history in trainings:
-        assert history["val_loss"] == metrics(swept / own.display_name)[-1]["val_loss"]
-    [(_, history)] = [entry for entry in runs if entry not in trainings]
-    assert (history["comparison/_type"], history["loss/_type"]) == ("table-file", "image-file")

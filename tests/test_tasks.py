@@ -14,6 +14,7 @@ from base.errors import BadInput
 from data import dataset, files, load_dataset, tasks
 from data.tokenizer import NumberTokenizer, load_tokenizer
 from mixers import MIXERS
+from training.machine import Machine
 from training.parallel import World
 
 SETS = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py") if "write_task" in path.read_text())
@@ -303,7 +304,8 @@ class Fixed(torch.nn.Module):
 
 def evaluate(data, split="val", block_size=12, pos="learned", eval_tokens=2**20):
     options = SimpleNamespace(block_size=block_size, pos=pos, eval_tokens=eval_tokens)
-    return train_script.evaluate(Fixed(), data, options, torch.device("cpu"), torch.no_grad(), World(), split)
+    machine = Machine(torch.device("cpu"), torch.no_grad(), World())
+    return train_script.evaluate(Fixed(), data, options, machine, split)
 
 
 def test_accuracy_and_loss_by_hand(data):

@@ -20,6 +20,7 @@ on all weights; everything runs on the CPU, in float64 unless a check is about a
     bits      the same seed gives the same bits, forward and backward
     cost      exponents of T: of measured time and of memory kept for the backward pass, and the declared FLOPs'; not judged
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import copy
 import math
 import sys

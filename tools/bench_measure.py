@@ -26,8 +26,10 @@ from base.errors import is_out_of_memory
 from config import Options
 from mixers import load_mixer_file
 from model import GPT, GPTConfig
-from train import backward, make_optimizer
+from train import backward
 from training.device import choose_device, ready_to_decode, rows_per_pass
+from training.machine import Machine
+from training.optimizer import make_optimizer
 from training.parallel import World
 
 PIECE = 2048         # tokens of a prefix fed at once, over all sequences
@@ -133,10 +135,10 @@ def training_step(model, tokens, autocast, compiled, device):
     # at a rate of 0 the weights stay as they are: every repeat is the same work
     optimizer = make_optimizer(model, Options(learning_rate=0.0), device)
     x, y = tokens[:, :-1].cpu(), tokens[:, 1:].cpu()  # from where train.py takes its batches
-    rows, world = rows_per_pass(*x.shape, device), World()
+    rows, machine = rows_per_pass(*x.shape, device), Machine(device, autocast(), World())
 
     def step():
-        backward(model, loss_fn, x, y, rows, device, autocast(), world)
+        backward(model, loss_fn, x, y, rows, machine)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad()

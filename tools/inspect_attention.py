@@ -12,6 +12,7 @@ automatic differentiation, which needs nothing from the mixer.
 
 B batch, T time, C channels, H heads, G key/value heads, D head size.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
 import math
 import sys

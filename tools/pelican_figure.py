@@ -4,6 +4,7 @@ Trains {LLaMA, Pelican} x {tau 1, tau 0.1} by configs/cosmopedia_{llama,llama_ta
 runs that are finished stay, unfinished ones go on, and more --max_iters extend them. Writes figure3.png and figure3.md, the table,
 to out/pelican/<dataset>, which holds the runs. Losses are in nats per token. The dashed lines are counted: see tools/ngrams.py.
 """
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import json
 import math
 import sys
@@ -151,7 +152,7 @@ def main():
     if not data.bytes_per_token:
         raise BadInput(f"--dataset={options.dataset} is a recall task; choose a text, such as shakespeare")
     out_dir = Path(options.out_dir or f"out/pelican/{options.dataset}")
-    for run, error in carry_out(runs_of(options, out_dir).values()):
+    for run, error in carry_out([run for run in runs_of(options, out_dir).values() if not run.finished()]):
         if error:
             raise BadInput(f"{run.folder}: {error}; the same command goes on")
         print(f"{run.folder} is trained; what it said is in {run.folder}.log", flush=True)

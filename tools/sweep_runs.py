@@ -1,34 +1,44 @@
-"""Runs of train.py one after the other, several at a time, or handed to a cluster; what is finished is left alone.
+"""Runs of train.py one after the other, several at a time, or handed to a cluster.
 
-    for run, error in carry_out([Run("out/a", ("configs/shakespeare.py", "--mixer=lln"))], at_once=2): ...
+    runs = [Run("out/a", ("configs/shakespeare.py", "--mixer=lln"))]
+    for run, error in carry_out([run for run in runs if not run.finished()], at_once=2): ...
 
-Every run is a train.py of its own in run.folder, then its scores (see tools/score.py); what they print goes to the .log file
-beside the folder. An interrupted run goes on from its checkpoint.
+Every run is a train.py of its own in run.folder, then its scores (see tools/score.py); what they
+print goes to the .log file beside the folder. An interrupted run goes on from its checkpoint. A
+run that another process is at, one whose sweep was killed say, is waited for. What is started
+here ends with this process (see tools/sweep_child.py).
 """
+import contextlib
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, Optional
 
-import torch
-
-from base.errors import BadInput
-from base.files import read_json
-from model import model_config
+from base.errors import BadInput, printable
+from base.files import exists, read_json
+from config import Options, filled_in
+from tools.records import Sweep, holds_run
 from tools.score import read_scores
-from training import checkpoint
-from training.run_folder import OF_ONE_COMMAND, holds_run, read_options
+from training.run_folder import OF_ONE_COMMAND, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
-# options that change neither what is trained nor how
-ASIDE = {"out_dir", "device", "eval_interval", "keep_last", "log_interval", "wandb_log", "wandb_project", "wandb_run_name", *OF_ONE_COMMAND}
-stopping = threading.Event()  # set by a signal: all processes are told to end, and no more are started
+# options that change neither what is trained nor how, but for rounding
+ASIDE = {"out_dir", "device", "threads", "eval_interval", "keep_last", "log_interval",
+         "wandb_log", "wandb_project", "wandb_run_name", *OF_ONE_COMMAND}
+IN_USE = "in use by another process"  # what train_and_score returns then
+stopping = threading.Event()  # set by a signal: all processes are told to end, no more are started
 
+
+# What a run is ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Run:
@@ -38,119 +48,288 @@ class Run:
     def command(self):
         return ["train.py", *self.arguments, f"--out_dir={self.folder}"]
 
+    @cache  # a sweep asks time and again, and all of train.py's options are parsed for it
     def options(self):
-        """As train.py would have them. BadInput for what it would refuse."""
-        options, _ = read_options([*self.command()[1:], "--overwrite"], "")  # or it would refuse the folder
-        return asdict(options) | asdict(model_config(asdict(options) | {"vocab_size": 1}, "options"))
+        """As train.py would have them, name -> value. BadInput for what it would refuse."""
+        arguments = [*self.command()[1:], "--overwrite"]  # or it would refuse the folder
+        options, _ = read_options(arguments, "")
+        return asdict(options)
+
+    def scores(self, data_sha256=None):
+        """What its scores.json says if it is finished, otherwise None. BadInput if the folder
+        holds a run of other options, or on data with another checksum."""
+        path = Path(self.folder) / "config.json"
+        if not exists(path):
+            return None
+        config = read_json(path, "move the run away")
+        other = difference(self.options(), config, data_sha256)
+        if other:
+            raise BadInput(f"{self.folder} was run with {other.name} {shortened(other.ran)}, "
+                           f"not {other.wanted}; choose another --out_dir, or move it away")
+        scores = read_scores(self.folder)
+        if scores is None or scores["iter"] < self.options()["max_iters"]:
+            return None
+        return scores
 
     def finished(self):
-        """Whether its last checkpoint and its scores are there. BadInput if the folder holds a run of other options."""
-        path = Path(self.folder) / "config.json"
-        if not path.exists():
-            return False
-        wanted, ran = self.options(), read_json(path, "move the run away")
-        aside = ASIDE | {"vocab_size"}
-        if wanted["lr_decay_iters"] == ran.get("lr_decay_iters"):  # then a shorter run is the beginning of a longer one
-            aside.add("max_iters")
-        for name, value in wanted.items():
-            if value != "auto" and name not in aside and ran.get(name, value) != value:
-                raise BadInput(f"{self.folder} was run with {name} {ran[name]}, not {value}; choose another --out_dir, or move it away")
-        scores = read_scores(self.folder)
-        return bool(checkpoint.checkpoints(self.folder)) and scores is not None and scores["iter"] >= wanted["max_iters"]
+        return self.scores() is not None
 
 
-def read_sweep(folder):
-    """The sweep.json of a folder: "runs" to compare, "missing" ones and "failed" {run: error}. BadInput if it is damaged."""
-    remedy = "run the same tools.sweep once more"
-    sweep = read_json(Path(folder) / "sweep.json", remedy)
-    try:
-        return {"runs": list(sweep["runs"]), "missing": list(sweep.get("missing", [])), "failed": dict(sweep["failed"])}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"{folder}/sweep.json is damaged ({error!r}); {remedy}") from error
+def resolved(values):
+    """Options, name -> value, with those of the model that follow from others filled in."""
+    return asdict(filled_in(Options(**values)))
 
 
-def train_and_score(run, threads=None, group=None):
-    """Returns None, or what went wrong in one line. Called here or on a machine of the cluster."""
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | ({"WANDB_RUN_GROUP": group} if group else {})
-    env["PYTHONPATH"] = with_root()
-    train = run.command() + (["--resume"] if holds_run(run.folder) else [])
-    score = ["tools/score.py", f"--out_dir={run.folder}", *(a for a in run.arguments if a.startswith(("--mixer_file=", "--device=")))]
-    Path(run.folder).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{run.folder}.log", "a") as log:
-        for script, *arguments in (train, score):
-            # in a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on once
-            process = subprocess.Popen([sys.executable, ROOT / script, *arguments], env=env, stdout=log, stderr=log, start_new_session=True)
-            try:
-                while process.poll() is None and not stopping.wait(0.1):
-                    pass
-            finally:  # stopped, here or as a job of the cluster
-                if process.poll() is None:
-                    process.terminate()  # train.py saves a checkpoint
-                    process.wait()
-            if stopping.is_set():
-                return "interrupted"
-            if process.returncode < 0:
-                return f"killed by signal {-process.returncode}, for want of memory perhaps; see {log.name}"
-            if process.returncode:
-                lines = Path(log.name).read_text(errors="replace").split("\n")
-                return next((line[-300:] for line in reversed(lines) if line.strip()), f"exit status {process.returncode}")
+@dataclass
+class Difference:
+    name: str    # of an option
+    wanted: Any
+    ran: Any
 
+
+def difference(wanted, ran, data_sha256=None):
+    """The first Difference that makes a run with the config `ran` another one than that of the
+    options `wanted` on data with this checksum (None: not known), or None.
+
+    A config that lacks an option, which has come since, counts as run with its default."""
+    aside = ASIDE | {"vocab_size"}
+    if wanted["lr_decay_iters"] == ran.get("lr_decay_iters"):
+        aside.add("max_iters")  # a shorter run is then the beginning of a longer one
+    defaults = asdict(Options())
+    lacking = {name: value for name, value in defaults.items() if name not in ran}
+    with_defaults = resolved(wanted | lacking)
+    for name, value in wanted.items():
+        of_run = ran.get(name, with_defaults[name])
+        if value != "auto" and name not in aside and of_run != value:
+            return Difference(name, value, of_run)
+    recorded = ran.get("data_sha256")
+    if data_sha256 and recorded and recorded != data_sha256:
+        return Difference("data_sha256", data_sha256, recorded)
+    return None
+
+
+def shortened(value):
+    """A value from a file, as a message may show it."""
+    text = printable(str(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# sweep.json ---------------------------------------------------------------------------------------
+
+class SweepFile(Sweep):
+    """All of it: which runs to compare are there, are missing, have failed, and of what sweep."""
+    config: Optional[str] = None
+    mixers: list[str] = []
+    learning_rates: list[float] = []
+    seeds: int = 0
+    match: Optional[str] = None
+    chosen: dict[str, float] = {}  # mixer -> learning rate
+
+
+def read_sweep_file(folder):
+    """The SweepFile of a folder. BadInput if it is damaged."""
+    path = Path(folder) / "sweep.json"
+    return read_json(path, "run the same tools.sweep once more", SweepFile)
+
+
+# Carrying runs out --------------------------------------------------------------------------------
 
 def with_root():
     """PYTHONPATH with this repository first."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+def environment(threads, group):
+    env = dict(os.environ, PYTHONPATH=with_root())
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
+    if group:
+        env["WANDB_RUN_GROUP"] = group
+    return env
+
+
+@contextlib.contextmanager
+def locked_log(run):
+    """Inside, the .log file of a run, open for appending and locked; None if another process has
+    locked it.
+
+    What is started with the file as its output holds the lock too, and goes on holding it should
+    we be killed."""
+    path = Path(f"{run.folder}.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:  # a link, or a pipe that nobody reads
+        raise BadInput(f"cannot write {path}: {error.strerror}; move it away") from error
+    with open(handle, "a") as log:
+        if not stat.S_ISREG(os.fstat(log.fileno()).st_mode):
+            raise BadInput(f"{path} is no regular file; move it away")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        except OSError:
+            pass  # a file system without locks
+        yield log
+
+
+def is_locked(path):
+    """Whether a process holds the lock on a file."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def is_in_use(run):
+    """Whether another process is at a run: a sweep, what a killed sweep has left, or a train.py
+    by hand."""
+    return is_locked(f"{run.folder}.log") or is_locked(Path(run.folder) / "lock")
+
+
+def train_and_score(run, threads=None, group=None):
+    """Trains a run, from its checkpoint on if there is one, and scores it. Here or on a machine
+    of the cluster.
+
+    Returns None, IN_USE, or what went wrong in one line."""
+    env = environment(threads, group)
+    train = ["train", *run.command()[1:]]
+    if holds_run(Path(run.folder)):
+        train.append("--resume")
+    score = ["tools.score", f"--out_dir={run.folder}"]
+    score += [word for word in run.arguments if word.startswith(("--mixer_file=", "--device="))]
+    with locked_log(run) as log:
+        if log is None:
+            return IN_USE
+        for command in (train, score):
+            status = run_child(command, env, log)
+            if stopping.is_set():
+                return "interrupted"
+            if status != 0 and is_locked(Path(run.folder) / "lock"):
+                return IN_USE  # a train.py by hand has it
+            if status < 0:
+                return (f"killed by signal {-status}, for want of memory perhaps; "
+                        f"see {run.folder}.log")
+            if status > 0:
+                return last_line(f"{run.folder}.log") or f"exit status {status}"
+    return None
+
+
+def run_child(command, env, log):
+    """The exit status of a command of ours, which ends when we end."""
+    # in a session of its own: Ctrl-C in the terminal reaches us alone, and we pass it on once
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools/sweep_child.py", *command],
+        env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+    with process.stdin:
+        try:
+            while process.poll() is None and not stopping.wait(0.1):
+                pass
+        finally:  # stopped, here or as a job of the cluster
+            if process.poll() is None:
+                process.terminate()  # train.py saves a checkpoint
+                process.wait()
+    return process.returncode
+
+
+def last_line(path):
+    """The end of the last line with something in it, or None."""
+    lines = Path(path).read_text(errors="replace").splitlines()
+    written = [line for line in lines if line.strip()]
+    return printable(written[-1][-300:]) if written else None
+
+
 def cluster(name, folder, settings):
-    """submitit's executor for "slurm", or "local", a rehearsal on this machine. settings: what submitit takes, "partition=gpu,timeout_min=600".
-    BadInput if submitit is not there or does not know them."""
+    """submitit's executor for "slurm", or "local", a rehearsal on this machine. settings: what
+    submitit takes, "slurm_partition=gpu,timeout_min=600". BadInput if submitit is not there or
+    does not know them."""
     try:
         import submitit
     except ImportError as error:
         raise BadInput("--cluster needs submitit; pip install submitit") from error
+    parameters = {}
+    for pair in filter(None, settings.split(",")):
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise BadInput(f"--cluster_options={settings}: {pair!r} is not name=value")
+        parameters[key] = int(value) if value.isdecimal() else value
     try:
         executor = submitit.AutoExecutor(folder=Path(folder) / "jobs", cluster=name)
-        pairs = dict(pair.split("=", 1) for pair in settings.split(",") if pair)
-        executor.update_parameters(**{key: int(value) if value.isdecimal() else value for key, value in pairs.items()})
-    except (ValueError, TypeError, NameError, RuntimeError) as error:
-        raise BadInput(f"--cluster={name} --cluster_options={settings}: {error}; the options are name=value,name=value as submitit.AutoExecutor "
-                       "takes them") from error
+        executor.update_parameters(**parameters)
+    except Exception as error:  # of submitit, for what it does not know or find
+        raise BadInput(f"--cluster={name} --cluster_options={settings}: {error}; the options are "
+                       "name=value,name=value as submitit.AutoExecutor takes them") from error
     os.environ["PYTHONPATH"] = with_root()  # where the jobs find this module
     return executor
 
 
 def carry_out(runs, at_once=1, executor=None, group=None):
-    """Yields (run, error or None) as they end, with finished ones first. executor: a cluster's; otherwise this machine's cores are
-    shared among `at_once` runs at a time. A signal stops all of them, with a checkpoint each, and raises KeyboardInterrupt."""
-    waiting = []
-    for run in runs:
-        if run.finished():
-            yield run, None
-        else:
-            waiting.append(run)
-    threads = None if executor or at_once == 1 else max(1, torch.get_num_threads() // at_once)
-    here = None if executor else ThreadPoolExecutor(at_once)
-    jobs = {run: (executor or here).submit(train_and_score, run, threads, group) for run in waiting}
+    """Yields (run, error or None) as they end. executor: a cluster's, which gets all of them at
+    once; otherwise at_once run here at a time, with a thread each if that is more than one. A run
+    in use by another process is waited for, after the others. A signal stops all of them, with a
+    checkpoint each, and raises KeyboardInterrupt."""
+    waiting = list(runs)
+    slots = len(waiting) if executor else at_once
+    # more threads than cores would wait for each other
+    threads = 1 if at_once > 1 and not executor else None
+    pool = executor or ThreadPoolExecutor(at_once)
+    jobs, told = {}, set()
     try:
-        while jobs:
+        while waiting or jobs:
+            for run in list(waiting):
+                if len(jobs) == slots:
+                    break
+                if is_in_use(run):
+                    if run not in told:
+                        print(f"{run.folder} is {IN_USE}: waiting for it, "
+                              "the others go first", flush=True)
+                    told.add(run)
+                    continue
+                waiting.remove(run)
+                jobs[run] = submit(pool, run, threads, group)
             for run in [run for run, job in jobs.items() if job.done()]:
-                yield run, result_of(jobs.pop(run))
-            time.sleep(0.1)
-    except (KeyboardInterrupt, GeneratorExit):
+                error = result_of(jobs.pop(run))
+                if error == IN_USE:
+                    waiting.append(run)
+                else:
+                    yield run, error
+            if waiting or jobs:
+                time.sleep(0.1 if jobs else 1)
+    except BaseException:  # Ctrl-C, say
         stopping.set()
         for job in jobs.values():
             job.cancel()
         raise
     finally:
-        if here:
-            here.shutdown(cancel_futures=True)  # returns when the last one has saved
+        if not executor:
+            pool.shutdown(cancel_futures=True)  # returns when the last one has saved
+
+
+def submit(pool, run, threads, group):
+    """The job of a run. BadInput if the cluster does not take it."""
+    try:
+        return pool.submit(train_and_score, run, threads, group)
+    except Exception as error:  # of submitit
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"the cluster takes no job: {reason}; mend --cluster_options") from error
 
 
 def result_of(job):
     try:
         return job.result()
     except Exception as error:  # of the cluster: out of time, cancelled, no such partition
-        return " ".join(str(error).split())[-300:]
+        return printable(" ".join(str(error).split())[-300:]) or type(error).__name__
 
 
 def end_like_ctrl_c():

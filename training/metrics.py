@@ -1,38 +1,66 @@
 """The record of a run: metrics.jsonl always, the same numbers mirrored to wandb if asked for.
 
-One JSON object per log line and per evaluation, absent values null:
-iter (optimiser updates done), train_loss and val_loss (nats per token), val_bpb (bits per byte), val_accuracy and
-val_accuracy_by_cell (share of right answers, and {difficulty: share}; for recall tasks), lr, tokens (read in training),
-flops (of training, by each mixer's own formula), tokens_per_s, seconds (of training and evaluation, over resumes),
-peak_bytes (the most memory so far; see device.peak_memory).
+One JSON object (`Row`) per log line and per evaluation, absent values null.
 """
 import json
 import os
 from pathlib import Path
+from typing import Annotated, Optional
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
 
 from base.errors import BadInput
+from base.files import exists, parse_json, read_bytes, write_file
 
-KEYS = ("iter", "train_loss", "val_loss", "val_bpb", "val_accuracy", "val_accuracy_by_cell", "lr", "tokens", "flops", "tokens_per_s", "seconds",
-        "peak_bytes")
+LARGEST = 2**31  # bytes of a metrics.jsonl that is read; a million lines have a tenth of it
+WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+
+Number = NotRequired[Optional[Annotated[float, Field(allow_inf_nan=False)]]]
+
+
+class Row(TypedDict):
+    iter: int                # optimiser updates done
+    train_loss: Number       # nats per token, or per answer
+    val_loss: Number
+    val_bpb: Number          # bits per byte; of a text
+    val_accuracy: Number     # share of right answers; of a recall task
+    val_accuracy_by_cell: NotRequired[Optional[dict[str, Optional[float]]]]  # {difficulty: share}
+    lr: Number
+    tokens: int              # read in training
+    flops: Number            # of training, by each mixer's own formula
+    tokens_per_s: Number
+    seconds: Number          # of training and evaluation, over resumes
+    peak_bytes: Number       # the most memory so far; see device.peak_memory
+
+
+KEYS = tuple(Row.__annotations__)
 
 
 class Metrics:
     def __init__(self, options, iteration, wandb_id):
-        """Goes on with out_dir/metrics.jsonl after `iteration`, and with the wandb run wandb_id if there is one."""
-        drop_lines_after(iteration, options.out_dir)
-        self.file = open(Path(options.out_dir) / "metrics.jsonl", "a")
+        """Goes on with out_dir/metrics.jsonl after `iteration`, and with the wandb run wandb_id."""
+        path = Path(options.out_dir) / "metrics.jsonl"
+        drop_lines_after(iteration, path)
+        # it is a file of ours by now; should another have put a link there since, it is not
+        # followed
+        self.file = open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW), "a")
         self.wandb = None
+        self.wandb_id = wandb_id
         if options.wandb_log:
-            self.wandb = start_wandb(options.wandb_project, options.wandb_run_name or Path(options.out_dir).name, options.out_dir, id=wandb_id,
-                                     resume="allow", config=vars(options), tags=[options.mixer[:64], f"seed {options.seed}"])
-        self.wandb_id = self.wandb.id if self.wandb else wandb_id
+            self.wandb = start_wandb(
+                options.wandb_project, options.wandb_run_name or Path(options.out_dir).name,
+                options.out_dir, id=wandb_id, resume="allow", config=vars(options),
+                tags=[options.mixer[:64], f"seed {options.seed}"])
+            self.wandb_id = self.wandb.id
 
     def log(self, **values):
         row = dict.fromkeys(KEYS) | values
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.wandb:
-            self.wandb.log({key: value for key, value in row.items() if value is not None}, step=row["iter"])
+            present = {key: value for key, value in row.items() if value is not None}
+            self.wandb.log(present, step=row["iter"])
 
     def sync(self):
         """Returns when every line is on the disk."""
@@ -44,28 +72,60 @@ class Metrics:
             self.wandb.finish()
 
 
-def drop_lines_after(iteration, out_dir):
-    """A run that goes on from `iteration` writes what came after it again."""
-    path = Path(out_dir) / "metrics.jsonl"
-    try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= iteration]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}); move it away to go on without the earlier lines") from error
-    aside = path.with_name(".metrics.jsonl")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+def drop_lines_after(iteration, path):
+    """Leaves the whole lines of a metrics.jsonl up to `iteration`: a run that goes on from there
+    writes what came after it again. BadInput if one of its lines is none of ours."""
+    remedy = "move it away to go on without the earlier lines"
+    content = read_bytes(path, LARGEST, remedy) if exists(path) else b""
+    schema = TypeAdapter(Row)
+    kept = []
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):  # half of one: the process was killed while it wrote
+            continue
+        try:
+            row = schema.validate_python(parse_json(line), strict=True)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            where = ".".join(map(str, detail["loc"]))
+            message = f"{path} is damaged: line {number}: {where} {detail['msg']}; {remedy}"
+            raise BadInput(message) from error
+        except ValueError as error:
+            raise BadInput(f"{path} is damaged: line {number} is no JSON; {remedy}") from error
+        if row["iter"] <= iteration:
+            kept.append(line)
+    write_file(path, b"".join(kept))
+
+
+def check_wandb(options):
+    """BadInput for what wandb would refuse, before anything is written."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode and mode not in WANDB_MODES:
+        raise BadInput(f"WANDB_MODE={mode} in the environment; have {', '.join(WANDB_MODES)}")
+    forbidden = sorted(set(options.wandb_project) & set("/\\#?%:"))
+    if forbidden or len(options.wandb_project) > 128:
+        raise BadInput(f"--wandb_project={options.wandb_project}: a project's name has at most 128 "
+                       "characters and none of / \\ # ? % :")
 
 
 def start_wandb(project, name, folder, **more):
-    """A wandb run that keeps its files in `folder`; without an account or a network an offline one, and one line that says so."""
+    """A wandb run that keeps its files in `folder`; without an account or a network an offline
+    one, and one line that says so. BadInput for what wandb does not accept."""
     import wandb  # takes half a second: only for those who ask
-    start = dict(project=project, name=name, dir=folder, settings=wandb.Settings(silent=True, init_timeout=20), **more)
     try:
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-        run = wandb.init(mode=mode, **start)
-    except wandb.Error:
-        run = wandb.init(mode="offline", **start)
+        settings = wandb.Settings(silent=True, init_timeout=20)
+        start = dict(project=project, name=name, dir=folder, settings=settings, **more)
+        try:
+            mode = os.environ.get("WANDB_MODE")
+            if not mode:
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            run = wandb.init(mode=mode, **start)
+        except wandb.Error:
+            run = wandb.init(mode="offline", **start)
+    except (ValueError, wandb.Error) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"wandb cannot start: {reason}; "
+                       "leave out --wandb_log, or mend its settings") from error
     if run.offline:
-        print(f"wandb: offline, for want of an account or a network; to upload later: wandb sync {Path(run.dir).parent}", flush=True)
+        print("wandb: offline, for want of an account or a network; "
+              f"to upload later: wandb sync {Path(run.dir).parent}", flush=True)
     return run

@@ -1,11 +1,15 @@
 """Training on several processes with PyTorch's own engine: torchrun starts them, DDP or FSDP2 keeps them in step.
 
-    torchrun --nproc_per_node=2 train.py configs/shakespeare.py                     DDP: each process holds the model
-    torchrun --nproc_per_node=2 train.py configs/shakespeare.py --parallel=fsdp     FSDP2: each holds a share of it
+    torchrun --nproc_per_node=2 train.py configs/shakespeare.py
+        DDP: each process holds the model
+    torchrun --nproc_per_node=2 train.py configs/shakespeare.py --parallel=fsdp
+        FSDP2: each holds a share of it
 
-Every process draws the whole batch of a step and takes its rows of it, so the same options are the same run on any number.
+Every process draws the whole batch of a step and takes its rows of it, so the same options are the
+same run on any number of processes.
 """
 import os
+import re
 import sys
 
 import torch
@@ -16,23 +20,45 @@ from torch.nn.parallel import DistributedDataParallel
 from base.errors import BadInput
 
 
+# what to do where the variables of the environment that torchrun sets are not as it sets them
+TORCHRUN = ("start several processes with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK to "
+            "train in one")
+
+
+def number_from_environment(name, default):
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise BadInput(f"the environment's {name} is {text!r}, no number; {TORCHRUN}")
+    return int(text)
+
+
 class World:
     """The processes of this run: .rank of .size, .local_rank on this machine. Without torchrun there is one."""
 
     def __init__(self):
-        self.rank, self.size, self.local_rank = (int(os.environ.get(name, otherwise)) for name, otherwise in
-                                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.rank = number_from_environment("RANK", 0)
+        self.size = number_from_environment("WORLD_SIZE", 1)
+        self.local_rank = number_from_environment("LOCAL_RANK", 0)
+        if self.rank >= self.size:
+            raise BadInput(f"the environment has RANK {self.rank} and WORLD_SIZE {self.size}: "
+                           f"ranks go from 0 to below the size; {TORCHRUN}")
 
     def start(self, device, options):
         """Joins the others and returns this process's device. Only rank 0 prints from here on."""
         if self.size == 1:
             return device
         if options.batch_size % self.size:
-            raise BadInput(f"batch_size {options.batch_size} is not divisible by the {self.size} processes; choose a multiple")
-        if device.type == "cuda":
-            device = torch.device("cuda", self.local_rank)
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            raise BadInput(f"batch_size {options.batch_size} is not divisible by the {self.size} "
+                           "processes; choose a multiple")
+        try:
+            if device.type == "cuda":
+                device = torch.device("cuda", self.local_rank)
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadInput(f"cannot join the {self.size} processes that the environment's "
+                           f"WORLD_SIZE asks for: {reason}; {TORCHRUN}") from error
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")
         return device
@@ -64,8 +90,9 @@ class World:
             dist.barrier()
 
     def end(self):
-        """Of several processes, ends this one with status 0, at once: while Python takes itself down, a thread of gloo's that
-        still holds a Python object now and then aborts the process, and a finished run counts as failed."""
+        """Of several processes, ends this one with status 0, at once: while Python takes itself
+        down, a thread of gloo's that still holds a Python object now and then aborts the process,
+        and a finished run counts as failed."""
         if self.size > 1:
             dist.destroy_process_group()
             sys.stdout.flush()
@@ -78,20 +105,23 @@ class Loss(nn.Module):
 
     def __init__(self, model, loss_fn):
         super().__init__()
-        self.model, self.loss_fn = model, loss_fn
+        self.model = model
+        self.loss_fn = loss_fn
 
     def forward(self, idx, targets):
         return self.loss_fn(idx, targets)
 
 
 def join(model, loss_fn, options, world):
-    """loss_fn(idx, targets) whose backward pass averages the gradients over all processes. FSDP shards the model in place."""
+    """loss_fn(idx, targets) whose backward pass averages the gradients over all processes. FSDP
+    shards the model in place."""
     if world.size == 1:
         return loss_fn
     if options.parallel == "ddp":
         # buffers hold statistics, which are averaged once per step by those who collect them
         return DistributedDataParallel(Loss(model, loss_fn), broadcast_buffers=False)
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second: only for those who ask
+    # takes a second: only for those who ask
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     for part in (*model.blocks, model):
         fully_shard(part)
     register_fsdp_forward_method(model, "loss")
@@ -99,7 +129,7 @@ def join(model, loss_fn, options, world):
 
 
 def synchronise_gradients(loss_fn, model, on):
-    """Whether the next backward pass averages gradients: only the last micro-step of a step needs to."""
+    """Whether the next backward pass averages gradients: only a step's last micro-step needs to."""
     if isinstance(loss_fn, DistributedDataParallel):
         loss_fn.require_backward_grad_sync = on
     elif hasattr(model, "set_requires_gradient_sync"):
@@ -107,13 +137,14 @@ def synchronise_gradients(loss_fn, model, on):
 
 
 def whole(tensor):
-    """A tensor that FSDP shards, put together again; every process must ask. Others as they are."""
+    """A tensor that FSDP shards, put together again; every process must ask. Others stay."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def share_like(tensor, parameter):
-    """`tensor` (whole) where and as `parameter` lies: its device, and its shards if FSDP shards it."""
-    if hasattr(parameter, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return tensor.to(parameter.device)
+def share_like(tensor, other):
+    """`tensor` (whole) where and as `other` lies: its device, and its shards if FSDP shards it."""
+    tensor = tensor.to(other.device)
+    if not hasattr(other, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements)

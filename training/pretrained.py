@@ -1,22 +1,27 @@
 """Pretrained models: the weights of Hugging Face's GPT-2 and LLaMA, from safetensors.
 
-    python train.py --init_from=gpt2 --dataset=shakespeare --max_iters=0       GPT-2, fetched (0.5 GB), its validation loss
-    python train.py --init_from=my/llama --mixer=ssa --dataset=mine            a local folder: config.json, model.safetensors
+    python train.py --init_from=gpt2 --dataset=shakespeare --max_iters=0
+        GPT-2, fetched (0.5 GB), and its validation loss
+    python train.py --init_from=my/llama --mixer=ssa --dataset=mine
+        a local folder: config.json, model.safetensors
 
-The model options come from the folder's config.json; what it asks for and we lack is refused, never left out.
+The model options come from the folder's config.json; what it asks for and we lack is refused,
+never left out.
 """
 import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Optional
 
 import torch
+from pydantic import BaseModel, ConfigDict, create_model
 
-from base.errors import BadInput
-from base.files import read_json
+from base.errors import BadInput, first_few
+from base.files import exists, is_file, read_json
 from config import ModelOptions
 from mixers import mechanism_of
-from model import model_config
+from model import GPTConfig, model_config
 from training import checkpoint
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -24,167 +29,303 @@ REMEDY = "fetch the folder again"
 
 # config.json's name -> our option
 FIELDS = {
-    "gpt2": {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
-             "n_inner": "ffn_hidden", "layer_norm_epsilon": "norm_eps", "activation_function": "mlp_activation",
-             "tie_word_embeddings": "tie_head"},
-    "llama": {"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
-              "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd",
-              "intermediate_size": "ffn_hidden", "rms_norm_eps": "norm_eps", "hidden_act": "mlp_activation",
-              "tie_word_embeddings": "tie_head", "attention_bias": "bias", "mlp_bias": "ffn_bias"},
+    "gpt2": {
+        "vocab_size": "vocab_size",
+        "n_positions": "block_size",
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_embd": "n_embd",
+        "n_inner": "ffn_hidden",
+        "layer_norm_epsilon": "norm_eps",
+        "activation_function": "mlp_activation",
+        "tie_word_embeddings": "tie_head",
+    },
+    "llama": {
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "block_size",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_kv_head",
+        "hidden_size": "n_embd",
+        "intermediate_size": "ffn_hidden",
+        "rms_norm_eps": "norm_eps",
+        "hidden_act": "mlp_activation",
+        "tie_word_embeddings": "tie_head",
+        "attention_bias": "bias",
+        "mlp_bias": "ffn_bias",
+    },
 }
 REQUIRED = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd"}
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu", "swish": "silu"}
+ACTIVATION_FIELD = {"gpt2": "activation_function", "llama": "hidden_act"}
+ACTIVATIONS = {  # theirs -> ours
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
 # fields of config.json that change nothing in the function computed, or in training only
-HARMLESS = re.compile(r"_.*|model_type|architectures|(torch_)?dtype|transformers_version|transformers\.js_config|use_cache|initializer_range"
-                      r"|.*_token_id|.*pdrop|.*dropout|summary_.*|task_specific_params|n_ctx|reorder_and_upcast_attn|pretraining_tp"
-                      r"|id2label|label2id|return_dict|is_llama_config")
-BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # masks and wavelengths, which old files hold
+HARMLESS = re.compile(
+    r"_.*|model_type|architectures|(torch_)?dtype|transformers_version|transformers\.js_config"
+    r"|use_cache|initializer_range|.*_token_id|.*pdrop|.*dropout|summary_.*|task_specific_params"
+    r"|n_ctx|reorder_and_upcast_attn|pretraining_tp|id2label|label2id|return_dict|is_llama_config")
+# masks and wavelengths, which old files hold among the weights
+BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
 PREFIX = {"gpt2": "transformer.", "llama": "model."}
+STACK = {"gpt2": "h", "llama": "layers"}  # their blocks
 # our layer -> Hugging Face's, of which several are stacked in this order
-LAYERS = {
-    "gpt2": ({"embed": ["wte"], "pos_embed": ["wpe"], "norm": ["ln_f"], "head": ["lm_head"]}, "h",
-             {"norm1": ["ln_1"], "mixer.c_attn.proj": ["attn.c_attn"], "mixer.c_proj": ["attn.c_proj"],
-              "norm2": ["ln_2"], "mlp.c_fc": ["mlp.c_fc"], "mlp.c_proj": ["mlp.c_proj"]}),
-    "llama": ({"embed": ["embed_tokens"], "norm": ["norm"], "head": ["lm_head"]}, "layers",
-              {"norm1": ["input_layernorm"], "mixer.c_attn.proj": [f"self_attn.{x}_proj" for x in "qkv"],
-               "mixer.c_proj": ["self_attn.o_proj"], "norm2": ["post_attention_layernorm"],
-               "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"]}),
+OUTER_LAYERS = {
+    "gpt2": {"embed": ["wte"], "pos_embed": ["wpe"], "norm": ["ln_f"], "head": ["lm_head"]},
+    "llama": {"embed": ["embed_tokens"], "norm": ["norm"], "head": ["lm_head"]},
+}
+BLOCK_LAYERS = {
+    "gpt2": {
+        "norm1": ["ln_1"],
+        "mixer.c_attn.proj": ["attn.c_attn"],
+        "mixer.c_proj": ["attn.c_proj"],
+        "norm2": ["ln_2"],
+        "mlp.c_fc": ["mlp.c_fc"],
+        "mlp.c_proj": ["mlp.c_proj"],
+    },
+    "llama": {
+        "norm1": ["input_layernorm"],
+        "mixer.c_attn.proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "mixer.c_proj": ["self_attn.o_proj"],
+        "norm2": ["post_attention_layernorm"],
+        "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+        "mlp.c_proj": ["mlp.down_proj"],
+    },
 }
 
 
 def layers(config):
-    """(our layer, [Hugging Face's layers], whether their matrix is the transpose of ours) of a model, without their prefix."""
-    whole, stack, block = LAYERS[config.arch]
-    for ours, theirs in whole.items():
+    """(our layer, [Hugging Face's layers without their prefix], whether their matrix is the
+    transpose of ours) of a model."""
+    for ours, theirs in OUTER_LAYERS[config.arch].items():
         if not (ours == "head" and config.tie_head):
             yield ours, theirs, False
     for i in range(config.n_layer):
-        for ours, theirs in block.items():
-            yield f"blocks.{i}.{ours}", [f"{stack}.{i}.{name}" for name in theirs], config.arch == "gpt2" and ".c_" in ours
+        for ours, theirs in BLOCK_LAYERS[config.arch].items():
+            names = [f"{STACK[config.arch]}.{i}.{name}" for name in theirs]
+            yield f"blocks.{i}.{ours}", names, config.arch == "gpt2" and ".c_" in ours
 
 
 def is_pretrained(init_from):
-    """Whether init_from names one of GPT-2's sizes or a folder of Hugging Face's; otherwise it is a run folder."""
+    """Whether init_from names one of GPT-2's sizes or a folder of Hugging Face's; otherwise it is a
+    run folder."""
     folder = Path(init_from)
-    if init_from in NAMES and not folder.exists():
+    if init_from in NAMES and not exists(folder):
         return True
-    return not (folder / "checkpoints").exists() and any((folder / f"{name}{index}").is_file() for index in ("", ".index.json")
-                                                         for name in ("model.safetensors", "pytorch_model.bin"))
+    if exists(folder / "checkpoints"):
+        return False
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        if exists(folder / weights) or exists(folder / f"{weights}.index.json"):
+            return True
+    return False
 
 
-def local(init_from, name):
-    """The path of a file of a pretrained model; the hub's are fetched once and kept in its own cache."""
-    if Path(init_from).exists():
+def local_path(init_from, name):
+    """The path of a file of a pretrained model. The hub's are fetched once and kept in its own
+    cache."""
+    if exists(init_from):
         return Path(init_from) / name
     from huggingface_hub import hf_hub_download  # here, as only these names need it
     try:
         return Path(hf_hub_download(f"openai-community/{init_from}", name))
     except Exception as error:  # of whichever HTTP client it is built on
-        raise BadInput(f"--init_from={init_from}: cannot fetch {name} from the Hugging Face hub: {str(error).splitlines()[0]}; connect to "
-                       "the network, or name a local folder with config.json and model.safetensors") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"--init_from={init_from}: cannot fetch {name} from the Hugging Face hub: "
+                       f"{reason}; connect to the network, or name a local folder with config.json "
+                       "and model.safetensors") from error
 
 
-# config.json ---------------------------------------------------------------------------------------------------------
+# config.json --------------------------------------------------------------------------------------
 
 def read_config(init_from):
-    """The GPTConfig that a pretrained model's config.json describes. BadInput for what we do not implement, by name."""
-    path = local(init_from, "config.json")
-    values = read_json(path, REMEDY)
-
-    def refuse(name, value):
-        raise BadInput(f"{path}: {name} {json.dumps(value)} is not implemented here; have GPT-2 and LLaMA in their plain forms")
-
-    arch = values.get("model_type")
+    """The GPTConfig that a pretrained model's config.json describes. BadInput for what we do not
+    implement, by name."""
+    path = local_path(init_from, "config.json")
+    arch = read_json(path, REMEDY).get("model_type")
     if arch not in ("gpt2", "llama"):
-        refuse("model_type", arch)
-    ours = {option: values[name] for name, option in FIELDS[arch].items() if values.get(name) is not None}
+        refuse(path, "model_type", arch)
+    values = read_json(path, REMEDY, schema(arch)).model_dump(exclude_none=True)
+    ours = {option: values[name] for name, option in FIELDS[arch].items() if name in values}
     missing = [name for name, option in FIELDS[arch].items() if option in REQUIRED - ours.keys()]
     if missing:
         raise BadInput(f"{path} lacks {', '.join(missing)}; {REMEDY}")
     activation = ours.get("mlp_activation", "gelu_new" if arch == "gpt2" else "silu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        refuse("activation_function" if arch == "gpt2" else "hidden_act", activation)
+    if activation not in ACTIVATIONS:
+        refuse(path, ACTIVATION_FIELD[arch], activation)
     ours["mlp_activation"] = ACTIVATIONS[activation]
-    rest = {name: value for name, value in values.items() if name not in FIELDS[arch] and not HARMLESS.fullmatch(name)}
-    if rest.pop("scale_attn_weights", True) is not True:
-        refuse("scale_attn_weights", values["scale_attn_weights"])
+    known = set(FIELDS[arch]) | {"scale_attn_weights", "head_dim"}
+    if not values.get("scale_attn_weights", True):
+        refuse(path, "scale_attn_weights", False)
     if arch == "llama":
+        known |= {"rope_theta", "rope_scaling", "rope_parameters"}
+        ours["rope_base"] = rope_base(path, values)
         ours.setdefault("ffn_bias", False)
-        ours["rope_base"] = rest.pop("rope_theta", None) or 10000.0
-        for name in ("rope_scaling", "rope_parameters"):
-            rope = rest.pop(name, None) or {"rope_type": "default"}
-            if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
-                refuse(name, rope)
-            ours["rope_base"] = rope.get("rope_theta", ours["rope_base"])
     config = model_config(ours | {"arch": arch}, path)
-    if rest.pop("head_dim", None) not in (None, config.n_embd // config.n_head):
-        refuse("head_dim", values["head_dim"])
-    for name, value in rest.items():
-        if value not in (None, False, [], {}):
-            refuse(name, value)
+    if values.get("head_dim", config.n_embd // config.n_head) != config.n_embd // config.n_head:
+        refuse(path, "head_dim", values["head_dim"])
+    for name, value in values.items():
+        if name not in known and not HARMLESS.fullmatch(name) and value not in (False, [], {}):
+            refuse(path, name, value)
+    refuse_impossible_sizes(path, config)
     return config
 
 
+def schema(arch):
+    """The pydantic type of config.json: what we read of it has the types of our own options."""
+    types = {f.name: f.type for f in fields(GPTConfig)} | {"mlp_activation": str}
+    known = {name: (Optional[types[option]], None) for name, option in FIELDS[arch].items()}
+    return create_model(f"config.json of {arch}", **known,
+                        scale_attn_weights=(Optional[bool], None),
+                        head_dim=(Optional[int], None),
+                        rope_theta=(Optional[float], None),
+                        rope_scaling=(Optional[dict], None),
+                        rope_parameters=(Optional[dict], None),
+                        __config__=ConfigDict(extra="allow"))
+
+
+def refuse(path, name, value):
+    shown = json.dumps(value)
+    if len(shown) > 100:
+        shown = f"{shown[:100]} ..."
+    raise BadInput(f"{path}: {name} {shown} is not implemented here; have GPT-2 and LLaMA in their "
+                   "plain forms")
+
+
+def rope_base(path, values):
+    """The base of RoPE, which transformers has written in three places over time."""
+    base = values.get("rope_theta", 10000.0)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = values.get(name) or {"rope_type": "default"}
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
+            refuse(path, name, rope)
+        base = rope.get("rope_theta", base)
+    return base
+
+
+def refuse_impossible_sizes(path, config):
+    """BadInput if the model cannot be that of the files beside its config.json, which have a byte
+    or more for each parameter: a model far beyond them is never built."""
+    files = [file for file in path.parent.glob("*.safetensors") if is_file(file)]
+    size = sum(file.stat().st_size for file in files)
+    block = config.n_embd * (config.n_embd + config.ffn_hidden)
+    parameters = config.vocab_size * config.n_embd + config.n_layer * block
+    if files and parameters > size:
+        raise BadInput(f"{path} describes a model of {parameters:,} parameters or more, the files "
+                       f"of weights beside it have {size:,} bytes; {REMEDY}")
+
+
 def take_architecture(options, explicit):
-    """The options with the pretrained model's architecture. BadInput for options that were set (`explicit`) to something else."""
+    """The options with the pretrained model's architecture. BadInput for options that were set
+    (`explicit`) to something else."""
     config = read_config(options.init_from)
-    values = {f.name: getattr(config, f.name) for f in fields(ModelOptions) if f.name not in ("mixer", "dropout") and not mechanism_of(f.name)}
+    values = {}
+    for f in fields(ModelOptions):
+        if f.name not in ("mixer", "dropout") and not mechanism_of(f.name):
+            values[f.name] = getattr(config, f.name)
     if "block_size" in explicit:  # a shorter context than it was trained on is fine
         values["block_size"] = min(values["block_size"], options.block_size)
-    odd = [f"{name} {getattr(options, name)}, which is {value} there" for name, value in values.items()
-           if name in explicit and getattr(options, name) not in (None, value)]
-    if odd:
-        raise BadInput(f"--init_from={options.init_from} does not go with {', '.join(odd)}; leave these options out")
+    contradicted = []
+    for name, value in values.items():
+        if name in explicit and getattr(options, name) not in (None, value):
+            contradicted.append(f"{name} {getattr(options, name)}, which is {value} there")
+    if contradicted:
+        raise BadInput(f"--init_from={options.init_from} does not go with "
+                       f"{', '.join(contradicted)}; leave these options out")
     return replace(options, **values)
 
 
-# Weights -------------------------------------------------------------------------------------------------------------
+# Weights ------------------------------------------------------------------------------------------
+
+class WeightIndex(BaseModel):
+    """model.safetensors.index.json."""
+    weight_map: dict[str, str]  # tensor's name -> file's name
+
+
+def weight_files(init_from):
+    """The paths of model.safetensors or of its shards. BadInput where there is neither."""
+    if not exists(init_from):
+        return [local_path(init_from, "model.safetensors")]
+    folder = Path(init_from)
+    index = folder / "model.safetensors.index.json"
+    if exists(folder / "model.safetensors"):
+        return [folder / "model.safetensors"]
+    if not exists(index):
+        raise BadInput(f"{folder} holds its weights as a pickle, which could run code and is not "
+                       "read; convert it to safetensors where you trust it: transformers' "
+                       "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)")
+    shards = read_json(index, REMEDY, WeightIndex).weight_map
+    for shard in shards.values():
+        if Path(shard).name != shard:
+            raise BadInput(f"{index} is damaged: its weight_map names {shard!r}, which is no file "
+                           f"of this folder; {REMEDY}")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
 
 def read_tensors(init_from):
-    """Hugging Face's name -> tensor, from model.safetensors or from its shards. BadInput where there is neither."""
-    folder = Path(init_from)
-    if not folder.exists():
-        return checkpoint.read_tensors(local(init_from, "model.safetensors"), REMEDY)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        shards = ["model.safetensors"]
-    elif index.exists():
-        shards = read_json(index, REMEDY).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
-            raise BadInput(f"{index} is damaged: its weight_map names no files of this folder; {REMEDY}")
-        shards = sorted(set(shards.values()))
-    else:
-        raise BadInput(f"{folder} holds its weights as a pickle, which could run code and is not read; convert it to safetensors where you trust it: "
-                       "transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)")
+    """Hugging Face's name -> tensor."""
     tensors = {}
-    for shard in shards:
-        tensors |= checkpoint.read_tensors(folder / shard, REMEDY)
+    for path in weight_files(init_from):
+        if not is_file(path):
+            raise BadInput(f"{path} is no regular file; {REMEDY}")
+        tensors |= checkpoint.read_tensors(path, REMEDY)
     return tensors
 
 
-def load(init_from, config):
-    """Our name -> tensor of a pretrained model, as a GPT of `config` needs them. BadInput if its vocabulary or one of its
-    tensors does not fit."""
+def read_weights(init_from, config):
+    """Our name -> tensor of a pretrained model, as a GPT of `config` needs them. BadInput if its
+    vocabulary or one of its tensors does not fit."""
     vocab_size = read_config(init_from).vocab_size
     if vocab_size != config.vocab_size:
-        raise BadInput(f"--init_from={init_from} has a vocabulary of {vocab_size:,}, the data set one of {config.vocab_size:,}; choose a "
-                       "--dataset prepared with its tokenizer (GPT-2's: shakespeare)")
-    prefix = PREFIX[config.arch]
-    left = {name.removeprefix(prefix): t for name, t in read_tensors(init_from).items() if not BUFFERS.search(name)}
-    if config.tie_head:
-        left.pop("lm_head.weight", None)
+        raise BadInput(f"--init_from={init_from} has a vocabulary of {vocab_size:,}, the data set "
+                       f"one of {config.vocab_size:,}; choose a --dataset prepared with its "
+                       "tokenizer (GPT-2's: shakespeare)")
+    left = {}
+    for name, tensor in read_tensors(init_from).items():
+        if not BUFFERS.search(name):
+            left[name.removeprefix(PREFIX[config.arch])] = tensor
+    check_tied_head(init_from, config, left)
     ours = {}
     for layer, theirs, transposed in layers(config):
         for kind in ("weight", "bias"):
             names = [f"{name}.{kind}" for name in theirs]
             if all(name in left for name in names):
                 parts = [left.pop(name) for name in names]
-                try:
-                    ours[f"{layer}.{kind}"] = torch.cat([p.t() if transposed else p for p in parts])
-                except RuntimeError as error:
-                    raise BadInput(f"{init_from}: {', '.join(names)} have shapes {[tuple(p.shape) for p in parts]}; {REMEDY}") from error
+                ours[f"{layer}.{kind}"] = stack(init_from, names, parts, transposed)
     if left:
-        raise BadInput(f"{init_from}: no place for its tensors {', '.join(sorted(left)[:5])}{', ...' if len(left) > 5 else ''} in arch {config.arch!r}")
+        raise BadInput(f"{init_from}: no place for its tensors {first_few(sorted(left))} "
+                       f"in arch {config.arch!r}")
     if "pos_embed.weight" in ours:
         ours["pos_embed.weight"] = ours["pos_embed.weight"][:config.block_size]
     return ours
+
+
+def check_tied_head(init_from, config, tensors):
+    """Leaves out the head's weight where it is the embedding's, which some files hold twice.
+    BadInput if it is another and config.json has the two tied."""
+    if not config.tie_head:
+        return
+    head = tensors.pop("lm_head.weight", None)
+    [embed] = OUTER_LAYERS[config.arch]["embed"]
+    if head is not None and not torch.equal(head, tensors.get(f"{embed}.weight", head[:0])):
+        raise BadInput(f"{init_from}: lm_head.weight is not {embed}.weight, but config.json has "
+                       "tie_word_embeddings true, with which one of them would be lost; set it to "
+                       "false there if the head is the model's, or take lm_head.weight out")
+
+
+def stack(init_from, names, parts, transposed):
+    """Their tensors as one of ours."""
+    kinds = [f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for p in parts]
+    wrong = f"{init_from}: {', '.join(names)}: {', '.join(kinds)}"
+    if not all(p.is_floating_point() for p in parts):
+        raise BadInput(f"{wrong}: quantised weights are not implemented here; convert them to "
+                       "float32 or bfloat16")
+    try:
+        return torch.cat([p.t() if transposed else p for p in parts])
+    except RuntimeError as error:
+        raise BadInput(f"{wrong}: shapes that do not fit each other; {REMEDY}") from error

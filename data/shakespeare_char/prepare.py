@@ -5,7 +5,8 @@ Run: python data/shakespeare_char/prepare.py    (seconds; train.py does it by it
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `config` and `data`
+# the repository, for `base` and `data`
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import exit_on_bad_input
 from data.files import write_text_dataset
@@ -16,7 +17,8 @@ from data.tokenizer import char_tokenizer_of
 def main():
     folder = Path(__file__).resolve().parent
     text = tiny_shakespeare(folder)
-    write_text_dataset(folder, text, char_tokenizer_of(text), SHAKESPEARE_SHA256, "data/shakespeare_char/prepare.py")
+    write_text_dataset(folder, text, char_tokenizer_of(text), SHAKESPEARE_SHA256,
+                       "data/shakespeare_char/prepare.py")
 
 
 if __name__ == "__main__":
