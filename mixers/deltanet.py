@@ -2,10 +2,10 @@
 
     S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    y_t = S_t^T q_t / sqrt(D)
 
-what is stored under k_t is taken out before v_t is put there. q, k, v come through a short convolution
-and SiLU, q and k are then of length 1, beta_t = sigmoid(w x_t) for each head. y goes through RMSNorm
-over each head's channels, then c_proj. q, k, v, y (B, H, T, D), D = C / H. State: the convolution's
-last 3 inputs, and S (B, H, D, D). No positions, no forgetting.
+what is stored under k_t is taken out before v_t is put there. q, k, v come through a short
+convolution and SiLU, q and k are then of length 1, beta_t = sigmoid(w x_t) for each head. y goes
+through RMSNorm over each head's channels, then c_proj. q, k, v, y (B, H, T, D), D = C / H. State:
+the convolution's last 3 inputs, and S (B, H, D, D). No positions, no forgetting.
 
 --deltanet_negative: beta in (0, 2), so that I - beta k k^T has negative eigenvalues, as parity and
 other state tracking need (Grazzi et al. 2024, arXiv 2411.12537). Keys of length 1 are part of the

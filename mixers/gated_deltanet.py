@@ -3,12 +3,12 @@
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    y_t = S_t^T q_t / sqrt(D)
     alpha_t = exp(-exp(A_log) softplus(w_a x_t + dt_bias)),    beta_t = sigmoid(w_b x_t)
 
-one alpha and one beta a head. q, k, v come through a short convolution and SiLU, q and k are then of
-length 1. y goes through RMSNorm over each head's E channels, times SiLU(W_g x_t), then c_proj.
+one alpha and one beta a head. q, k, v come through a short convolution and SiLU, q and k are then
+of length 1. y goes through RMSNorm over each head's E channels, times SiLU(W_g x_t), then c_proj.
 q, k (B, H, T, D), v, y (B, H, T, E). State: the convolution's last 3 inputs, and S (B, H, D, E).
 
-Deviation: published with keys 0.75 C and values 1.5 C, 6 C^2 parameters; here keys C / 2 and values C,
-the same ratio at softmax attention's 4 C^2.
+Deviation: published with keys 0.75 C and values 1.5 C, 6 C^2 parameters; here keys C / 2 and values
+C, the same ratio at softmax attention's 4 C^2.
 """
 import math
 

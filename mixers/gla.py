@@ -24,7 +24,8 @@ from mixers.parts.recurrent_heads import HeadNorm, Projections, in_float32
 class GLA(nn.Module):
     class Options:
         gla_divisor: float = option(
-            16.0, "GLA's gates are the power 1 / divisor of a sigmoid; larger forgets more slowly", gt=0)
+            16.0, "GLA's gates are the power 1 / divisor of a sigmoid; larger forgets more slowly",
+            gt=0)
         gla_rank: int = option(16, "rank of the projection to GLA's gates", ge=1)
 
     def __init__(self, config, layer):

@@ -1,6 +1,7 @@
-"""Kimi Delta Attention (Kimi Linear, 2025, arXiv 2510.26692): the delta rule with a decay for each channel.
+"""Kimi Delta Attention (Kimi Linear, 2025, arXiv 2510.26692): the delta rule with a decay for each
+channel.
 
-    S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T,    y_t = S_t^T q_t / sqrt(D)
+  S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T,   y_t = S_t^T q_t / sqrt(D)
 
 alpha_t = exp(g_t) for each key channel, from f_t = W_2 W_1 x_t (W_1 C -> D):
 
@@ -8,13 +9,13 @@ alpha_t = exp(g_t) for each key channel, from f_t = W_2 W_1 x_t (W_1 C -> D):
     --no-kda_bounded       g = -exp(A_log) softplus(f + dt_bias)
 
 A_log a head, dt_bias a channel; beta_t = sigmoid(w_b x_t) a head. q, k, v come through a short
-convolution and SiLU, q and k are then of length 1. y goes through RMSNorm over each head's channels,
-times sigmoid(W_g2 W_g1 x_t + b) (W_g1 C -> D), then c_proj. q, k, v, y (B, H, T, D), D = C / H.
-State: the convolution's last 3 inputs, and S (B, H, D, D). No positions.
+convolution and SiLU, q and k are then of length 1. y goes through RMSNorm over each head's
+channels, times sigmoid(W_g2 W_g1 x_t + b) (W_g1 C -> D), then c_proj. q, k, v, y (B, H, T, D), D =
+C / H. State: the convolution's last 3 inputs, and S (B, H, D, D). No positions.
 
-Start, ours: dt_bias such that -g is log-uniform in 0.001 to 0.1, half-lives of 7 to 690 tokens; A_log
-0 where bounded, else A in 1 to 16 with Mamba's dt_bias. Published models have one layer of softmax
-attention after three of these: --mixer=kda,kda,kda,softmax.
+Start, ours: dt_bias such that -g is log-uniform in 0.001 to 0.1, half-lives of 7 to 690 tokens;
+A_log 0 where bounded, else A in 1 to 16 with Mamba's dt_bias. Published models have one layer of
+softmax attention after three of these: --mixer=kda,kda,kda,softmax.
 """
 import math
 
@@ -45,10 +46,11 @@ class KDA(nn.Module):
         self.decay_up = nn.Linear(D, G * D, bias=False)
         speed = torch.empty(G * D).uniform_(math.log(0.001), math.log(0.1)).exp()
         if self.bounded:
-            start, A_log = torch.logit(speed / -LOWEST), torch.zeros(G)
+            self.dt_bias = nn.Parameter(torch.logit(speed / -LOWEST))
+            self.A_log = nn.Parameter(torch.zeros(G))
         else:
-            start, A_log = speed + torch.log(-torch.expm1(-speed)), torch.empty(G).uniform_(1, 16).log()
-        self.dt_bias, self.A_log = nn.Parameter(start), nn.Parameter(A_log)
+            self.dt_bias = nn.Parameter(speed + torch.log(-torch.expm1(-speed)))
+            self.A_log = nn.Parameter(torch.empty(G).uniform_(1, 16).log())
         self.beta = nn.Linear(C, G, bias=False)
         self.gate_down = nn.Linear(C, D, bias=False)
         self.gate_up = nn.Linear(D, C)

@@ -4,9 +4,9 @@
     dt_t = softplus(w_dt x_t + dt_bias),    g_t = -exp(A_log) dt_t
 
 z, x' (B, T, e C), B_t, C_t (B, T, N) and dt (B, T, H) come from one projection of x; x', B and C go
-through a short convolution with bias and SiLU. Heads of P = C / n_head channels of x', H = e n_head of
-them, share B and C, which are keys and queries of N channels. Then RMSNorm(y * SiLU(z)) over all e C
-channels, and c_proj. State: the convolution's last 3 inputs, and S (B, H, N, P). No positions.
+through a short convolution with bias and SiLU. Heads of P = C / n_head channels of x', H = e n_head
+of them, share B and C, which are keys and queries of N channels. Then RMSNorm(y * SiLU(z)) over all
+e C channels, and c_proj. State: the convolution's last 3 inputs, and S (B, H, N, P). No positions.
 
 Deviations: the published models have e = 2 and no FFN; here e = 1 and the FFN stays. Published is
 N = 128; by default N = C / 2, which makes 4 C^2 parameters as in softmax attention. P is published

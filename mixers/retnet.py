@@ -1,14 +1,17 @@
-"""RetNet's multi-scale retention (Sun et al. 2023, arXiv 2307.08621): linear attention with fixed decays.
+"""RetNet's multi-scale retention (Sun et al. 2023, arXiv 2307.08621): linear attention with fixed
+decays.
 
     S_t = gamma_h S_{t-1} + k_t v_t^T,    y_t = S_t^T q_t / sqrt(D),    gamma_h = 1 - 2^(-5-h)
 
-for head h = 0 .. H - 1: half-lives of 22, 44, 88, ... tokens. q and k are rotated (RoPE) at absolute
-positions; y goes through RMSNorm over each head's E channels, times SiLU(W_g x_t), then c_proj.
-q, k (B, H, T, D), v, y (B, H, T, E), D = C / (2 H) made even, E = C / H. State: n and S (B, H, D, E).
+for head h = 0 .. H - 1: half-lives of 22, 44, 88, ... tokens. q and k are rotated (RoPE) at
+absolute positions; y goes through RMSNorm over each head's E channels, times SiLU(W_g x_t), then
+c_proj. q, k (B, H, T, D), v, y (B, H, T, E), D = C / (2 H) made even, E = C / H. State: n and S (B,
+H, D, E).
 
-Deviations: the paper has keys of C, values of 2 C (8 C^2 parameters) and a narrower FFN; here 4 C^2,
-as softmax attention and gla, which then differs in its decays alone. Its three normalisations of
-scores are scales of rows, which the norm cancels: left out. GroupNorm is RMSNorm, as in later code.
+Deviations: the paper has keys of C, values of 2 C (8 C^2 parameters) and a narrower FFN; here 4
+C^2, as softmax attention and gla, which then differs in its decays alone. Its three normalisations
+of scores are scales of rows, which the norm cancels: left out. GroupNorm is RMSNorm, as in later
+code.
 """
 import math
 

@@ -1,12 +1,12 @@
-"""Sliding window attention (Beltagy et al. 2020, arXiv 2004.05150), with sinks if asked for (Xiao et al.
-2023, arXiv 2309.17453): softmax attention over the last W tokens and the first few.
+"""Sliding window attention (Beltagy et al. 2020, arXiv 2004.05150), with sinks if asked for (Xiao
+et al. 2023, arXiv 2309.17453): softmax attention over the last W tokens and the first few.
 
     y_t = sum_s softmax_s(q_t . k_s / sqrt(D)) v_s   over s in (t - W, t] and s < n_s
 
-q (B, H, T, D); k, v (B, G, T, D) with G = n_kv_head groups, repeated to H heads. Under pos "rope" q and
-k are rotated at absolute positions. Long inputs go in blocks of W queries, which see the block before
-and their own: 2 W + n_s keys each. State: how many tokens there were, the sinks' and the last W - 1
-tokens' keys and values. L layers reach L (W - 1) tokens back.
+q (B, H, T, D); k, v (B, G, T, D) with G = n_kv_head groups, repeated to H heads. Under pos "rope" q
+and k are rotated at absolute positions. Long inputs go in blocks of W queries, which see the block
+before and their own: 2 W + n_s keys each. State: how many tokens there were, the sinks' and the
+last W - 1 tokens' keys and values. L layers reach L (W - 1) tokens back.
 """
 import math
 from typing import Any, NamedTuple, Optional
@@ -20,7 +20,8 @@ from mixers.parts.heads import QKV, merge_heads, qkv_flops, repeat_heads, rotate
 
 
 class Window(NamedTuple):
-    """n tokens so far; keys and values (B, G, ., D) of the first n_s, and of the last W - 1 behind them."""
+    """n tokens so far; keys and values (B, G, ., D) of the first n_s, and of the last W - 1 behind
+    them."""
     n: int
     sinks: Any
     recent: Any
@@ -29,7 +30,8 @@ class Window(NamedTuple):
 class SWA(nn.Module):
     class Options:
         swa_window: Optional[int] = option(
-            None, "tokens W that sliding window attention sees [default: a quarter of block_size]", ge=1)
+            None, "tokens W that sliding window attention sees [default: a quarter of block_size]",
+            ge=1)
         swa_sinks: int = option(
             0, "first tokens that sliding window attention sees besides", ge=0)
 
@@ -62,8 +64,10 @@ class SWA(nn.Module):
 
     def flops_per_token(self, T):
         H, _, D = self.c_attn.sizes
-        seen = [min(t + 1, self.window) + min(self.sinks, max(t + 1 - self.window, 0)) for t in range(T)]
-        return qkv_flops(self) + 2 * 2 * H * D * sum(seen) / T
+        seen = 0
+        for n in range(1, T + 1):  # tokens so far
+            seen += min(n, self.window) + min(self.sinks, max(n - self.window, 0))
+        return qkv_flops(self) + 2 * 2 * H * D * seen / T
 
     def state_bytes(self, T, dtype):
         _, G, D = self.c_attn.sizes
@@ -90,7 +94,8 @@ def windowed_attention(q, first, window, n, W):
     s = t[:, :1] + torch.arange(1 - W, size, device=q.device)  # (N, 1, W - 1 + size)
     seen = (s <= t) & (s > t - W) & (s >= max(n_s, n - R))
     sinks = (torch.arange(n_s, device=q.device) <= t).expand(N, size, n_s)
-    return attention(q, keys, values, torch.cat([sinks, seen], dim=2)).flatten(1, 2)[:, :T].unflatten(0, (B, H))
+    y = attention(q, keys, values, torch.cat([sinks, seen], dim=2))
+    return y.flatten(1, 2)[:, :T].unflatten(0, (B, H))
 
 
 def blocks(t, missing, N, size, W):
@@ -103,7 +108,8 @@ def blocks(t, missing, N, size, W):
 
 
 def attention(q, k, v, mask):
-    """Softmax attention of q over k and v with a mask of what is seen; on a CPU in at least float32."""
+    """Softmax attention of q over k and v with a mask of what is seen; on a CPU in at least
+    float32."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
             return attention(q.float(), k.float(), v.float(), mask).to(q.dtype)

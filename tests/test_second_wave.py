@@ -39,7 +39,8 @@ def unit(x):
 def scan(q, k, v, alpha, beta):
     """S = (I - beta k k^T) (alpha * S) + beta k v^T, y = S^T q, with matrices written out.
 
-    q, k (B, H, T, D), v (B, H, T, E), alpha (B, H, T, 1 or D), beta (B, H, T, 1) or None: no erasing."""
+    q, k (B, H, T, D), v (B, H, T, E), alpha (B, H, T, 1 or D), beta (B, H, T, 1) or None: no
+    erasing."""
     D = k.size(-1)
     S = v.new_zeros(*v.shape[:2], D, v.size(-1))
     ys = []
@@ -197,7 +198,8 @@ def test_half_lives_at_the_start():
 
 @pytest.mark.parametrize("mixer", WAVE)
 def test_parameters_are_about_those_of_softmax(mixer):
-    """At 128 channels and 4 heads within 3 %, but for kda's low-rank maps, which 4 C D = C^2 more are."""
+    """At 128 channels and 4 heads within 3 %, but for kda's low-rank maps, which 4 C D = C^2 more
+    are."""
     def size(name):
         model = GPT(GPTConfig(vocab_size=11, n_layer=1, n_embd=128, n_head=4, mixer=name))
         return sum(p.numel() for p in model.blocks[0].mixer.parameters())

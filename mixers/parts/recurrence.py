@@ -150,8 +150,8 @@ def scan(added, total, S):
 
 
 def scan_erased(added, U0, P, w_down, total, S):
-    """U = U0 + P S, then S <- total * S + added + w_down^T U, chunk by chunk: the states before each
-    (B, H, N, D, E), all U (B, H, N, c, E), the last state. added may be None."""
+    """U = U0 + P S, then S <- total * S + added + w_down^T U, chunk by chunk: the states before
+    each (B, H, N, D, E), all U (B, H, N, c, E), the last state. added may be None."""
     before, us = [], []
     for i in range(U0.size(2)):
         before.append(S)
@@ -232,8 +232,8 @@ def decay_table(g):
 
 def recurrence_flops(T, H, D, E, erase=False, shared=False):
     """Multiply-adds of the products above, times 2, per token of a sequence of T tokens; the causal
-    half of a chunk counts. shared: q and k have one head for all. Exponentials are not counted: some
-    (log2(c / block) + 4) D a token for decays by channel."""
+    half of a chunk counts. shared: q and k have one head for all. Exponentials are not counted:
+    some (log2(c / block) + 4) D a token for decays by channel."""
     c = min(CHUNK, 2 ** math.ceil(math.log2(max(T, 2))))
     if erase:
         return H * ((c + 1) * (2 * D + E) + (c - 1) * (D + E) + 6 * D * E)

@@ -46,7 +46,8 @@ class Projections(nn.Module):
 
 
 def in_float32(linear, x):
-    """linear(x) in at least float32, under autocast too: what becomes a decay may not be rounded."""
+    """linear(x) in at least float32, under autocast too: what becomes a decay may not be
+    rounded."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
         bias = None if linear.bias is None else linear.bias.to(dtype)
@@ -73,7 +74,8 @@ class HeadNorm(nn.Module):
 
 
 class MambaDecay(nn.Module):
-    """g = -exp(A_log) softplus(u + dt_bias) <= 0, for u (..., n) as projected: the log decay of Mamba-2.
+    """g = -exp(A_log) softplus(u + dt_bias) <= 0, for u (..., n) as projected: the log decay of
+    Mamba-2.
 
     Start: A uniform in A_range, softplus(dt_bias) log-uniform in 0.001 to 0.1: half-lives of 1 to
     some 200 tokens. Both are vectors, which weight decay leaves alone."""
