@@ -47,14 +47,21 @@ from base.files import is_file, read_bytes
 from base.options import checked, declared, replace_options
 from base.user_code import files, in_words, users_place
 from mixers.causal_reduction import CausalReduction
+from mixers.deltanet import DeltaNet
+from mixers.gated_deltanet import GatedDeltaNet
+from mixers.gla import GLA
+from mixers.kda import KDA
 from mixers.linear import Linear
 from mixers.linformer import Linformer
 from mixers.lln import LLN
 from mixers.lln_diag import LLNDiag
+from mixers.mamba2 import Mamba2
 from mixers.pelican import Pelican
 from mixers.performer import Performer
+from mixers.retnet import RetNet
 from mixers.softmax import Softmax
 from mixers.ssa import SSA
+from mixers.swa import SWA
 
 # name -> builder(config, layer) -> nn.Module, or None: the block has no mixer and no norm before it
 MIXERS = {
@@ -72,6 +79,13 @@ MIXERS = {
     "linear": Linear,
     "performer": Performer,
     "linformer": Linformer,
+    "swa": SWA,
+    "gla": GLA,
+    "retnet": RetNet,
+    "mamba2": Mamba2,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KDA,
 }
 loaded = {}  # user's file -> its code, and the mixers that it registered
 CODE_BYTES = 2**24  # the longest such file

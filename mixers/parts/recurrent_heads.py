@@ -1,0 +1,92 @@
+"""What the mixers on the recurrence share: projections with keys and values of different sizes, the
+decay of Mamba, norms of heads.
+
+B batch, T new tokens, H heads, G key/value heads, D key size, E value size.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from mixers.parts.convolution import ShortConvolution
+from mixers.parts.heads import repeat_heads
+
+
+class Projections(nn.Module):
+    """x (B, T, C) -> q, k (B, H, T, D), v (B, H, T, E) in one product; with taps, through a short
+    convolution. n_kv_head keys and values are repeated. State: the convolution's, or None."""
+
+    def __init__(self, config, D, E, taps=0):
+        super().__init__()
+        self.heads = config.n_head, config.n_kv_head
+        self.sizes = D, E
+        H, G = self.heads
+        self.widths = [H * D, G * D, G * E]
+        self.proj = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.conv = ShortConvolution(sum(self.widths), taps) if taps else None
+
+    def forward(self, x, state):
+        H, G = self.heads
+        z = self.proj(x)
+        if self.conv is not None:
+            z, state = self.conv(z, state)
+        q, k, v = z.split(self.widths, dim=2)
+        q = q.unflatten(2, (H, -1)).transpose(1, 2)
+        k = k.unflatten(2, (G, -1)).transpose(1, 2)
+        v = v.unflatten(2, (G, -1)).transpose(1, 2)
+        return q, repeat_heads(k, H), repeat_heads(v, H), state
+
+    def flops_per_token(self):
+        taps = self.conv.flops_per_token() if self.conv is not None else 0
+        return 2 * self.proj.weight.numel() + taps
+
+    def state_bytes(self, dtype):
+        return self.conv.state_bytes(dtype) if self.conv is not None else 0
+
+
+def in_float32(linear, x):
+    """linear(x) in at least float32, under autocast too: what becomes a decay may not be
+    rounded."""
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        bias = None if linear.bias is None else linear.bias.to(dtype)
+        return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+
+
+def l2_normalised(x):
+    """x (..., D) over its length, in at least float32; a zero vector stays zero."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of y (B, H, T, E) over E, in at least float32, with one weight (E) for all heads."""
+
+    def __init__(self, E):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(E))
+
+    def forward(self, y):
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+        scale = (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        return (wide * scale * self.weight).to(y.dtype)
+
+
+class MambaDecay(nn.Module):
+    """g = -exp(A_log) softplus(u + dt_bias) <= 0, for u (..., n) as projected: the log decay of
+    Mamba-2.
+
+    Start: A uniform in A_range, softplus(dt_bias) log-uniform in 0.001 to 0.1: half-lives of 1 to
+    some 200 tokens. Both are vectors, which weight decay leaves alone."""
+
+    def __init__(self, n, A_range):
+        super().__init__()
+        dt = torch.empty(n).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.empty(n).uniform_(*A_range).log())
+
+    def forward(self, u):
+        """g and the step dt = softplus(u + dt_bias), both like u, in its precision."""
+        dt = F.softplus(u + self.dt_bias)
+        return -self.A_log.exp() * dt, dt
