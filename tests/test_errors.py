@@ -13,7 +13,8 @@ from base.errors import BadInput
 
 SCRIPTS = [
     ["train.py"], ["sample.py"], ["bench.py"], ["data/cosmopedia/prepare.py"],
-    ["data/shakespeare/prepare.py"], ["-m", "data.text"], ["-m", "tools.audit"], ["-m", "tools.compare"],
+    ["data/shakespeare/prepare.py"], ["-m", "data.text"], ["-m", "tools.audit"],
+    ["-m", "tools.compare"],
     ["-m", "tools.export_hf"], ["-m", "tools.inspect_attention"], ["-m", "tools.pelican_figure"],
     ["-m", "tools.score"], ["-m", "tools.sweep"],
 ]
