@@ -402,7 +402,7 @@ def test_a_value_that_is_long_to_write(text, shown, config):
     ([f"--batch_size={10**30}"], "input should be less than 2147483648"),
     (["--mixer=linformer", "--linformer_segment=2147483647", "--linformer_slots=2147483647"],
      "out of memory (Storage size calculation overflowed"),
-    (["--n_embd=2147483646", "--n_head=1", "--ffn_hidden=1"], "out of memory"),
+    (["--n_embd=2147483646", "--n_head=1", "--ffn_hidden=1"], "choose a smaller model"),
 ])
 def test_sizes_beyond_all_bounds(argv, message, train):
     assert message in train.refuses("--dataset=letters", "--device=cpu", *argv)

@@ -13,7 +13,8 @@ from base.errors import BadInput
 
 SCRIPTS = [
     ["train.py"], ["sample.py"], ["bench.py"], ["data/cosmopedia/prepare.py"],
-    ["data/mqar/prepare.py"], ["-m", "data.text"], ["-m", "tools.audit"], ["-m", "tools.compare"],
+    ["data/shakespeare/prepare.py"], ["-m", "data.text"], ["-m", "tools.audit"],
+    ["-m", "tools.compare"],
     ["-m", "tools.export_hf"], ["-m", "tools.inspect_attention"], ["-m", "tools.pelican_figure"],
     ["-m", "tools.score"], ["-m", "tools.sweep"],
 ]
@@ -143,7 +144,15 @@ TINY_RUN = ["--dataset=letters", "--device=cpu"]
     ("train", [f"--mixer_file={LONG}", *TINY_RUN]),
     ("train", [LONG, *TINY_RUN]),
     ("train", ["--resume", f"--out_dir={LONG}", *TINY_RUN]),
+    ("train", [f"--init_from={LONG}", *TINY_RUN]),
+    ("sample", [f"--out_dir={LONG}"]),
     ("bench", [f"--mixer_file={LONG}"]),
+    ("tools.audit", [f"--out_dir={LONG}"]),
+    ("tools.compare", [LONG]),
+    ("tools.export_hf", [f"--out_dir={LONG}", "--to=there"]),
+    ("tools.export_hf", ["--out_dir=here", f"--to={LONG}"]),
+    ("tools.inspect_attention", [f"--out_dir={LONG}"]),
+    ("tools.score", [f"--out_dir={LONG}"]),
     ("tools.audit", [f"--mixer_file={LONG}", "--mixer=softmax"]),
     ("data.text", [f"--input={LONG}", "--name=mine"]),
 ])
