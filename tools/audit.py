@@ -190,10 +190,9 @@ def state_size(subject):
 
     def largest(model):
         """T -> bytes of the largest state over all lengths up to T, which is what state_bytes(T) says."""
-        most, state, found = 0, None, {}
+        most, found = 0, {}
         for n in range(1, 129):
-            state = model.step(tokens(model, 1, 1), state)[1]
-            most = found[n] = max(most, sum(t.nbytes for t in tensors(state)))
+            most = found[n] = max(most, after(model, n)[0])
         return found
 
     undeclared, wrong, constant, hoards = False, [], True, False
