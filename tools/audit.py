@@ -332,12 +332,11 @@ def state_after(model, T):
 def largest_states(model, longest):
     """{T: bytes of the largest state over all lengths up to T}, for T = 1 to `longest`: what
     state_bytes(T) says."""
-    state = None
     most = 0
     largest = {}
     for T in range(1, longest + 1):
-        state = model.step(tokens(model, 1, 1), state)[1]
-        most = max(most, sum(t.nbytes for t in tensors(state)))
+        size, _ = state_after(model, T)  # at once: a mixer need not decode to have a state
+        most = max(most, size)
         largest[T] = most
     return largest
 
