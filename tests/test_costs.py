@@ -98,20 +98,20 @@ def masked_half(mixer, T, D=8, H=4, L=64):
         slots = T // L * 4
         seen = sum(4 * (t // L) for t in range(T)) / T
         return 2 * 2 * H * D * (pairs(L) + slots - seen)
-    if mixer == "swa":  # blocks of W queries see 2 W - 1 keys, in a window W of a quarter of block_size
+    if mixer == "swa":  # blocks of W queries see 2 W - 1 keys; W is a quarter of block_size
         W = 64
         return 2 * 2 * H * D * (2 * W - 1 - sum(min(t + 1, W) for t in range(T)) / T)
     return masked_half_of_recurrence(mixer, H, D)
 
 
 def masked_half_of_recurrence(mixer, H, D, c=64):
-    """The same for the mixers on mixers/parts/recurrence.py, whose triangular solve no counter sees.
-
-    With a decay for each channel the visible half alone is formed, but for blocks on the diagonal."""
+    """The same for the mixers on mixers/parts/recurrence.py, whose triangular solve no counter
+    sees. With a decay for each channel only the visible half is formed, and blocks on the
+    diagonal."""
     half = D // 2  # keys of the mixers whose values are twice as wide
     if mixer in ("retnet", "mamba2"):
-        shared = D * H // 2 if mixer == "mamba2" else H * half  # keys of C / 2 channels for all heads
-        return (c - 1) * (shared + H * D)
+        keys = H * half  # mamba2's C / 2 channels are shared by all heads
+        return (c - 1) * (keys + H * D)
     if mixer == "gla":
         return H * (-2 * half + (c - 1) * D)
     if mixer == "deltanet":

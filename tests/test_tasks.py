@@ -144,7 +144,7 @@ def test_passkeys_stand_at_their_depth(depth):
 
 
 def test_what_mqar_needs_no_recall_for():
-    """The README's figure of guessing: the value most often due at that place. (Any of the row's is
+    """The figure of guessing in docs/results.md: the value most often due at that place. (Any of the row's is
     right in 3 of 28 answers.)"""
     right = answers = 0
     for pairs in (4, 8, 16):

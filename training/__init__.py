@@ -1,1 +1,2 @@
-"""What stands above model.py: the run's folder, checkpoints, devices, processes, metrics, the leak check."""
+"""What stands above model.py: the run's folder, checkpoints, the optimiser, devices, processes,
+metrics, the leak check."""
