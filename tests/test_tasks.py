@@ -144,8 +144,8 @@ def test_passkeys_stand_at_their_depth(depth):
 
 
 def test_what_mqar_needs_no_recall_for():
-    """The figure of guessing in docs/results.md: the value most often due at that place. (Any of the row's is
-    right in 3 of 28 answers.)"""
+    """The figure of guessing in docs/results.md: the value most often due at that place. (Any of
+    the row's is right in 3 of 28 answers.)"""
     right = answers = 0
     for pairs in (4, 8, 16):
         tokens, targets = draw(tasks.mqar, n=4000, vocab_size=64, length=64, pairs=pairs)
