@@ -18,7 +18,7 @@ import torch.nn as nn
 from base.options import option
 from mixers.parts.heads import merge_heads, repeat_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
-from mixers.parts.recurrent_heads import HeadNorm, Projections, in_float32, l2_normalised
+from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear, l2_normalised
 
 TAPS = 4  # of the short convolution
 
@@ -32,7 +32,7 @@ class DeltaNet(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.n_embd // config.n_head
         self.c_attn = Projections(config, D, D, TAPS)
-        self.beta = nn.Linear(C, config.n_kv_head, bias=False)
+        self.beta = WideLinear(C, config.n_kv_head, bias=False)
         self.most_beta = 2.0 if config.deltanet_negative else 1.0
         self.norm = HeadNorm(D)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
@@ -41,7 +41,7 @@ class DeltaNet(nn.Module):
         conv, S = (None, None) if state is None else state
         q, k, v, conv = self.c_attn(x, conv)
         q, k = l2_normalised(q) / math.sqrt(q.size(-1)), l2_normalised(k)
-        beta = self.most_beta * in_float32(self.beta, x).sigmoid()
+        beta = self.most_beta * self.beta(x).sigmoid()
         beta = repeat_heads(beta.transpose(1, 2)[..., None], q.size(1))  # (B, H, T, 1)
         y, S = recurrence(q, k, beta * v, e=-beta * k, state=S)
         return self.c_proj(merge_heads(self.norm(y).to(v.dtype))), (conv, S)

@@ -17,8 +17,13 @@ import torch.nn.functional as F
 
 from mixers.parts.heads import merge_heads, repeat_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
-from mixers.parts.recurrent_heads import (HeadNorm, MambaDecay, Projections, in_float32,
-                                          l2_normalised)
+from mixers.parts.recurrent_heads import (
+    HeadNorm,
+    MambaDecay,
+    Projections,
+    WideLinear,
+    l2_normalised,
+)
 
 TAPS = 4  # of the short convolution
 
@@ -29,9 +34,9 @@ class GatedDeltaNet(nn.Module):
         C, H = config.n_embd, config.n_head
         D, E = max(C // H // 2, 1), C // H
         self.c_attn = Projections(config, D, E, TAPS)
-        self.decay_proj = nn.Linear(C, config.n_kv_head, bias=False)
+        self.decay_proj = WideLinear(C, config.n_kv_head, bias=False)
         self.decay = MambaDecay(config.n_kv_head, A_range=(1e-4, 16))
-        self.beta = nn.Linear(C, config.n_kv_head, bias=False)
+        self.beta = WideLinear(C, config.n_kv_head, bias=False)
         self.gate = nn.Linear(C, C, bias=config.bias)
         self.norm = HeadNorm(E)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
@@ -41,9 +46,9 @@ class GatedDeltaNet(nn.Module):
         q, k, v, conv = self.c_attn(x, conv)
         q, k = l2_normalised(q) / math.sqrt(q.size(-1)), l2_normalised(k)
         H = q.size(1)
-        g, _ = self.decay(in_float32(self.decay_proj, x))
+        g, _ = self.decay(self.decay_proj(x))
         g = repeat_heads(g.transpose(1, 2)[..., None], H)  # (B, H, T, 1)
-        beta = in_float32(self.beta, x).sigmoid()
+        beta = self.beta(x).sigmoid()
         beta = repeat_heads(beta.transpose(1, 2)[..., None], H)
         y, S = recurrence(q, k, beta * v, g=g, e=-beta * k, state=S)
         y = merge_heads(self.norm(y).to(v.dtype))

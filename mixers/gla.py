@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from base.options import option
 from mixers.parts.heads import merge_heads, repeat_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
-from mixers.parts.recurrent_heads import HeadNorm, Projections, in_float32
+from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear
 
 
 class GLA(nn.Module):
@@ -34,8 +34,8 @@ class GLA(nn.Module):
         D, E = max(C // H // 2, 1), C // H
         self.c_attn = Projections(config, D, E)
         self.divisor = config.gla_divisor
-        self.decay_down = nn.Linear(C, config.gla_rank, bias=False)
-        self.decay_up = nn.Linear(config.gla_rank, config.n_kv_head * D)
+        self.decay_down = WideLinear(C, config.gla_rank, bias=False)
+        self.decay_up = WideLinear(config.gla_rank, config.n_kv_head * D)
         self.gate = nn.Linear(C, C, bias=config.bias)
         self.norm = HeadNorm(E)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
@@ -43,7 +43,7 @@ class GLA(nn.Module):
     def forward(self, x, state=None):
         q, k, v, _ = self.c_attn(x, None)
         H, G = self.c_attn.heads
-        logits = in_float32(self.decay_up, in_float32(self.decay_down, x))
+        logits = self.decay_up(self.decay_down(x))
         g = F.logsigmoid(logits) / self.divisor
         g = repeat_heads(g.unflatten(2, (G, -1)).transpose(1, 2), H)
         y, state = recurrence(q / math.sqrt(q.size(-1)), k, v, g=g, state=state)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from base.options import option
 from mixers.parts.heads import merge_heads, repeat_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
-from mixers.parts.recurrent_heads import HeadNorm, Projections, in_float32, l2_normalised
+from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear, l2_normalised
 
 TAPS = 4  # of the short convolution
 LOWEST = -5.0  # log decay of a token where it is bounded
@@ -42,8 +42,8 @@ class KDA(nn.Module):
         C, D, G = config.n_embd, config.n_embd // config.n_head, config.n_kv_head
         self.c_attn = Projections(config, D, D, TAPS)
         self.bounded = config.kda_bounded
-        self.decay_down = nn.Linear(C, D, bias=False)
-        self.decay_up = nn.Linear(D, G * D, bias=False)
+        self.decay_down = WideLinear(C, D, bias=False)
+        self.decay_up = WideLinear(D, G * D, bias=False)
         speed = torch.empty(G * D).uniform_(math.log(0.001), math.log(0.1)).exp()
         if self.bounded:
             self.dt_bias = nn.Parameter(torch.logit(speed / -LOWEST))
@@ -51,7 +51,7 @@ class KDA(nn.Module):
         else:
             self.dt_bias = nn.Parameter(speed + torch.log(-torch.expm1(-speed)))
             self.A_log = nn.Parameter(torch.empty(G).uniform_(1, 16).log())
-        self.beta = nn.Linear(C, G, bias=False)
+        self.beta = WideLinear(C, G, bias=False)
         self.gate_down = nn.Linear(C, D, bias=False)
         self.gate_up = nn.Linear(D, C)
         self.norm = HeadNorm(D)
@@ -59,7 +59,7 @@ class KDA(nn.Module):
 
     def log_decay(self, x):
         """g (B, G, T, D) <= 0, in at least float32."""
-        f = in_float32(self.decay_up, in_float32(self.decay_down, x)) + self.dt_bias
+        f = self.decay_up(self.decay_down(x)) + self.dt_bias
         f = f.unflatten(2, (len(self.A_log), -1)).transpose(1, 2)
         A = self.A_log.clamp(max=10).exp()[:, None, None]  # inf times a slope of 0 is no number
         return LOWEST * (A * f).sigmoid() if self.bounded else -A * F.softplus(f)
@@ -70,7 +70,7 @@ class KDA(nn.Module):
         q, k = l2_normalised(q) / math.sqrt(q.size(-1)), l2_normalised(k)
         H = q.size(1)
         g = repeat_heads(self.log_decay(x), H)
-        beta = in_float32(self.beta, x).sigmoid()
+        beta = self.beta(x).sigmoid()
         beta = repeat_heads(beta.transpose(1, 2)[..., None], H)  # (B, H, T, 1)
         floor = LOWEST if self.bounded else None
         y, S = recurrence(q, k, beta * v, g=g, e=-beta * k, state=S, floor=floor)

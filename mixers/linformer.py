@@ -20,8 +20,15 @@ import torch.nn as nn
 
 from base.options import option
 from mixers.parts.heads import (
-    QKV, attention_scores, cache_bytes, causal_attention, into_blocks, merge_heads, qkv_flops,
-    repeat_heads, rotate,
+    QKV,
+    attention_scores,
+    cache_bytes,
+    causal_attention,
+    into_blocks,
+    merge_heads,
+    qkv_flops,
+    repeat_heads,
+    rotate,
 )
 
 

@@ -18,7 +18,12 @@ import torch.nn as nn
 from base.options import option
 from mixers.lln import LLN
 from mixers.parts.heads import (
-    cache_bytes, causal_attention, causal_attention_flops, into_blocks, merge_heads, repeat_heads,
+    cache_bytes,
+    causal_attention,
+    causal_attention_flops,
+    into_blocks,
+    merge_heads,
+    repeat_heads,
     rotate,
 )
 

@@ -22,7 +22,7 @@ from base.options import option
 from mixers.parts.convolution import ShortConvolution
 from mixers.parts.heads import merge_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
-from mixers.parts.recurrent_heads import HeadNorm, MambaDecay, in_float32
+from mixers.parts.recurrent_heads import HeadNorm, MambaDecay, WideLinear
 
 TAPS = 4  # of the short convolution
 
@@ -41,7 +41,7 @@ class Mamba2(nn.Module):
         H = config.mamba2_expand * config.n_head
         self.sizes = H, N, C // config.n_head
         self.proj = nn.Linear(C, 2 * inner + 2 * N, bias=config.bias)
-        self.dt_proj = nn.Linear(C, H, bias=False)
+        self.dt_proj = WideLinear(C, H, bias=False)
         self.conv = ShortConvolution(inner + 2 * N, TAPS, bias=True)
         self.decay = MambaDecay(H, A_range=(1, 16))
         self.skip = nn.Parameter(torch.ones(H))
@@ -55,7 +55,7 @@ class Mamba2(nn.Module):
         xBC, conv = self.conv(xBC, conv)
         inner, k, q = xBC.split([H * P, N, N], dim=2)
         inner = inner.unflatten(2, (H, P)).transpose(1, 2)  # (B, H, T, P)
-        g, dt = self.decay(in_float32(self.dt_proj, x))
+        g, dt = self.decay(self.dt_proj(x))
         g, dt = g.transpose(1, 2)[..., None], dt.transpose(1, 2)[..., None]  # (B, H, T, 1)
         y, S = recurrence(q[:, None], k[:, None], dt * inner, g=g, state=S)
         y = y + self.skip[:, None, None] * inner

@@ -12,7 +12,13 @@ the block's outputs.
 import torch.nn as nn
 
 from mixers.parts.heads import (
-    QKV, Cache, cache_bytes, causal_attention, causal_attention_flops, merge_heads, qkv_flops,
+    QKV,
+    Cache,
+    cache_bytes,
+    causal_attention,
+    causal_attention_flops,
+    merge_heads,
+    qkv_flops,
     rotate,
 )
 

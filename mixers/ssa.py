@@ -31,7 +31,13 @@ import torch.nn.functional as F
 
 from base.options import option
 from mixers.parts.heads import (
-    QKV, Cache, cache_bytes, causal_attention, causal_attention_flops, merge_heads, qkv_flops,
+    QKV,
+    Cache,
+    cache_bytes,
+    causal_attention,
+    causal_attention_flops,
+    merge_heads,
+    qkv_flops,
     rotate,
 )
 

@@ -141,10 +141,10 @@ def test_help_is_grouped_and_lists_the_mixers_and_the_data_sets(here, capsys):
         parse("--help")
     text = capsys.readouterr().out
     headings = re.findall(r"^(\S.*):$", text, re.MULTILINE)
-    assert headings == [
-        "positional arguments", "options", "model", "mixer lln, lln_diag", "mixer lln_diag",
-        "mixer ssa", "mixer performer", "mixer linformer", "data and evaluation", "optimiser",
-        "run", "wandb"]
+    of_mixers = [heading for heading in headings if heading.startswith("mixer ")]
+    assert headings == ["positional arguments", "options", "model", *of_mixers,
+                        "data and evaluation", "optimiser", "run", "wandb"]
+    assert of_mixers[:3] == ["mixer lln, lln_diag", "mixer lln_diag", "mixer ssa"]
     words = " ".join(text.split())
     assert f"have {', '.join(MIXERS)} [default: softmax]" in words
     for heading, name in (("mixer ssa", "ssa_share"), ("optimiser", "beta1"),
@@ -304,7 +304,7 @@ def test_help_lists_a_users_mixer_and_its_options_when_the_file_is_named(here, c
             parse(*named, "--help")
         text = " ".join(capsys.readouterr().out.split())
         assert "mixer mine: --mine_gate float how far Mine opens [default: 0.5]" in text
-        assert "linformer, mine [default: softmax]" in text
+        assert f"{list(MIXERS)[-2]}, mine [default: softmax]" in text
 
 
 @pytest.mark.parametrize("old, new, reason", [

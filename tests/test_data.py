@@ -480,7 +480,7 @@ def test_a_prepare_py_without_main(data):
 
 def test_unknown_name_lists_the_choices(data):
     write("mine", "a text of my own " * 20)
-    expected = ("no data set 'min'; have copying, .*, mine, mqar, .*, shakespeare, "
+    expected = ("no data set 'min'; nearest: mine; have copying, .*, mine, mqar, .*, shakespeare, "
                 "shakespeare_char; .*: python -m data.text --input FILE --name min")
     with pytest.raises(BadInput, match=expected):
         load_dataset("min", 8)

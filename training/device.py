@@ -121,7 +121,7 @@ def ready_to_decode(model, dtype):
     pack = pack and can_pack(model.blocks[0].mlp.c_fc)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
+            if type(child) is nn.Linear:  # a subclass may not want to be rounded
                 fast = PackedLinear(child) if pack else copy.deepcopy(child).to(dtype)
                 setattr(module, name, fast)
     return model

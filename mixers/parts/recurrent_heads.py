@@ -45,13 +45,15 @@ class Projections(nn.Module):
         return self.conv.state_bytes(dtype) if self.conv is not None else 0
 
 
-def in_float32(linear, x):
-    """linear(x) in at least float32, under autocast too: what becomes a decay may not be
-    rounded."""
-    with torch.autocast(x.device.type, enabled=False):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        bias = None if linear.bias is None else linear.bias.to(dtype)
-        return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+class WideLinear(nn.Linear):
+    """nn.Linear in at least float32, under autocast and in decoding too: what becomes a decay may
+    not be rounded."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
 def l2_normalised(x):
