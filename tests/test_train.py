@@ -701,7 +701,7 @@ def test_an_old_run_that_cannot_be_deleted_is_a_line_and_goes_later(train, run_f
 # -- what does not fit into memory ---------------------------------------------------------------
 
 @pytest.mark.parametrize("option", [
-    "--batch_size=2147483647", "--n_layer=10000", "--gradient_accumulation_steps=2147483647",
+    "--batch_size=2147483647", "--gradient_accumulation_steps=2147483647",
     "--n_embd=2000000", "--ffn_hidden=2147483647"])
 def test_what_cannot_fit_is_refused_at_once(train, here, option):
     started = time.monotonic()
@@ -709,6 +709,10 @@ def test_what_cannot_fit_is_refused_at_once(train, here, option):
     name, _, value = option[2:].partition("=")
     assert f"{name} {value}" in line and "GiB" in line and not (here / "run").exists()
     assert time.monotonic() - started < 20
+
+
+def test_layers_beyond_all_reason_are_refused_by_their_number(train):
+    assert "--n_layer=1000000" in train.refuses(*TINY, "--n_layer=1000000", "--out_dir=run")
 
 
 def test_the_estimate_is_below_what_training_takes():
