@@ -42,7 +42,8 @@ def matching_table(D):
     Always the same numbers: its pairs come from a generator of its own, and the same pairs serve
     every s."""
     generator = torch.Generator().manual_seed(D)
-    pairs = torch.randn(2, 16384, D, generator=generator).sum(0)
+    # on the CPU whatever the default device: the table is kept for later models
+    pairs = torch.randn(2, 16384, D, generator=generator, device="cpu").sum(0)
     spread = []
     for i in range(TABLE_SIZE):
         log_weights = (i * TABLE_STEP * pairs).logsumexp(1)

@@ -10,6 +10,7 @@ from mixers.linear import log_elu_plus_one
 from mixers.lln import DECAY, PUBLISHED_A, PUBLISHED_B, Matching, matching_table
 from mixers.parts.chunkwise import CHUNK, linear_attention
 from mixers.performer import log_features, orthogonal_gaussian
+from model import GPT, GPTConfig
 
 LENGTHS = [1, 2, 63, 64, 65, 128, 130, 200]
 
@@ -399,3 +400,11 @@ def test_statistics_stay_in_float32_in_a_bfloat16_model():
             seen = moments.collected[1] / moments.collected[2]
             expected = (seen + (1 - seen) * DECAY ** 300).to(moments.square.dtype)
             torch.testing.assert_close(moments.square, expected, rtol=0.02, atol=0)
+
+
+def test_the_matching_table_is_real_whatever_device_a_model_is_built_on():
+    """It is kept for all later models: one counted on the meta device must not leave it there."""
+    matching_table.cache_clear()
+    with torch.device("meta"):
+        GPT(GPTConfig(vocab_size=5, n_layer=1, n_head=1, n_embd=8, mixer="lln"))
+    assert matching_table(8).device.type == "cpu"

@@ -114,7 +114,8 @@ def test_the_recall_table_is_that_of_the_records():
 @pytest.mark.parametrize("name, baseline, label", [
     ("shakespeare", "softmax", "causal_max"), ("shakespeare_strong", "softmax", "causal_max"),
     ("shakespeare_strong", "softmax", "gated_deltanet"), ("shakespeare_strong", "softmax", "lln"),
-    ("shakespeare_strong", "softmax", "lln_diag"), ("shakespeare", "softmax", "pelican"), ("shakespeare", "softmax", "lln"),
+    ("shakespeare_strong", "softmax", "lln_diag"), ("shakespeare", "softmax", "pelican"),
+    ("shakespeare", "softmax", "lln"),
     ("shakespeare", "softmax", "ssa"), ("shakespeare", "causal_max", "causal_max_context"),
     ("shakespeare", "lln", "linear"), ("shakespeare", "lln", "performer"),
     ("shakespeare_leak", "causal_max", "causal_max_leak")])
