@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from base.command_line import one_line, parse_options, read_config_file
+from base.command_line import one_line, read_given
 from base.errors import BadInput, is_out_of_memory
 from base.files import exists, read_json, write_json
 from config import Options, filled_in
@@ -48,7 +48,8 @@ def read_options(argv, description, lock=None):
     command that started it goes on with it; what is to change is set on the command line. A
     FolderLock is taken before the run is read that --resume goes on with or --overwrite
     clears."""
-    options, config_file, given = parse_options(Options, argv, description)
+    words = read_given(Options, argv, description)
+    options, config_file, given = words.options(), words.config_file, set(words.on_command_line)
     refuse_contradictions(options)
     options = replace(options, out_dir=choose_out_dir(options, config_file, given))
     saved = None
@@ -74,8 +75,8 @@ def read_options(argv, description, lock=None):
         raise BadInput("--train_only=mixer_new trains what the weights of --init_from lack; "
                        "name these, or leave it out")
     if not saved and options.init_from and pretrained.is_pretrained(options.init_from):
-        in_file = read_config_file(config_file, Options) if config_file else {}
-        options = pretrained.take_architecture(options, given | in_file.keys() | own.keys())
+        chosen = given | words.in_config_file.keys() | own.keys()
+        options = pretrained.take_architecture(options, chosen)
     return filled_in(fill_in_rates(options)), saved
 
 
