@@ -10,18 +10,19 @@ from base import loss as loss_module
 from model import GPT, GPTConfig
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 from base import loss
 from model import GPT, GPTConfig
+from training.device import peak_memory
 if sys.argv[1] == "plain":
     loss.LOGITS_AT_ONCE = 2**40
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(vocab_size=50304, block_size=128, n_layer=1, n_head=2, n_embd=32, arch="llama"))
 x = torch.randint(50304, (32, 128))
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
+cpu = torch.device("cpu")
+before = peak_memory(cpu)
 gpt.loss(x, x).backward()
-print(peak() - before)
+print(peak_memory(cpu) - before)
 """
 
 

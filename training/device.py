@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -61,6 +62,12 @@ def peak_memory(device):
     process has had, code included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass  # not Linux. There, getrusage also counts the process that started this one
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
