@@ -31,7 +31,7 @@ SHORTER = {  # a word of a command: what is added to it
 }
 # several trainings or evaluations, however short
 LONG = ("tools.pelican_figure", "leak", "out/strong", "configs/shakespeare_long.py",
-        "--linformer_segment")
+        "--linformer_segment", "tools.sweep", "out/sweeps/shakespeare", "torchrun")
 TEXT = "\n".join((ROOT / name).read_text()
                  for name in ("README.md", "docs/results.md", "docs/runs.md"))
 
