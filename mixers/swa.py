@@ -4,9 +4,9 @@ et al. 2023, arXiv 2309.17453): softmax attention over the last W tokens and the
     y_t = sum_s softmax_s(q_t . k_s / sqrt(D)) v_s   over s in (t - W, t] and s < n_s
 
 q (B, H, T, D); k, v (B, G, T, D) with G = n_kv_head groups, repeated to H heads. Under pos "rope" q
-and k are rotated at absolute positions. Long inputs go in blocks of W queries, which see the block
-before and their own: 2 W + n_s keys each. State: how many tokens there were, the sinks' and the
-last W - 1 tokens' keys and values. L layers reach L (W - 1) tokens back.
+and k are rotated at absolute positions. Long inputs go in blocks of W queries, which see the W - 1
+tokens before their block, the block and the sinks: 2 W - 1 + n_s keys. State: how many tokens there
+were, the sinks' and the last W - 1 tokens' keys and values. L layers reach L (W - 1) tokens back.
 """
 import math
 from typing import Any, NamedTuple, Optional
