@@ -28,7 +28,7 @@ from base.command_line import parse_options
 from base.errors import BadInput
 from config import Options
 from data import load_dataset
-from mixers import has_effect, load_mixer_file
+from mixers import has_effect, layer_mixers, load_mixer_file
 from tools.records import (
     RUN_NAME, checked_by, holds_run, read_run, record_of, write_records)
 from tools.sweep_cost import Cost, seconds_of_run
@@ -51,6 +51,16 @@ def is_cpu(device):
     if device == "auto":
         return not (torch.cuda.is_available() or torch.backends.mps.is_available())
     return choose_device(device).type == "cpu"
+
+
+def check_mixer(arm, options):
+    """BadInput if an arm's mixer is none."""
+    if "mixer" not in options:
+        raise BadInput(f"arm {arm} has no mixer; name one")
+    try:
+        layer_mixers(options["mixer"])
+    except ValueError as error:
+        raise BadInput(f"arm {arm}: {error}") from error
 
 
 class Experiment:
@@ -90,6 +100,7 @@ class Experiment:
         checked_by(RUN_NAME.validate_python, f"{arm}-seed1", f"arm {arm}", "rename it")
         if own.get("mixer_file"):
             load_mixer_file(own["mixer_file"])
+        check_mixer(arm, own)
         grids = self.grids_of(arm)
         for point in itertools.product(*grids.values()):
             self.run_with(self.options_of(arm) | dict(zip(grids, point)), "any").options()

@@ -7,7 +7,6 @@ optimiser or a way to draw batches that has changed since gives others.
 import math
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from data import load_dataset
 from model import GPT, model_config
@@ -53,7 +52,6 @@ def losses_of_steps(options):
         loss = model.loss(x, y)
         losses.append(loss.item())
         loss.backward()
-        clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         model.apply_statistics()
