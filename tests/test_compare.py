@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, metrics, one_line, run
 from scipy import stats
 
-from base.errors import BadInput
 from mixers import MIXERS, load_mixer_file
 from tools import compare, records
 from tools import score as scoring
