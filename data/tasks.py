@@ -108,8 +108,8 @@ def induction_all(rng, n, vocab_size, length, questions):
     row = np.arange(n)[:, None]
     body = length - questions
     if questions >= body or body >= vocab_size:
-        raise BadInput(f"induction_all: {questions} questions on {body} different symbols need more "
-                       f"symbols than questions and a vocabulary above {body}, not {vocab_size}")
+        raise BadInput(f"induction_all: {questions} questions on {body} different symbols need "
+                       f"fewer questions and a vocabulary above {body}, not {vocab_size}")
     symbols = distinct(rng, n, body, 1, vocab_size)
     asked = distinct(rng, n, questions, 0, body - 1)
     targets = np.zeros((n, length), int)
@@ -224,7 +224,7 @@ def s3(rng, n, vocab_size, length, asked_from):
     the order of now is due, by its number. With asked_from=2:
 
         tokens    2  3  4  1  6
-        targets   .  4  6  6  1     (0 2 1, then 2 0 1, then 2 1 0, the same, then 0 1 2)
+        targets   .  5  1  1  6     (0 2 1, then 2 0 1, then 0 1 2, the same, then 2 1 0)
     """
     moves = rng.integers(6, size=(n, length))
     orders = np.zeros((n, length), int)
@@ -412,11 +412,10 @@ def check_version(name, meta):
     version of its task."""
     if name not in RECALL_SETS or meta.get("made_by") not in (MADE_BY, f"data/{name}/prepare.py"):
         return
-    version = RECALL_SETS[name].version
-    if meta.get("version", 1) != version:
-        raise BadInput(f"data/{name} was drawn by another version of the task "
-                       f"({printable(str(meta.get('version', 1))[:20])}, and this one is {version}); "
-                       f"prepare it again: python -m data.prepare {name}")
+    found, version = meta.get("version", 1), RECALL_SETS[name].version
+    if found != version:
+        raise BadInput(f"data/{name} was drawn by version {printable(str(found)[:20])} of its "
+                       f"task, this is {version}; prepare it again: python -m data.prepare {name}")
 
 
 # What needs no recall ----------------------------------------------------------------------------
@@ -458,7 +457,8 @@ def overwrite_guesses(vocab_size, length, keys, writes):
                   "any value of its key": of_a_key}
 
 
-GUESSES = {  # task: a function of vocab_size and cell -> (answers of a row, {kind: {choices: chance}})
+# of vocab_size and cell: how many answers a row has, and {kind of guess: {choices: its chance}}
+GUESSES = {
     mqar: mqar_guesses,
     overwrite: overwrite_guesses,
     induction: lambda vocab_size, length: alone(vocab_size - 2),
