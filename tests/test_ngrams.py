@@ -131,7 +131,7 @@ def test_the_kept_lines_are_of_the_data(shakespeare_char):
     assert kept["by_order"][:2] == pytest.approx(losses, rel=1e-9)
     assert kept["unigram"] == pytest.approx(3.347, abs=0.001)
     assert ngrams.reference_lines(config_of(data), REPORTED) == {
-        "unigram": kept["unigram"], "7-grams, interpolated": kept["best"]["loss"]}
+        "unigram": kept["unigram"], "7-gram interpolated": kept["best"]["loss"]}
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_lines_that_are_not_kept_are_counted(letters):
     config = config_of(letters)
     lines = ngrams.reference_lines(config, REPORTED)
     best = count_lines(letters)["best"]
-    assert lines[f"{best['order']}-grams, interpolated"] == best["loss"]
+    assert lines[f"{best['order']}-gram interpolated"] == best["loss"]
     assert 0 < best["loss"] < lines["unigram"] < math.log(28)
     assert not ngrams.LINES.exists()
     # of other tokens, of none that are here, and of less than the whole split, nothing is known

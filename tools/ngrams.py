@@ -169,7 +169,7 @@ def reference_lines(config, scores):
     """{name: nats per token} of what needs no model, for the data that a run reports on.
 
     config and scores are a run's, as its Record has them. A text: "unigram" and the best order,
-    "7-grams, interpolated", from results/lines.json, or counted if the data set is here; a recall
+    "7-gram interpolated", from results/lines.json, or counted if the data set is here; a recall
     task: "guess" and the like. {} if the run's data are not known, or it reports on a part of the
     validation split only."""
     name = config["dataset"]
@@ -181,7 +181,7 @@ def reference_lines(config, scores):
     if lines is None:
         return {}
     best = lines["best"]
-    return {"unigram": lines["unigram"], f"{best['order']}-grams, interpolated": best["loss"]}
+    return {"unigram": lines["unigram"], f"{best['order']}-gram interpolated": best["loss"]}
 
 
 @functools.cache
