@@ -26,7 +26,7 @@ RATES = {"learning_rate": [0.01, 0.02, 0.04]}
 
 class Trainer:
     """In a cluster's place: leaves at once what a run leaves behind, with the loss that a function
-    of its options gives; None: the run fails."""
+    of its options gives; None: the run fails; "diverged"."""
 
     def __init__(self, loss):
         self.loss = loss
@@ -45,13 +45,17 @@ def leave_behind(run, loss):
     folder = Path(run.folder)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(vars(options) | {"dtype": "float32"}))
-    row = {"iter": options.max_iters, "val_loss": loss, "seconds": 36.0}
+    row = {"iter": options.max_iters, "seconds": 36.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     part = {"loss": loss, "bpb": None, "accuracy": None}
     scores = {"vocab_size": 28, "iter": options.max_iters, "by_position": None, "by_cell": None,
               "select": part if options.holdout else None,
               "report": None if options.holdout else part,
               "first_losses": numerics.first_losses(options)}
+    if loss == "diverged":
+        for part in filter(None, (scores["select"], scores["report"])):
+            part["loss"] = math.log(28)
+        scores["diverged"] = True
     (folder / "scores.json").write_text(json.dumps(scores))
 
 
@@ -144,6 +148,15 @@ def test_a_failed_run_is_the_worst_and_an_arm_of_failed_runs_is_left_out(experim
     assert some.failed["mine-lr0.04-seed0"] == "no such thing"
     out = capsys.readouterr().out
     assert "softmax: no run to tune by has ended well" in out and "0.04: failed" in out
+
+
+def test_a_diverged_run_is_worse_than_any_other(experiment, capsys):
+    """Also than one whose loss is above that of an even guess."""
+    def loss(options):
+        return "diverged" if options["learning_rate"] > 0.02 else 20 - options["learning_rate"]
+    assert experiment(loss, arms={"mine": {"mixer": "pelican"}}, tune=RATES).tune() == {
+        "mine": {"learning_rate": 0.02}}
+    assert "0.04: diverged" in capsys.readouterr().out
 
 
 def search(grids, loss):

@@ -33,24 +33,13 @@ from tools.records import (
     RUN_NAME, checked_by, holds_run, read_run, record_of, write_records)
 from tools.sweep_cost import Cost, seconds_of_run
 from tools.sweep_file import SweepFile, locked, write_sweep_file
-from tools.sweep_finished import FinishedRuns, dtype_on_cpu
+from tools.sweep_finished import FinishedRuns, dtype_on_cpu, is_cpu
 from tools.sweep_runs import Run, carry_out
-from tools.sweep_tuning import Search, checked_grids, in_name
-from training.device import choose_device
+from tools.sweep_tuning import DIVERGED, Search, checked_grids, in_name
 from training.run_folder import data_sha256
 
 TUNING_SEED = 0
 HOLDOUT = 0.1  # of the training split, in tuning runs
-
-
-def is_cpu(device):
-    """Whether an option `device` means a CPU. A GPU is not tried: it would be in use, a little, as
-    long as the experiment goes on."""
-    if device.startswith("cuda"):
-        return False
-    if device == "auto":
-        return not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return choose_device(device).type == "cpu"
 
 
 def check_mixer(arm, options):
@@ -249,7 +238,7 @@ class Experiment:
                 run = self.run_of(arm, search.values(point), TUNING_SEED)
                 record = self.finished(run)
                 if record and record.scores["select"]:
-                    search.losses[point] = record.scores["select"]["loss"]
+                    search.losses[point] = loss_to_choose_by(record.scores)
                 elif Path(run.folder).name in self.failed:
                     search.losses[point] = math.inf
                 else:
@@ -343,6 +332,10 @@ class Experiment:
             error = "its scores cannot be read"
         self.failed[name] = error
         return f"failed: {error}"
+
+
+def loss_to_choose_by(scores):
+    return DIVERGED if scores.get("diverged") else scores["select"]["loss"]
 
 
 def losses_in_words(scores):

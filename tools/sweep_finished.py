@@ -21,7 +21,7 @@ from tools.numerics import agree, first_losses
 from tools.records import holds_run, inside, is_records_file, lines_of, read_file, read_run, unpack
 from tools.score import read_scores
 from tools.sweep_runs import difference
-from training.device import choose_dtype
+from training.device import choose_device, choose_dtype
 
 PLACES = ("out/sweeps", "out/claims")
 BUCKET = ("mixer", "seed", "dataset", "max_iters", "learning_rate")  # options that must be equal
@@ -93,6 +93,16 @@ class FinishedRuns:
             raise BadInput(f"{run.folder} was run with other code: its first losses are "
                            f"{in_words(recorded)}, and now {in_words(losses_of(run))}; "
                            "choose another --out_dir, or move it away")
+
+
+def is_cpu(device):
+    """Whether an option `device` means a CPU. A GPU is not tried: it would be in use, a little, as
+    long as the experiment goes on."""
+    if device.startswith("cuda"):
+        return False
+    if device == "auto":
+        return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return choose_device(device).type == "cpu"
 
 
 def dtype_on_cpu(run):

@@ -17,6 +17,7 @@ from tools.sweep_runs import ASIDE
 
 MOST_EXTENSIONS = 4  # on each side of an option's grid
 MOST_POINTS = 1000   # of all grids together
+DIVERGED = 1e30      # the loss in a search: an even guess may be better than a poor model
 NOT_TUNABLE = ASIDE | {"mixer", "seed", "dataset", "holdout", "eval_tokens", "allow_leak"}
 
 
@@ -168,9 +169,8 @@ class Search:
         """The line that says why the best point is chosen."""
         tried = []
         for point in sorted(self.losses, key=numbers):
-            loss = self.losses[point]
-            words = " ".join(map(in_name, point))
-            tried.append(f"{words}: {'failed' if math.isinf(loss) else f'{loss:.4f}'}")
+            loss = {DIVERGED: "diverged", math.inf: "failed"}.get(self.losses[point])
+            tried.append(f"{' '.join(map(in_name, point))}: {loss or f'{self.losses[point]:.4f}'}")
         best = [f"{option} {in_name(value)}" for option, value in self.values(self.best()).items()]
         edge = " - the edge of what was tried" if self.edges() else ""
         return f"{', '.join(tried)} -> {', '.join(best)}{edge}"
