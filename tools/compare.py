@@ -146,7 +146,7 @@ def check_finished(record, device):
 def margin_of(arms, baseline, margin_bpb):
     """The margin in nats per token; None of a recall task."""
     [arm] = [arm for arm in arms if arm.label == baseline]
-    return margin_in_nats(margin_bpb, arm.records[0].scores)
+    return margin_in_nats(margin_bpb, arm.steady.scores)
 
 
 def judge_arms(arms, baseline, margin=None):

@@ -35,6 +35,12 @@ class Arm:
         """How many of its runs did: they count with the loss of an even guess."""
         return sum(is_diverged(record) for record in self.records)
 
+    @property
+    def steady(self):
+        """The first of its records that did not diverge, or the first."""
+        return next((record for record in self.records if not is_diverged(record)),
+                    self.records[0])
+
     def reported(self, key):
         """That figure on the report data, one for each seed."""
         return [record.scores["report"][key] for record in self.records]
@@ -115,6 +121,8 @@ def arms_of(records):
 def tuning_arms_of(records):
     """Tuning runs by mixer and options other than the learning rate, a list of Arm, sorted; the
     records of each by learning rate."""
+    if not records:
+        return []
     unequal = [name for name in unequal_options(records) if name not in OF_THE_RATE]
     arms = grouped(records, unequal)
     for arm in arms:

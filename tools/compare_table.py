@@ -11,7 +11,6 @@ import torch
 from base.errors import BadInput, printable
 from mixers import has_effect
 from model import GPT, model_config
-from tools.compare_arms import is_diverged
 from tools.ngrams import reference_lines
 from tools.records import is_records_file
 from tools.score import DTYPES
@@ -135,7 +134,7 @@ class Reference:
 def references_of(arm):
     """The References that an Arm, the baseline, and all that is compared with it are seen
     against."""
-    record = next((r for r in arm.records if not is_diverged(r)), arm.records[0])
+    record = arm.steady
     nats_per_bit = margin_in_nats(1.0, record.scores)
     baseline = mean(arm.reported("loss"))
     found = []
@@ -255,7 +254,7 @@ def csv_of(lines, references=()):
 def notes(arms, verdicts, baseline, margin_bpb, margin):
     """What stands below the table, a list of lines. margin: margin_bpb in nats; None: of a recall
     task."""
-    found = [how_it_was_judged(arms, verdicts, baseline)]
+    found = [how_it_was_judged(arms, verdicts, baseline, is_text=margin is not None)]
     if margin is not None:
         found.append(f"equivalent: within {margin_bpb:g} bits per byte, {margin:.4f} nats")
     found.append("tokens/s, peak MiB and seconds are as the machine was then; "
@@ -265,13 +264,15 @@ def notes(arms, verdicts, baseline, margin_bpb, margin):
     return [printable(note) for note in found + what_to_know(arms, verdicts, baseline)]
 
 
-def how_it_was_judged(arms, verdicts, baseline):
+def how_it_was_judged(arms, verdicts, baseline, is_text):
     compared = [label for label in verdicts if label != baseline]
     m = sum(verdicts[label].word != "leaks" for label in compared)
     blocks = max([verdicts[label].blocks for label in compared], default=1)
-    over = "over seeds alone, the text is not counted"
+    over = "over seeds alone"
     if blocks > 1:
         over = f"over seeds and {blocks} blocks of text"
+    elif is_text:
+        over = "over seeds alone, the text is not counted"
     steps = in_range([arm.config["max_iters"] for arm in arms])
     shared = f" for all {m} comparisons together" if m > 1 else ""
     return (f"{steps} steps; each seed against that of {baseline}, {over}, "
