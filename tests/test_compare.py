@@ -37,7 +37,7 @@ def swept(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweeps") / "swept"
     done = run(home, "-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--keep_last=1",
                "--mixers=softmax,pelican", "--learning_rate=3e-2", "--seeds=2", "--wandb_log",
-               "--keep_checkpoints", f"--out_dir={folder}", env=ALONE, timeout=300)
+               "--keep_checkpoints", f"--out_dir={folder}", env=ALONE, timeout=900)
     assert done.returncode == 0, done
     folder.with_suffix(".log").write_text(done.stdout)
     return folder
