@@ -363,7 +363,8 @@ def test_a_cpu_has_as_many_runs_at_once_as_cores(here, monkeypatch, device, core
     (ARMS, {"learning_rate": ["fast", "slow"]}, "learning_rate"),
     (ARMS, {"learnig_rate": [1, 2]}, "nearest: learning_rate"),
     (ARMS, {"seed": [1, 2]}, "not to be tuned"),
-    (ARMS, {"n_head": [2, 3]}, "n_head 3"),
+    (ARMS, {"ffn_hidden": [8, 2**31]}, "ffn_hidden"),
+    (ARMS, {"n_head": [2, 4]}, "both set and tuned"),
     (ARMS, {"learning_rate": list(range(1, 1100))}, "more than 1000")])
 def test_what_train_py_would_refuse_is_refused_at_once(experiment, arms, tune, naming):
     with pytest.raises(BadInput, match=naming):

@@ -24,7 +24,7 @@ SHORTER = {  # a word of a command: what is added to it
     "--linformer_segment":
         "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,linformer",
     "tools.sweep": "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,pelican "
-                   "--learning_rates=1e-3",
+                   "--tune= --learning_rate=1e-3",
     "tools.pelican_figure":
         "--dataset=shakespeare_char --max_iters=1 --batch_size=1 --eval_tokens=1000",
     "bench.py": "--lengths=16,32 --mode=prefill --rounds=1 --seconds=0.01",

@@ -91,6 +91,9 @@ class Experiment:
             load_mixer_file(own["mixer_file"])
         check_mixer(arm, own)
         grids = self.grids_of(arm)
+        for option in grids:
+            if option in self.common or option in own:
+                raise BadInput(f"{option} is both set and tuned; leave it out in one place")
         for point in itertools.product(*grids.values()):
             self.run_with(self.options_of(arm) | dict(zip(grids, point)), "any").options()
         return self.run_with(self.options_of(arm), "any").options()
