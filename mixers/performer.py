@@ -64,6 +64,14 @@ class RandomFeatures(Wide):
         self.register_buffer("omega", torch.empty(m, D))
         self.draw()
 
+    def _apply(self, fn, recurse=True):
+        """The seed and the count stay on the CPU: they are read at every step, for which a GPU
+        would stand still."""
+        seed, steps = self.seed, self.steps
+        super()._apply(fn, recurse)
+        self.seed, self.steps = seed, steps
+        return self
+
     def draw(self):
         generator = torch.Generator().manual_seed(int(self.seed + self.steps))
         self.omega.copy_(orthogonal_gaussian(*self.omega.shape, generator))

@@ -397,6 +397,8 @@ def test_performer_redraws_on_schedule():
         omegas.append(model.blocks[0].mixer.features.omega.clone())
     same = [torch.equal(a, b) for a, b in zip(omegas, omegas[1:])]
     assert same == [True, False, True, True, False, True]
+    features = model.to("meta").blocks[0].mixer.features  # what is read at each step stays
+    assert (features.steps.item(), features.omega.device.type) == (7, "meta")
 
 
 @pytest.mark.parametrize("skeleton", ["gpt2", "llama"])

@@ -262,3 +262,39 @@ def test_a_step_that_is_not_finite_is_skipped(name, step, factor):
     for key, tensor in after.items():
         assert tensor.isfinite().all(), key
         assert torch.equal(tensor, before[key]) == (key not in by_momentum), key
+
+
+BREAKS = """
+import torch
+from mixers import MIXERS
+
+class Breaks(torch.nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_proj = torch.nn.Linear(config.n_embd, config.n_embd)
+        self.steps = 0
+
+    def forward(self, x, state=None):
+        y = self.c_proj(x)
+        return (y * float("nan") if self.training and self.steps == 3 else y), state
+
+    def apply_statistics(self):
+        self.steps += 1
+
+MIXERS["breaks"] = Breaks
+"""
+
+
+def test_a_run_whose_loss_is_no_number_ends_at_its_last_good_checkpoint(train, here, capsys):
+    (here / "breaks.py").write_text(BREAKS)
+    with pytest.raises(SystemExit) as exit:
+        train.call([*TINY, "--mixer_file=breaks.py", "--mixer=breaks", "--max_iters=9",
+                    "--eval_interval=2", "--log_interval=1", "--out_dir=run"])
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and line.count("\n") == 1
+    assert "step 3: loss nan, gradient norm nan is not finite" in line
+    assert "the last good checkpoint is run/checkpoints/00000002" in line
+    assert sorted(path.name for path in (here / "run/checkpoints").glob("0*")) == ["00000002"]
+    saved = load_file(here / "run/checkpoints/00000002/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert [row["iter"] for row in metrics("run")][-1] == 3  # the last step that was one
