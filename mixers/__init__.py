@@ -58,6 +58,7 @@ from mixers.lln_diag import LLNDiag
 from mixers.mamba2 import Mamba2
 from mixers.pelican import Pelican
 from mixers.performer import Performer
+from mixers.regla import ReGLA
 from mixers.retnet import RetNet
 from mixers.softmax import Softmax
 from mixers.ssa import SSA
@@ -86,6 +87,7 @@ MIXERS = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
+    "regla": ReGLA,
 }
 loaded = {}  # user's file -> its code, and the mixers that it registered
 CODE_BYTES = 2**24  # the longest such file

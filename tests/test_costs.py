@@ -112,7 +112,7 @@ def masked_half_of_recurrence(mixer, H, D, c=64):
     if mixer in ("retnet", "mamba2"):
         keys = H * half  # mamba2's C / 2 channels are shared by all heads
         return (c - 1) * (keys + H * D)
-    if mixer == "gla":
+    if mixer in ("gla", "regla"):
         return H * (-2 * half + (c - 1) * D)
     if mixer == "deltanet":
         return H * (c - 1) * D
