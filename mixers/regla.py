@@ -74,7 +74,7 @@ class ReGLA(nn.Module):
     def log_decay(self, x):
         """log F (B, H, T, D) <= 0, in at least float32, for x (B, T, C).
 
-        F = f (f + 2 r (1 - f)); in logarithms, as that is 0 or 1 in float32 for logits beyond 16."""
+        F = f (f + 2 r (1 - f)); in logarithms, as f is 1 in float32 for logits beyond 17."""
         f, r = self.forget(x), self.refine(x)
         doubled = math.log(2) + F.logsigmoid(r) + F.logsigmoid(-f)
         log_F = F.logsigmoid(f) + torch.logaddexp(F.logsigmoid(f), doubled)

@@ -86,7 +86,7 @@ def masked_half(mixer, T, D=8, H=4, L=64):
         """Of n columns, those not visible, on average over rows."""
         return n - (n + 1) / 2
 
-    if mixer in ("softmax", "ssa"):
+    if mixer in ("softmax", "ssa", "toptheta"):
         return 2 * 2 * H * D * pairs(T)
     if mixer in ("lln", "linear"):
         return 2 * H * (2 * D + 1) * pairs(64)
