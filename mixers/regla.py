@@ -54,6 +54,13 @@ class Gate(nn.Module):
         return self.up(self.down(x)) + self.bias
 
 
+class ScaleFreeNorm(HeadNorm):
+    """HeadNorm of y (B, H, T, E) over max_e |y_e|, so that its eps is a share of the row."""
+
+    def forward(self, y):
+        return super().forward(y / y.abs().amax(3, keepdim=True).clamp(min=SMALLEST))
+
+
 class ReGLA(nn.Module):
     class Options:
         regla_rank: int = option(16, "rank of the projections to ReGLA's two gates", ge=1)
@@ -68,7 +75,7 @@ class ReGLA(nn.Module):
         self.forget = Gate(C, config.regla_rank, config.n_kv_head * D, config.regla_start)
         self.refine = Gate(C, config.regla_rank, config.n_kv_head * D, 0.0)
         self.gate = nn.Linear(C, C, bias=config.bias)
-        self.norm = HeadNorm(E)
+        self.norm = ScaleFreeNorm(E)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
 
     def log_decay(self, x):
@@ -83,7 +90,7 @@ class ReGLA(nn.Module):
         return repeat_heads(log_F, H)
 
     def attend(self, q, k, v, log_F, state):
-        """y (B, H, T, E) of rows whose largest entry is 1, in at least float32, and the state."""
+        """y (B, H, T, E), each row up to a scale, in at least float32, and the state."""
         S, before = (None, k[:, :, :1]) if state is None else (state[0], state[1][:, :, None])
         with torch.no_grad():  # y does not depend on the references
             decayed = log_F.cumsum(2)
@@ -91,7 +98,6 @@ class ReGLA(nn.Module):
             before = torch.cat([before, m[:, :, :-1]], dim=2)
             largest = (q + m).amax(3, keepdim=True)
         y, S = recurrence((q + m - largest).exp(), (k - m).exp(), v, g=log_F + before - m, state=S)
-        y = y / y.abs().amax(3, keepdim=True).clamp(min=SMALLEST)
         return y, (S, m[:, :, -1].clone())
 
     def forward(self, x, state=None):

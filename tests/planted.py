@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from mixers import MIXERS
 from mixers.parts.recurrence import recurrence
+from mixers.parts.recurrent_heads import HeadNorm
 from mixers.regla import ReGLA
 
 
@@ -340,6 +341,10 @@ class Random(Honest):
 class PublishedMaximum(ReGLA):
     """ReGLA as it was published: exponential keys relative to the largest key of all positions, a
     scale that the norm's eps does not let cancel."""
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.norm = HeadNorm(config.n_embd // config.n_head)
+
     def attend(self, q, k, v, log_F, state):
         phi_q = (q - q.amax(3, keepdim=True)).exp()
         phi_k = (k - k.amax((2, 3), keepdim=True)).exp()

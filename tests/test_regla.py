@@ -8,7 +8,7 @@ from planted import PLANTED
 from test_second_wave import C, H, build, heads
 
 from mixers import MIXERS
-from mixers.regla import ReGLA
+from mixers.regla import ReGLA, ScaleFreeNorm
 from model import GPT, GPTConfig
 from training.leaks import find_leak
 
@@ -51,7 +51,6 @@ def test_regla_is_the_papers_form_without_eps(size):
     rows = published_rows(q, k, v, decays(mixer, x))
     own, _ = mixer.attend(q, k, v, mixer.log_decay(x), None)
     torch.testing.assert_close(normed(own, 0), normed(rows, 0), rtol=1e-9, atol=1e-9)
-    assert own.abs().amax(3).sub(1).abs().max() < 1e-12
     y = (normed(rows, 0) * mixer.norm.weight).transpose(1, 2).flatten(2)
     expected = mixer.c_proj(y * F.silu(mixer.gate(x)))
     # our eps of 1e-5 beside a mean square of 1 / E = 1 / 8 at least
@@ -118,7 +117,7 @@ def test_a_huge_key_that_is_forgotten_leaves_the_others():
 
 def test_gradients_are_those_of_the_function():
     """The references m carry none; finite differences do not know that."""
-    mixer = build("regla")[0]
+    mixer, norm = build("regla")[0], ScaleFreeNorm(2).double()
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, 1, 6, n, dtype=torch.float64) for n in (3, 3, 2))
     inputs = [t.requires_grad_() for t in (q, k, v, -torch.rand(1, 1, 6, 3, dtype=torch.float64))]
@@ -126,10 +125,10 @@ def test_gradients_are_those_of_the_function():
     def two_calls(q, k, v, log_F):
         first, state = mixer.attend(*(t[:, :, :2] for t in (q, k, v, log_F)), None)
         second, _ = mixer.attend(*(t[:, :, 2:] for t in (q, k, v, log_F)), state)
-        return torch.cat([first, second], 2)
+        return norm(torch.cat([first, second], 2))
 
     assert torch.autograd.gradcheck(two_calls, inputs)
-    assert torch.autograd.gradcheck(lambda *args: mixer.attend(*args, None)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *args: norm(mixer.attend(*args, None)[0]), inputs)
 
 
 def test_the_start_of_the_gates():
