@@ -60,10 +60,12 @@ from mixers.lln_diag import LLNDiag
 from mixers.mamba2 import Mamba2
 from mixers.pelican import Pelican
 from mixers.performer import Performer
+from mixers.regla import ReGLA
 from mixers.retnet import RetNet
 from mixers.softmax import Softmax
 from mixers.ssa import SSA
 from mixers.swa import SWA
+from mixers.toptheta import TopTheta
 
 # name -> builder(config, layer) -> nn.Module, or None: the block has no mixer and no norm before it
 MIXERS = {
@@ -88,7 +90,10 @@ MIXERS = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
+    "regla": ReGLA,
+    "toptheta": TopTheta,
 }
+OF_A_TRAINED_MODEL = {"toptheta"}  # not among "all": these start as another mixer's trained model
 loaded = {}  # user's file -> its code, and the mixers that it registered
 CODE_BYTES = 2**24  # the longest such file
 
@@ -167,11 +172,12 @@ def layer_mixers(mixer, n_layer=None):
 
 
 def mixer_names(text):
-    """The entries of a list of mixers, each a name or a pattern joined by +; "all" is every one.
+    """The entries of a list of mixers, each a name or a pattern joined by +; "all" is every one but
+    OF_A_TRAINED_MODEL.
 
     BadInput with the choices for an unknown name."""
     if text == "all":
-        return list(MIXERS)
+        return [name for name in MIXERS if name not in OF_A_TRAINED_MODEL]
     try:
         patterns = ["+".join(layer_mixers(entry)) for entry in text.split(",")]
     except ValueError as error:

@@ -42,13 +42,16 @@ class GLA(nn.Module):
         self.norm = HeadNorm(E)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
 
+    def log_decay(self, x):
+        """log alpha (B, H, T, D) <= 0, in at least float32, for x (B, T, C)."""
+        H, G = self.c_attn.heads
+        g = F.logsigmoid(self.decay_up(self.decay_down(x))) / self.divisor
+        return repeat_heads(g.unflatten(2, (G, -1)).transpose(1, 2), H)
+
     def forward(self, x, state=None):
         conv, S = (None, None) if state is None else state
         q, k, v, conv = self.c_attn(x, conv)
-        H, G = self.c_attn.heads
-        logits = self.decay_up(self.decay_down(x))
-        g = F.logsigmoid(logits) / self.divisor
-        g = repeat_heads(g.unflatten(2, (G, -1)).transpose(1, 2), H)
+        g = self.log_decay(x)
         y, S = recurrence(q / math.sqrt(q.size(-1)), k, v, g=g, state=S)
         return self.c_proj(merge_heads(self.norm(y)) * F.silu(self.gate(x))), (conv, S)
 
