@@ -20,7 +20,8 @@ largest log weight that is left in a channel,
 
 keys are exp(k_t - m_t), decays exp(log F_t + m_{t-1} - m_t) <= 1, queries exp(q_t + m_t - max_d),
 and y is divided by max_e |y_e|. Of every channel some token has the weight 1, so nothing overflows,
-and a huge key that is forgotten has not erased the others. State: S (B, H, D, E) and m.
+and a huge key that is forgotten has not erased the others. State: that of `conv`, S (B, H, D, E)
+and m.
 
 Deviations: the scale 1 / (e sqrt(D (e^2 - 1))) cancels in the norm and is left out. The text's F
 gates value channels if read literally; they build on GLA's kernel, which gates key channels, and so
@@ -62,6 +63,8 @@ class ScaleFreeNorm(HeadNorm):
 
 
 class ReGLA(nn.Module):
+    takes = ("conv",)
+
     class Options:
         regla_rank: int = option(16, "rank of the projections to ReGLA's two gates", ge=1)
         regla_start: float = option(
@@ -101,13 +104,14 @@ class ReGLA(nn.Module):
         return y, (S, m[:, :, -1].clone())
 
     def forward(self, x, state=None):
-        q, k, v, _ = self.c_attn(x, None)
+        conv, state = (None, None) if state is None else state
+        q, k, v, conv = self.c_attn(x, conv)
         with torch.autocast(x.device.type, enabled=False):
             log_F = self.log_decay(x)
             wide = (t.to(log_F.dtype) for t in (q, k, v))
             y, state = self.attend(*wide, log_F, state)
             y = self.norm(y).to(v.dtype)
-        return self.c_proj(merge_heads(y) * F.silu(self.gate(x))), state
+        return self.c_proj(merge_heads(y) * F.silu(self.gate(x))), (conv, state)
 
     def flops_per_token(self, T):
         (D, E), (H, _) = self.c_attn.sizes, self.c_attn.heads
@@ -119,4 +123,5 @@ class ReGLA(nn.Module):
 
     def state_bytes(self, T, dtype):
         (D, E), (H, _) = self.c_attn.sizes, self.c_attn.heads
-        return recurrence_state_bytes(H, D, E + 1, dtype)  # m is a column more
+        of_heads = recurrence_state_bytes(H, D, E + 1, dtype)  # m is a column more
+        return of_heads + self.c_attn.state_bytes(dtype)

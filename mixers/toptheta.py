@@ -17,8 +17,9 @@ theta is that of block_size. missing (--toptheta_sdc) makes up for what was drop
     offline     exp(largest s_tj) times a calibrated number for each h and n
 
 The weight that then lacks to 1 may go to the mean of the values (--toptheta_vmc): y_t += (1 - sum_j
-w_tj) 1/n sum_{j<=t} v_j. q (B, H, T, D); k, v (B, G, T, D) with G = n_kv_head groups. State: the
-key/value cache and, for that mean, the sum of the values.
+w_tj) 1/n sum_{j<=t} v_j. q (B, H, T, D); k, v (B, G, T, D) with G = n_kv_head groups. Scores are
+also divided by `attn_temperature`. State: that of `conv`, the key/value cache and, for that mean,
+the sum of the values.
 
 theta depends on n alone, not on how the tokens came. A score within rounding of theta may still be
 kept in one call and dropped in another. What this saves is reads of values, which tools.calibrate
@@ -33,8 +34,8 @@ import torch.nn as nn
 from base.errors import BadInput
 from base.options import option
 from mixers.parts.heads import (
-    QKV,
     Cache,
+    ConvolvedQKV,
     Wide,
     attention_scores,
     cache_bytes,
@@ -43,6 +44,7 @@ from mixers.parts.heads import (
     qkv_flops,
     repeat_heads,
     rotate,
+    tempered,
 )
 
 BLOCK = 256  # queries at a time, so that memory is linear in T
@@ -82,12 +84,16 @@ def running_mean(v, before, total):
 
 
 class State(NamedTuple):
-    """The cache, and the sum of the values (B, G, 1, D) in at least float32, or None."""
+    """That of `conv`, the cache, and the sum of the values (B, G, 1, D) in at least float32, or
+    None."""
+    conv: Any
     cache: Cache
     total: Any
 
 
 class TopTheta(nn.Module):
+    takes = "conv", "attn_temperature"
+
     class Options:
         toptheta_k: int = option(
             64, "scores of a row that Top-Theta's thresholds are calibrated to keep", ge=1)
@@ -106,17 +112,19 @@ class TopTheta(nn.Module):
             raise BadInput(f"toptheta_sdc {self.sdc!r} is for toptheta_placement 'pre': after the "
                            "softmax the denominator is whole; leave it out")
         self.vmc = config.toptheta_vmc
-        self.c_attn = QKV(config)
+        self.temperature = config.attn_temperature
+        self.c_attn = ConvolvedQKV(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.thresholds = Thresholds(config.n_head, config.toptheta_k, config.block_size)
 
     def forward(self, x, state=None):
-        q, k, v = self.c_attn(x)
+        conv, cache, total = state or (None, None, None)
+        q, k, v, conv = self.c_attn(x, conv)
         T = x.size(1)
-        cache, total = state or (None, None)
         before = 0 if cache is None else cache.k.size(2)
         if self.rope_base:
             q, k = rotate(q, before, self.rope_base), rotate(k, before, self.rope_base)
+        q = tempered(q, self.temperature)
         cache = Cache.append(cache, k, v)
         keys, values = repeat_heads(cache.k, q.size(1)), repeat_heads(cache.v, q.size(1))
         blocks = []
@@ -128,7 +136,7 @@ class TopTheta(nn.Module):
         if self.vmc:
             mean, total = running_mean(v, before, total)
             y = y + ((1 - weight) * repeat_heads(mean, q.size(1))).to(y.dtype)
-        return self.c_proj(merge_heads(y)), State(cache, total)
+        return self.c_proj(merge_heads(y)), State(conv, cache, total)
 
     def attend(self, q, k, v):
         """y (B, H, T, D) for the last T of S tokens, q (B, H, T, D), k and v (B, H, S, D), and the
@@ -170,4 +178,5 @@ class TopTheta(nn.Module):
     def state_bytes(self, T, dtype):
         _, G, D = self.c_attn.sizes
         total = G * D * torch.promote_types(dtype, torch.float32).itemsize if self.vmc else 0
-        return cache_bytes(self.c_attn.sizes, T, dtype) + total
+        cache = cache_bytes(self.c_attn.sizes, T, dtype)
+        return cache + total + self.c_attn.state_bytes(dtype)

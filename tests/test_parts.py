@@ -160,7 +160,7 @@ def test_hybrids_have_it_in_all_layers_that_can():
 # attn_temperature --------------------------------------------------------------------------------
 
 def test_the_softmax_family_takes_a_temperature_and_no_other_mixer():
-    assert set(OF_SOFTMAX) == {"softmax", "swa", "ssa", "linformer", "lln_diag"}
+    assert set(OF_SOFTMAX) == {"softmax", "swa", "ssa", "linformer", "lln_diag", "toptheta"}
     for mixer in sorted(set(MIXERS) - set(OF_SOFTMAX)):
         with pytest.raises(ValueError, match="attn_temperature has no effect: no layer of mixer"):
             GPTConfig(vocab_size=3, mixer=mixer, attn_temperature=0.7)
@@ -168,7 +168,7 @@ def test_the_softmax_family_takes_a_temperature_and_no_other_mixer():
         GPTConfig(vocab_size=3, attn_temperature=0.0)
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "swa", "linformer", "ssa"])
+@pytest.mark.parametrize("mixer", ["softmax", "swa", "linformer", "ssa", "toptheta"])
 @pytest.mark.parametrize("options", [{}, LLAMA], ids=["gpt2", "llama"])
 def test_a_temperature_divides_the_queries(mixer, options):
     """tau = 0.5 is the query projection twice as large. SSA's token term, which reads the

@@ -40,7 +40,7 @@ def with_thresholds(placement="pre", sdc="none", vmc=False, skeleton="llama", k=
 
 def slow(mixer, x, placement, sdc, vmc):
     """The formulas, row by row."""
-    q, k, v = mixer.c_attn(x)
+    q, k, v, _ = mixer.c_attn(x)
     if mixer.rope_base:
         q, k = rotate(q, 0, mixer.rope_base), rotate(k, 0, mixer.rope_base)
     B, H, T, D = q.shape
