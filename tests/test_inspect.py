@@ -219,8 +219,12 @@ def formula(name, mixer, x):
     if getattr(mixer, "rope_base", None):
         q, k = rotate(q[None], 0, mixer.rope_base)[0], rotate(k[None], 0, mixer.rope_base)[0]
     scores = q @ k.mT / D**0.5
-    if name in ("softmax", "ssa", "linformer"):
+    if name in ("softmax", "ssa", "linformer", "toptheta"):  # one without thresholds yet
         return softmax_rows(scores), v
+    if name == "swa":
+        t = torch.arange(scores.size(-1))
+        seen = t[:, None] - t < mixer.window
+        return softmax_rows(scores.masked_fill(~seen, -math.inf)), v
     if name == "linear":
         a, b = log_elu_plus_one(raw_q), log_elu_plus_one(raw_k)
     elif name == "performer":

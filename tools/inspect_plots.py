@@ -74,12 +74,11 @@ def title(layer):
     return f"{layer['mixer']}, layer {layer['layer']}"
 
 
-def map_side(T, panels, usual):
-    """Inches for the side of a map of T tokens, of so many in a row; more than usual where that
-    makes room for the tokens at its axes."""
-    needed = 1.4 * ROOM * T
-    has_room = T <= LABELLED and WIDE / panels >= ROOM * T
-    return max(usual, needed) if has_room else usual
+def map_side(T, rows, columns, usual):
+    """Inches for the side of each map of T tokens; more than usual where that makes room for the
+    tokens at its axes."""
+    has_room = T <= LABELLED and WIDE / max(rows, columns) >= ROOM * T
+    return max(usual, 1.4 * ROOM * T) if has_room else usual
 
 
 def label_maps(axes, tokens):
@@ -102,7 +101,7 @@ def label_maps(axes, tokens):
 def head_maps(layers, matrices, tokens, show):
     """A figure with a map of each head; show(ax, P (T, T)) draws one and returns its image."""
     H = max(len(layer["heads"]) for layer in layers)
-    side = map_side(len(tokens), H, 1.9)
+    side = map_side(len(tokens), len(layers), H, 1.9)
     figure, axes = panels(len(layers), H, (side, side), sharex=True, sharey=True)
     for layer, row in zip(layers, axes):
         for ax in row[len(layer["heads"]):]:
@@ -212,7 +211,7 @@ def influence_maps(report, matrices):
             maps[title(layer)] = matrices[f"influence.{layer['layer']}"]
     maps["the whole model"] = matrices["influence.model"]
     tokens = report["tokens"][:len(matrices["influence.model"])]
-    side = map_side(len(tokens), len(maps), 2.5)
+    side = map_side(len(tokens), 1, len(maps), 2.5)
     figure, axes = panels(1, len(maps), (side, side), sharex=True, sharey=True)
     norm = LogNorm(FAINTEST, 1)
     for (name, J), ax in zip(maps.items(), axes[0]):
