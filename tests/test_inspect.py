@@ -361,7 +361,8 @@ def test_saturated_gates_and_long_memory_are_seen():
 def fresh(mixer, **options):
     """A mixer as it starts."""
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=31, n_layer=1, n_head=4, n_embd=32, mixer=mixer, **options)
+    config = GPTConfig(vocab_size=31, n_layer=1, n_head=4, n_embd=32, init_std=0.02, mixer=mixer,
+                       **options)
     return GPT(config).double().blocks[0].mixer
 
 

@@ -47,7 +47,7 @@ from mixers.kda import KDA
 from mixers.lln import LLN
 from mixers.mamba2 import Mamba2
 from mixers.parts.heads import QKV, repeat_heads
-from mixers.parts.recurrent_heads import MambaDecay, Projections
+from mixers.parts.recurrent_heads import HeadNorm, MambaDecay, Projections
 from mixers.regla import ReGLA
 from mixers.ssa import SSA
 from tools import inspect_measures as measures
@@ -125,7 +125,7 @@ def hook_heads(mixer, seen, values, hooks):
         return keep
 
     hooks.enter_context(mixer.c_attn.register_forward_hook(exchange_values))
-    if isinstance(mixer.c_attn, Projections):
+    if isinstance(getattr(mixer, "norm", None), HeadNorm):
         hooks.enter_context(mixer.norm.register_forward_pre_hook(keep_heads))
     else:
         hooks.enter_context(mixer.c_proj.register_forward_pre_hook(keep_result))
