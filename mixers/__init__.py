@@ -29,8 +29,10 @@ layer uses the mixer. A mixer built on another has the other's options too if it
 
     takes = "conv", "attn_temperature"
 
-A mixer whose q, k and v come from a QKV (mixers/parts/heads.py) named c_attn, and whose heads end
-in a c_proj, shows its attention matrix in tools/inspect_attention.py without further code.
+A mixer whose q, k and v come from a QKV (mixers/parts/heads.py) or Projections
+(mixers/parts/recurrent_heads.py) named c_attn, and whose heads end in a HeadNorm named norm or in a
+c_proj, shows its attention matrix in tools/inspect_attention.py without further code; with a method
+log_decay(x) -> (B, heads, T, channels) also the half-lives of its decays.
 
 To add one: write mixers/mine.py, import its class here and add a line to MIXERS. Tests, benchmark
 and audit take it from there. Without touching this folder: a file of your own with

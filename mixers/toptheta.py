@@ -47,7 +47,7 @@ from mixers.parts.heads import (
     tempered,
 )
 
-BLOCK = 256  # queries at a time, so that memory is linear in T
+BLOCK = 256  # queries at a time, so that without gradients memory is linear in T
 
 
 class Thresholds(Wide):

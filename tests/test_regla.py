@@ -115,6 +115,18 @@ def test_a_huge_key_that_is_forgotten_leaves_the_others():
     torch.testing.assert_close(found[1], exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rate", [0.02, 5.0, 30.0])
+def test_float32_holds_over_long_texts(rate):
+    """The references come from sums of all decays, to -90,000 here; what that rounds cancels."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 3000, n, dtype=torch.float64) for n in (4, 4, 6))
+    log_F = -2 * rate * torch.rand_like(k)
+    attend = build("regla")[0].attend
+    exact, _ = attend(q, k, v, log_F, None)
+    found, _ = attend(*(t.float() for t in (q, k, v, log_F)), None)
+    assert (normed(found.double(), 0) - normed(exact, 0)).abs().max() < 1e-5
+
+
 def test_gradients_are_those_of_the_function():
     """The references m carry none; finite differences do not know that."""
     mixer, norm = build("regla")[0], ScaleFreeNorm(2).double()
@@ -133,7 +145,8 @@ def test_gradients_are_those_of_the_function():
 
 def test_the_start_of_the_gates():
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=11, n_layer=1, n_embd=128, n_head=4, mixer="regla")
+    config = GPTConfig(vocab_size=11, n_layer=1, n_embd=128, n_head=4, init_std=0.02,
+                       mixer="regla")
     mixer = GPT(config).blocks[0].mixer
     g = mixer.log_decay(torch.randn(2, 50, 128))
     assert (math.log(0.5) / g).median().item() == pytest.approx(38, rel=0.05)
