@@ -17,6 +17,7 @@ from mixers import MIXERS, mixers_with
 from mixers.lln_diag import block_attention
 from mixers.parts.convolution import ShortConvolution
 from model import GPTConfig
+from tools.inspect_attention import attention_matrix
 from training.device import ready_to_decode
 from training.optimizer import hidden_matrices
 
@@ -75,6 +76,8 @@ def test_softmax_behind_it_is_attention_on_convolved_projections():
     weights = (q @ k.mT / 8 ** 0.5).masked_fill(later, -torch.inf).softmax(-1)
     expected = mixer.c_proj((weights @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(mixer(x)[0], expected, rtol=0, atol=1e-12)
+    P = attention_matrix(mixer, x[:1])[0]  # what inspect_attention shows is behind it too
+    torch.testing.assert_close(P, weights[0], rtol=0, atol=1e-12)
 
 
 @every_mixer
