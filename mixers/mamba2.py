@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base.options import option
-from mixers.parts.convolution import ShortConvolution
+from mixers.parts.convolution import ShortConvolution, SiLUAlone
 from mixers.parts.heads import merge_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
 from mixers.parts.recurrent_heads import HeadNorm, MambaDecay, WideLinear
@@ -45,7 +45,7 @@ class Mamba2(nn.Module):
         self.proj = nn.Linear(C, 2 * inner + 2 * N, bias=config.bias)
         self.dt_proj = WideLinear(C, H, bias=False)
         taps = TAPS if config.conv is None else config.conv
-        self.conv = ShortConvolution(inner + 2 * N, taps, bias=True) if taps else None
+        self.conv = ShortConvolution(inner + 2 * N, taps, bias=True) if taps else SiLUAlone()
         self.decay = MambaDecay(H, A_range=(1, 16))
         self.skip = nn.Parameter(torch.ones(H))
         self.norm = HeadNorm(inner)
@@ -55,10 +55,7 @@ class Mamba2(nn.Module):
         conv, S = (None, None) if state is None else state
         H, N, P = self.sizes
         z, xBC = self.proj(x).split([H * P, H * P + 2 * N], dim=2)
-        if self.conv is None:
-            xBC = F.silu(xBC)
-        else:
-            xBC, conv = self.conv(xBC, conv)
+        xBC, conv = self.conv(xBC, conv)
         inner, k, q = xBC.split([H * P, N, N], dim=2)
         inner = inner.unflatten(2, (H, P)).transpose(1, 2)  # (B, H, T, P)
         g, dt = self.decay(self.dt_proj(x))
@@ -72,9 +69,7 @@ class Mamba2(nn.Module):
         H, N, P = self.sizes
         layers = (self.proj, self.dt_proj, self.c_proj)
         products = 2 * sum(layer.weight.numel() for layer in layers)
-        taps = self.conv.flops_per_token() if self.conv is not None else 0
-        return products + taps + recurrence_flops(T, H, N, P, shared=True)
+        return products + self.conv.flops_per_token() + recurrence_flops(T, H, N, P, shared=True)
 
     def state_bytes(self, T, dtype):
-        conv = self.conv.state_bytes(dtype) if self.conv is not None else 0
-        return conv + recurrence_state_bytes(*self.sizes, dtype)
+        return recurrence_state_bytes(*self.sizes, dtype) + self.conv.state_bytes(dtype)

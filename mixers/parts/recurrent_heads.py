@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mixers.parts.convolution import ShortConvolution
+from mixers.parts.convolution import ShortConvolution, SiLUAlone
 from mixers.parts.heads import repeat_heads
 
 
@@ -28,16 +28,17 @@ class Projections(nn.Module):
         self.widths = [H * D, G * D, G * E]
         self.proj = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
         taps = own_taps if config.conv is None else config.conv
-        self.conv = ShortConvolution(sum(self.widths), taps) if taps else None
-        self.with_silu = own_taps > 0
+        self.conv = None
+        if taps:
+            self.conv = ShortConvolution(sum(self.widths), taps)
+        elif own_taps:
+            self.conv = SiLUAlone()
 
     def forward(self, x, state):
         H, G = self.heads
         z = self.proj(x)
         if self.conv is not None:
             z, state = self.conv(z, state)
-        elif self.with_silu:
-            z = F.silu(z)
         q, k, v = z.split(self.widths, dim=2)
         q = q.unflatten(2, (H, -1)).transpose(1, 2)
         k = k.unflatten(2, (G, -1)).transpose(1, 2)
