@@ -33,8 +33,7 @@ from training.evaluation import evaluate, print_evaluation
 from training.leaks import check_builders, find_leak
 from training.machine import Machine, refuse_what_cannot_fit
 from training.metrics import Metrics, check_wandb
-from training.optimizer import (
-    load_optimizer, make_optimizer, optimizer_tensors, step_if_finite)
+from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, step_if_finite
 from training.pace import Pace
 from training.parallel import World, join, synchronise_gradients, whole
 from training.report import describe, show_result
@@ -347,9 +346,8 @@ def seed_of(*numbers):
 def not_finite(what, step, options):
     kept = checkpoint.checkpoints(options.out_dir)
     last = f"the last good checkpoint is {kept[-1]}" if kept else "before the first checkpoint"
-    return BadInput(
-        f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); training stops, "
-        f"{last}; try a lower learning_rate")
+    return BadInput(f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); "
+                    f"training stops, {last}; try a lower learning_rate")
 
 
 def catch_signals():

@@ -39,14 +39,9 @@ from base.files import exists
 from base.options import checked, option
 from config import Options
 from data import load_dataset
-<<<<<<< HEAD
 from mixers import has_effect, layer_mixers, mixer_names, mixers_in_words
-from tools.records import holds_run, kept_record
-=======
-from mixers import has_effect, layer_mixers, mechanism_of, mixer_names
 from tools.experiment import Experiment
 from tools.sweep_file import read_sweep_file
->>>>>>> main
 from tools.sweep_matching import matched
 from tools.sweep_runs import cluster, end_like_ctrl_c
 from tools.sweep_tuning import grids_in
