@@ -33,9 +33,9 @@ from training.evaluation import evaluate, print_evaluation
 from training.leaks import check_builders, find_leak
 from training.machine import Machine, refuse_what_cannot_fit
 from training.metrics import Metrics, check_wandb
-from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, step_if_finite
 from training.pace import Pace
-from training.parallel import World, join, synchronise_gradients
+from training.parallel import World, join, synchronise_gradients, whole
 from training.report import describe, show_result
 from training.run_folder import (
     FolderLock, check_data, compare_with, data_sha256, prepared_folder, read_options, start_from,
@@ -153,11 +153,11 @@ def learning_rate(step, options):
 
 def backward(model, loss_fn, x, y, rows_at_once, machine):
     """Adds the gradients of the mean loss over the targets y != -1 of x and y (rows of all
-    processes, T), in passes of rows_at_once rows. Returns the loss of this process's rows, such
-    that its mean over the processes is that of all rows."""
+    processes, T), in passes of rows_at_once rows. Returns a loss of this process's rows for each
+    pass, on the device, such that their sum's mean over the processes is the loss of all rows."""
     world = machine.world
     targets = (y != -1).sum().item()
-    total = 0.0
+    losses = []
     for start in range(0, len(x), rows_at_once):
         end = start + rows_at_once
         synchronise_gradients(loss_fn, model, on=end == len(x))
@@ -169,8 +169,8 @@ def backward(model, loss_fn, x, y, rows_at_once, machine):
         with machine.autocast:
             loss = loss_fn(own_x.to(machine.device), own_y.to(machine.device)) * share
         loss.backward()
-        total += loss.item()
-    return total
+        losses.append(loss.detach())
+    return losses
 
 
 def train(options, record, model, data, machine, saved):
@@ -251,16 +251,18 @@ class Training:
         if (y == -1).all():
             raise BadInput(f"step {step}: no answer is due in the batch: the rows of "
                            f"data/{self.data.name} have targets of 0 alone; prepare it again")
-        loss = backward(self.model, self.loss_fn, x, y, self.rows_at_once, self.machine)
+        losses = backward(self.model, self.loss_fn, x, y, self.rows_at_once, self.machine)
         largest = options.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest).item()
-        sums = world.total([loss / world.size, bool(caught)], self.machine.device)
-        self.train_loss, stopping = sums
-        if not math.isfinite(self.train_loss + norm):
-            raise not_finite(f"loss {self.train_loss}, gradient norm {norm}", step, options)
-        self.optimizer.step()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+        step_if_finite(self.optimizer, norm)
         self.optimizer.zero_grad()
         self.model.apply_statistics()
+        # a GPU works through all of this without a stop: numbers are read back here, all at once
+        numbers = torch.stack([*losses, norm, torch.full_like(norm, bool(caught))])
+        *losses, norm, stopping = world.total(numbers, self.machine.device)
+        self.train_loss, norm = sum(losses) / world.size, norm / world.size
+        if not math.isfinite(self.train_loss + norm):
+            raise not_finite(f"loss {self.train_loss}, gradient norm {norm}", step, options)
         self.step += 1
         self.tokens += x.numel()
         self.bar.update()
@@ -344,9 +346,8 @@ def seed_of(*numbers):
 def not_finite(what, step, options):
     kept = checkpoint.checkpoints(options.out_dir)
     last = f"the last good checkpoint is {kept[-1]}" if kept else "before the first checkpoint"
-    return BadInput(
-        f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); training stops, "
-        f"{last}; try a lower learning_rate")
+    return BadInput(f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); "
+                    f"training stops, {last}; try a lower learning_rate")
 
 
 def catch_signals():

@@ -25,10 +25,14 @@ and declare options of its own, named after it, which its builder then finds in 
 
 They are options of --help, config files and GPTConfig as all others are, and are refused where no
 layer uses the mixer. A mixer built on another has the other's options too if its own are written
-`class Options(Other.Options)`.
+`class Options(Other.Options)`. Of the general options two are for some mixers only, which say so:
 
-A mixer whose q, k and v come from a QKV (mixers/parts/heads.py) named c_attn, and whose heads end
-in a c_proj, shows its attention matrix in tools/inspect_attention.py without further code.
+    takes = "conv", "attn_temperature"
+
+A mixer whose q, k and v come from a QKV (mixers/parts/heads.py) or Projections
+(mixers/parts/recurrent_heads.py) named c_attn, and whose heads end in a HeadNorm named norm or in a
+c_proj, shows its attention matrix in tools/inspect_attention.py without further code; with a method
+log_decay(x) -> (B, heads, T, channels) also the half-lives of its decays.
 
 To add one: write mixers/mine.py, import its class here and add a line to MIXERS. Tests, benchmark
 and audit take it from there. Without touching this folder: a file of your own with
@@ -58,10 +62,12 @@ from mixers.lln_diag import LLNDiag
 from mixers.mamba2 import Mamba2
 from mixers.pelican import Pelican
 from mixers.performer import Performer
+from mixers.regla import ReGLA
 from mixers.retnet import RetNet
 from mixers.softmax import Softmax
 from mixers.ssa import SSA
 from mixers.swa import SWA
+from mixers.toptheta import TopTheta
 
 # name -> builder(config, layer) -> nn.Module, or None: the block has no mixer and no norm before it
 MIXERS = {
@@ -86,7 +92,10 @@ MIXERS = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
+    "regla": ReGLA,
+    "toptheta": TopTheta,
 }
+OF_A_TRAINED_MODEL = {"toptheta"}  # not among "all": these start as another mixer's trained model
 loaded = {}  # user's file -> its code, and the mixers that it registered
 CODE_BYTES = 2**24  # the longest such file
 
@@ -98,23 +107,37 @@ class MixerOptions:
     headings = {}  # option -> under what --help lists it
 
 
-def options_class(name):
-    """The class in which a mixer declares its options, or None."""
+def said_of(name, attribute):
+    """What a mixer's class says of it, or None."""
     builder = MIXERS[name]
     if isinstance(builder, partial):
         builder = builder.func
-    return getattr(builder, "Options", None)
+    return getattr(builder, attribute, None)
+
+
+def options_class(name):
+    """The class in which a mixer declares its options, or None."""
+    return said_of(name, "Options")
 
 
 def mixers_with(option):
-    """The names of the mixers that declare an option; none for a general one (n_head, dropout)."""
-    return [name for name in MIXERS if hasattr(options_class(name), option)]
+    """The names of the mixers that declare an option, or take one of those that not all mixers
+    take; none for an option of all (n_head, dropout)."""
+    return [name for name in MIXERS
+            if hasattr(options_class(name), option) or option in (said_of(name, "takes") or ())]
+
+
+def mixers_in_words(option):
+    """The same for messages: "lln or lln_diag"."""
+    *others, last = mixers_with(option)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def mechanism_of(option):
     """The mixer that an option belongs to, "lln" for lln_matching, or None for a general one."""
-    users = mixers_with(option)
-    return users[0] if users else None
+    if option not in MixerOptions.gathered:
+        return None
+    return mixers_with(option)[0]
 
 
 def gather_options():
@@ -127,7 +150,7 @@ def gather_options():
             continue
         for option, (kind, field) in declared(options_class(name)).items():
             if option in found and found[option][1] is not field:
-                raise ValueError(f"option {option} is of mixer {mechanism_of(option)} already; "
+                raise ValueError(f"option {option} is of mixer {mixers_with(option)[0]} already; "
                                  "choose another name")
             found[option] = (kind, field)
     if found != MixerOptions.gathered:
@@ -151,11 +174,12 @@ def layer_mixers(mixer, n_layer=None):
 
 
 def mixer_names(text):
-    """The entries of a list of mixers, each a name or a pattern joined by +; "all" is every one.
+    """The entries of a list of mixers, each a name or a pattern joined by +; "all" is every one but
+    OF_A_TRAINED_MODEL.
 
     BadInput with the choices for an unknown name."""
     if text == "all":
-        return list(MIXERS)
+        return [name for name in MIXERS if name not in OF_A_TRAINED_MODEL]
     try:
         patterns = ["+".join(layer_mixers(entry)) for entry in text.split(",")]
     except ValueError as error:

@@ -19,15 +19,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base.options import option
-from mixers.parts.convolution import ShortConvolution
+from mixers.parts.convolution import ShortConvolution, SiLUAlone
 from mixers.parts.heads import merge_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
 from mixers.parts.recurrent_heads import HeadNorm, MambaDecay, WideLinear
 
-TAPS = 4  # of the short convolution
+TAPS = 4  # of the short convolution, unless `conv` says otherwise
 
 
 class Mamba2(nn.Module):
+    takes = ("conv",)
+
     class Options:
         mamba2_state: Optional[int] = option(
             None, "Mamba-2's state channels N [default: half of n_embd; published 128]", ge=1)
@@ -42,7 +44,8 @@ class Mamba2(nn.Module):
         self.sizes = H, N, C // config.n_head
         self.proj = nn.Linear(C, 2 * inner + 2 * N, bias=config.bias)
         self.dt_proj = WideLinear(C, H, bias=False)
-        self.conv = ShortConvolution(inner + 2 * N, TAPS, bias=True)
+        taps = TAPS if config.conv is None else config.conv
+        self.conv = ShortConvolution(inner + 2 * N, taps, bias=True) if taps else SiLUAlone()
         self.decay = MambaDecay(H, A_range=(1, 16))
         self.skip = nn.Parameter(torch.ones(H))
         self.norm = HeadNorm(inner)

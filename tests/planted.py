@@ -12,6 +12,9 @@ import torch
 import torch.nn as nn
 
 from mixers import MIXERS
+from mixers.parts.recurrence import recurrence
+from mixers.parts.recurrent_heads import HeadNorm
+from mixers.regla import ReGLA
 
 
 class Honest(nn.Module):
@@ -335,6 +338,19 @@ class Random(Honest):
         return x * (1 + 0.01 * random.SystemRandom().random()), state
 
 
+class PublishedMaximum(ReGLA):
+    """ReGLA as it was published: exponential keys relative to the largest key of all positions, a
+    scale that the norm's eps does not let cancel."""
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.norm = HeadNorm(config.n_embd // config.n_head)
+
+    def attend(self, q, k, v, log_F, state):
+        phi_q = (q - q.amax(3, keepdim=True)).exp()
+        phi_k = (k - k.amax((2, 3), keepdim=True)).exp()
+        return recurrence(phi_q, phi_k, v, g=log_F, state=state)
+
+
 # name -> the mixer and the checks that must find it
 PLANTED = {
     "whole_mean": (WholeMean, "suffix gradient length split"),
@@ -375,6 +391,7 @@ PLANTED = {
     "explosive": (Explosive, "depth"),
     "idle": (Idle, "learns"),
     "random": (Random, "repeat bits"),
+    "published_maximum": (PublishedMaximum, "suffix gradient length split"),
 }
 
 if __name__ == "<run_path>":

@@ -86,7 +86,7 @@ def masked_half(mixer, T, D=8, H=4, L=64):
         """Of n columns, those not visible, on average over rows."""
         return n - (n + 1) / 2
 
-    if mixer in ("softmax", "ssa"):
+    if mixer in ("softmax", "ssa", "toptheta"):
         return 2 * 2 * H * D * pairs(T)
     if mixer in ("lln", "linear"):
         return 2 * H * (2 * D + 1) * pairs(64)
@@ -112,7 +112,7 @@ def masked_half_of_recurrence(mixer, H, D, c=64):
     if mixer in ("retnet", "mamba2"):
         keys = H * half  # mamba2's C / 2 channels are shared by all heads
         return (c - 1) * (keys + H * D)
-    if mixer == "gla":
+    if mixer in ("gla", "regla"):
         return H * (-2 * half + (c - 1) * D)
     if mixer == "deltanet":
         return H * (c - 1) * D

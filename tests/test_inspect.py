@@ -12,23 +12,26 @@ from conftest import TINY, run
 from safetensors.numpy import load_file
 from scipy import stats
 from test_mixers import make, tokens
+from test_second_wave import scan, unit
 
 from data.tokenizer import CharTokenizer
 from mixers import MIXERS
 from mixers.linear import log_elu_plus_one
 from mixers.parts.heads import QKV, repeat_heads, rotate
 from mixers.performer import log_features
+from model import GPT, GPTConfig
 from tools import inspect_attention
 from tools import inspect_measures as measures
 from tools import inspect_plots as attention_pictures
-from tools.inspect_attention import (NoMatrix, attention_matrix, influence, inspect,
-                                     model_influence, reach)
+from tools.inspect_attention import (NoMatrix, attention_matrix, gates, influence, inspect,
+                                     is_stochastic, log_decay, model_influence, reach)
 from training import checkpoint
 
 every_mixer = pytest.mark.parametrize("mixer", sorted(MIXERS))
-WITH_MATRIX = {"softmax", "ssa", "lln", "lln_diag", "linear", "performer"}
+WITH_MATRIX = {"softmax", "ssa", "lln", "lln_diag", "linear", "performer", "swa", "toptheta"}
+SIGNED = {"gla", "retnet", "mamba2", "deltanet", "gated_deltanet", "kda", "regla"}
 # others may go either way
-WITHOUT_MATRIX = {"linformer", "pelican", *(name for name in MIXERS if name.startswith("causal_"))}
+WITHOUT_MATRIX = {"pelican", *(name for name in MIXERS if name.startswith("causal_"))}
 NAME = "tools.inspect_attention"
 
 
@@ -161,6 +164,32 @@ def test_temperatures():
     assert measures.temperature_softmax(q, k) == pytest.approx(1 / scores.std(), rel=0.05)
 
 
+def test_measures_of_a_matrix_with_signs():
+    P = np.array([[2.0, 0, 0], [-3, 1, 0], [0, 0, 0]])  # a row of zeros weighs nothing
+    assert measures.describe_signed(P) == dict(
+        negative=pytest.approx(0.75 / 3),
+        row_sum=pytest.approx((2 - 2 + 0) / 3),
+        row_size=pytest.approx((2 + 4 + 0) / 3),
+        effective_rank=pytest.approx(measures.effective_rank(P)),
+        weight_on_self=pytest.approx((1 + 0.25 + 0) / 3),
+        weight_on_previous=pytest.approx((0.75 + 0) / 2),
+        weight_on_first=pytest.approx((0.75 + 0) / 2),
+        mean_distance=pytest.approx(0.75 / 3),
+        weight_by_distance=pytest.approx([1.25 / 3, 0.375, 0]),
+    )
+    assert measures.describe_signed(0 * P)["effective_rank"] == 0
+
+
+def test_half_lives_and_saturation_of_known_values():
+    g = np.log([[[0.5, 0.25, 1.0], [0.5, 1.0, 1.0]]])  # (1 head, 2 tokens, 3 channels)
+    assert measures.half_lives(g) == pytest.approx(np.array([[1, 1, measures.LONGEST]]))
+    assert measures.half_lives(np.full((1, 2, 1), -np.inf)) == 0
+    row = measures.saturation(np.array([0.001, 0.5, 0.5, 0.995]))
+    assert row["mean"] == pytest.approx(0.499)
+    assert (row["below"], row["above"]) == (0.25, 0.25)
+    assert row["histogram"] == [0.25, *[0] * 9, 0.5, *[0] * 8, 0.25]
+
+
 # Matrices -----------------------------------------------------------------------------------------
 
 def softmax_rows(scores):
@@ -176,7 +205,7 @@ def diagonal_blocks(scores, size):
 def formula(name, mixer, x):
     """P and v (H, T, .) from the mechanism's equation, in float64."""
     H = mixer.c_attn.sizes[0]
-    q, k, v = (repeat_heads(t, H)[0] for t in mixer.c_attn(x))
+    q, k, v = (repeat_heads(t, H)[0] for t in list(mixer.c_attn(x))[:3])
     D = q.size(-1)
     raw_q, raw_k = q, k
     if name == "ssa":
@@ -190,8 +219,12 @@ def formula(name, mixer, x):
     if getattr(mixer, "rope_base", None):
         q, k = rotate(q[None], 0, mixer.rope_base)[0], rotate(k[None], 0, mixer.rope_base)[0]
     scores = q @ k.mT / D**0.5
-    if name in ("softmax", "ssa", "linformer"):
+    if name in ("softmax", "ssa", "linformer", "toptheta"):  # one without thresholds yet
         return softmax_rows(scores), v
+    if name == "swa":
+        t = torch.arange(scores.size(-1))
+        seen = t[:, None] - t < mixer.window
+        return softmax_rows(scores.masked_fill(~seen, -math.inf)), v
     if name == "linear":
         a, b = log_elu_plus_one(raw_q), log_elu_plus_one(raw_k)
     elif name == "performer":
@@ -235,16 +268,102 @@ def test_matrix_is_the_formulas(name, options, skeleton, T):
     torch.testing.assert_close(repeat_heads(heads["v"], 4)[0], v, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name, options, reason", [
-    ("lln_diag", dict(lln_diag_mode="sum"), "weights of a row sum to"),
-    ("lln_diag", dict(lln_diag_mode="convex"),
-     "weights of a row sum to|no matrix times the values"),
-    ("linformer", dict(linformer_segment=8), "weights of a row sum to"),
-    ("causal_mean", {}, "no queries, keys and values")])
-def test_no_matrix_and_why(name, options, reason):
-    mixer = make(name, **options).blocks[0].mixer
-    with pytest.raises(NoMatrix, match=reason):
-        attention_matrix(mixer, torch.randn(1, 30, 32, dtype=torch.float64))
+def decayed_formula(name, mixer, x):
+    """P (H, T, T) of a mixer that decays and erases: its recurrence with the identity for
+    values."""
+    heads = {key: value for key, value in inspect_attention.run_heads(mixer, x).items()}
+    q, k = heads["q"], heads["k"]
+    H, T, D = heads["v"].size(1), x.size(1), q.size(3)
+    eye = torch.eye(T, dtype=x.dtype).expand(1, H, T, T)
+    beta, alpha, written = None, torch.ones(1, H, T, 1, dtype=x.dtype), eye
+    if hasattr(mixer, "beta"):
+        beta = mixer.beta(x).sigmoid().mT[..., None]
+        q, k = unit(q), unit(k)
+    if name in ("gla", "kda", "regla"):
+        alpha = mixer.log_decay(x).exp()
+    if name == "gated_deltanet":
+        alpha = mixer.decay(mixer.decay_proj(x))[0].exp().mT[..., None]
+    if name == "retnet":
+        q, k = rotate(q, 0, 10000.0), rotate(k, 0, 10000.0)
+        alpha = mixer.decays.log_gamma.exp()[:, None, None].expand(1, H, T, 1)
+    if name == "regla":  # but for the scale of rows
+        return scan((q - q.amax()).exp(), (k - k.amax()).exp(), eye, alpha, None)[0]
+    if name == "mamba2":
+        g, dt = mixer.decay(mixer.dt_proj(x))
+        alpha, written = g.exp().mT[..., None], dt.mT[..., None] * eye
+        q, k = q.expand(-1, H, -1, -1), k.expand(-1, H, -1, -1)
+        return (scan(q, k, written, alpha, None) + mixer.skip[:, None, None] * eye)[0]
+    return scan(q / D**0.5, k, written, alpha, beta)[0]
+
+
+@pytest.mark.parametrize("name", sorted(SIGNED))
+@pytest.mark.parametrize("T", [2, 41])
+def test_signed_matrix_is_the_recurrences(name, T):
+    mixer, x = make(name).blocks[0].mixer, torch.randn(1, T, 32, dtype=torch.float64)
+    P, heads = attention_matrix(mixer, x)
+    expected = decayed_formula(name, mixer, x)
+    if name == "regla":
+        P, expected = P / P.sum(-1, keepdim=True), expected / expected.sum(-1, keepdim=True)
+    tolerance = 1e-6 if name == "retnet" else 1e-11  # its table of decays is in float32
+    assert (P - expected).abs().max() < tolerance * expected.abs().max()
+    assert (P.triu(1) == 0).all()
+    if name != "regla":
+        assert not is_stochastic(P)
+        y = (P @ heads["v"][0]).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(heads["y"][0], y, rtol=0, atol=1e-10)
+
+
+def test_a_convex_combination_of_two_heads_is_no_matrix():
+    """Of one for each channel, as lln_diag has them."""
+    x = torch.randn(1, 30, 32, dtype=torch.float64)
+    for mode in ("sum", "convex"):
+        with pytest.raises(NoMatrix, match="no matrix times the values"):
+            attention_matrix(make("lln_diag", lln_diag_mode=mode).blocks[0].mixer, x)
+    with pytest.raises(NoMatrix, match="no queries, keys and values"):
+        attention_matrix(make("causal_mean").blocks[0].mixer, x)
+
+
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet", "mamba2", "kda", "regla"])
+def test_decays_and_gates_are_the_mixers_own(name):
+    mixer, x = make(name).blocks[0].mixer, torch.randn(1, 20, 32, dtype=torch.float64)
+    g, found = log_decay(mixer, x), gates(mixer, x)
+    if hasattr(mixer, "decay"):
+        u = (mixer.dt_proj if name == "mamba2" else mixer.decay_proj)(x)
+        steps = torch.nn.functional.softplus(u + mixer.decay.dt_bias)
+        torch.testing.assert_close(g, (-mixer.decay.A_log.exp() * steps)[0].T[..., None])
+    else:
+        assert g.shape == (4, 20, 8 if name == "kda" else 4)
+        assert torch.equal(g, mixer.log_decay(x)[0])
+    expected = {
+        "gla": {"forget": lambda: mixer.decay_up(mixer.decay_down(x))},
+        "gated_deltanet": {"write": lambda: mixer.beta(x)},
+        "mamba2": {},
+        "kda": {"write": lambda: mixer.beta(x),
+                "output": lambda: mixer.gate_up(mixer.gate_down(x))},
+        "regla": {"forget": lambda: mixer.forget(x), "refine": lambda: mixer.refine(x)},
+    }[name]
+    assert found.keys() == expected.keys()
+    for gate, logits in expected.items():
+        assert torch.equal(found[gate], torch.sigmoid(logits()))
+
+
+def test_saturated_gates_and_long_memory_are_seen():
+    x = torch.randn(1, 20, 32, dtype=torch.float64)
+    for start, where in ((8.0, "above"), (-8.0, "below")):
+        row = measures.saturation(inspect_attention.array(
+            gates(fresh("regla", regla_start=start), x)["forget"]))
+        assert row[where] == 1
+    g = inspect_attention.array(log_decay(fresh("gla"), x))  # sigmoid(0)^(1/16)
+    assert measures.half_lives(g) == pytest.approx(16, rel=0.01)
+    assert log_decay(fresh("deltanet"), x) is None and gates(fresh("softmax"), x) == {}
+
+
+def fresh(mixer, **options):
+    """A mixer as it starts."""
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=31, n_layer=1, n_head=4, n_embd=32, init_std=0.02, mixer=mixer,
+                       **options)
+    return GPT(config).double().blocks[0].mixer
 
 
 class Crafted(torch.nn.Module):
@@ -275,21 +394,26 @@ def nonlinear(q, k, v):
     return v.abs()
 
 
-@pytest.mark.parametrize("mix, reason", [
-    (identity, None),
-    (twice, "sum to 2 to 2"),
-    (negative, "smallest weight is -2"),
-    (nonlinear, "no matrix times the values"),
-])
-def test_matrix_of_a_users_mixer(mix, reason, monkeypatch):
+@pytest.mark.parametrize("mix, diagonal, below", [(identity, 1, 0), (twice, 2, 0),
+                                                  (negative, 3, -2)])
+def test_matrix_of_a_users_mixer(mix, diagonal, below, monkeypatch):
+    mixer = crafted(mix, monkeypatch)
+    P, _ = attention_matrix(mixer, torch.randn(1, 20, 32, dtype=torch.float64))
+    expected = diagonal * torch.eye(20) + below * torch.eye(20).roll(1, 0).tril()
+    expected[0, 0] += below  # the first token is the one before itself
+    assert torch.equal(P, expected.double().expand(4, -1, -1))
+    assert is_stochastic(P) == (mix is identity)
+
+
+def test_heads_that_are_no_matrix_times_the_values(monkeypatch):
+    with pytest.raises(NoMatrix, match="no matrix times the values"):
+        attention_matrix(crafted(nonlinear, monkeypatch),
+                         torch.randn(1, 20, 32, dtype=torch.float64))
+
+
+def crafted(mix, monkeypatch):
     monkeypatch.setitem(MIXERS, "crafted", type("Mine", (Crafted,), {"mix": staticmethod(mix)}))
-    mixer, x = make("crafted").blocks[0].mixer, torch.randn(1, 20, 32, dtype=torch.float64)
-    if reason is None:
-        P, _ = attention_matrix(mixer, x)
-        assert torch.equal(P, torch.eye(20, dtype=torch.float64).expand(4, -1, -1))
-        return
-    with pytest.raises(NoMatrix, match=reason):
-        attention_matrix(mixer, x)
+    return make("crafted").blocks[0].mixer
 
 
 # Influence ----------------------------------------------------------------------------------------
@@ -340,10 +464,12 @@ def test_inspect_knows_every_mixer(mixer):
     assert (np.triu(J, 1) == 0).all() and (np.diag(J) > 0).all()
     for i, layer in enumerate(layers):
         assert (layer["layer"], layer["mixer"]) == (i, mixer)
-        if mixer in WITH_MATRIX or f"attention.{i}" in matrices and mixer not in WITHOUT_MATRIX:
+        assert layer["signed"] or mixer not in SIGNED
+        if mixer not in WITHOUT_MATRIX:
             P = matrices[f"attention.{i}"]
             assert P.shape == (4, T, T) and (np.triu(P, 1) == 0).all()
-            assert abs(P.sum(-1) - 1).max() < 1e-5
+            assert layer["signed"] or abs(P.sum(-1) - 1).max() < 1e-5
+            assert not layer["signed"] or mixer not in WITH_MATRIX
             assert [head["head"] for head in layer["heads"]] == [0, 1, 2, 3]
             assert layer["no_matrix"] is None
             assert ("temperature_lln" in layer["heads"][0]) == mixer.startswith("lln")
@@ -379,7 +505,7 @@ def test_measured_values_are_those_of_the_matrices():
     assert head["weight_on_self"] == pytest.approx(np.diag(P).mean())
     assert head["weight_on_previous"] == pytest.approx(np.diag(P, -1).mean())
     mixer = model.blocks[1].mixer
-    q, k, _ = mixer.c_attn(inspect_attention.mixer_inputs(model, idx)[1])
+    q, k, *_ = mixer.c_attn(inspect_attention.mixer_inputs(model, idx)[1])
     alpha, beta = mixer.alpha_beta()
     sigma_q, sigma_k = q[0, 2].std(correction=0).item(), k[0, 2].std(correction=0).item()
     assert head["temperature_softmax"] == pytest.approx(1 / (sigma_q * sigma_k), rel=1e-4)
@@ -428,16 +554,18 @@ def test_report_and_pictures_of_a_mixed_model(command, here, monkeypatch):
     out = command(f"--out_dir={folder}", "--start=the quick $brown\nfox jumps")
     report = json.loads((folder / "inspect" / "attention.json").read_text())
     assert report["text"] == "the quick $brown\nfox jumps" == "".join(report["tokens"])
-    assert [len(layer["heads"]) for layer in report["layers"]] == [2, 0, 0, 0]
+    assert [len(layer["heads"]) for layer in report["layers"]] == [2, 0, 2, 0]
+    assert [layer["signed"] for layer in report["layers"]] == [False, False, True, False]
     assert len(report["layers"][0]["ssa_temperature"]["q"][0]) == 26
     matrices = load_file(folder / "inspect" / "attention.safetensors")
     assert set(matrices) == {
-        "attention.0", "influence.0", "influence.2", "influence.3", "influence.model"}
+        "attention.0", "attention.2", "influence.0", "influence.2", "influence.3",
+        "influence.model"}
     distance = measures.mean_distance(matrices["attention.0"][1])
     reported = report["layers"][0]["heads"][1]["mean_distance"]
     assert reported == pytest.approx(distance, rel=1e-5)
     assert set(drawn) == {"attention_maps.png", "log_weights.png", "entropy.png", "distance.png",
-                          "influence.png", "ssa_temperature.png"}
+                          "influence.png", "ssa_temperature.png", "signed_maps.png"}
     assert all(name in out for name in drawn)
     titles = [ax.get_title() for ax in drawn["influence.png"].axes]
     assert titles[:4] == [
@@ -450,6 +578,53 @@ def test_report_and_pictures_of_a_mixed_model(command, here, monkeypatch):
     assert len(ticks) == 26 and ticks[3] == "␣" and ticks[16] == "↵" and ticks[10] == r"\$"
     for figure in drawn.values():
         figure.canvas.draw()  # no label that cannot be drawn
+
+
+def labels(ax):
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def test_pictures_of_decays_and_gates(command, here, monkeypatch):
+    model = make("gla,deltanet,causal_max", n_layer=3, n_head=2).float()
+    folder = save_run(here / "r", model)
+    drawn = {}
+
+    def keep(path, figure):
+        drawn[path.name] = figure
+        return path
+
+    monkeypatch.setattr(attention_pictures, "save", keep)
+    out = command(f"--out_dir={folder}", "--start=ab c\n$")
+    report = json.loads((folder / "inspect" / "attention.json").read_text())
+    assert set(drawn) == {"signed_maps.png", "distance.png", "influence.png", "half_lives.png",
+                          "gates.png"}
+    gla, deltanet, reduction = report["layers"]
+    assert np.shape(gla["half_lives"]) == (2, 8) and list(gla["gates"]) == ["forget"]
+    assert deltanet["half_lives"] is None and list(deltanet["gates"]) == ["write"]
+    assert reduction["half_lives"] is None and reduction["gates"] == {}
+    assert "half-lives, layer 0, gla: 5 % of the channels up to " in out
+    assert "write gates, layer 1, deltanet: " in out and "half-lives, layer 1" not in out
+    P = load_file(folder / "inspect" / "attention.safetensors")["attention.1"][1]
+    shown = drawn["signed_maps.png"].axes[3].images[0].get_array()
+    share = P / abs(P).sum(1, keepdims=True)
+    assert np.allclose(shown[np.tril_indices(6)], share[np.tril_indices(6)], rtol=1e-4)
+    assert shown.mask[np.triu_indices(6, 1)].all()
+    for name in ("signed_maps.png", "influence.png"):
+        assert labels(drawn[name].axes[0]) == ["a", "b", "␣", "c", "↵", r"\$"]
+    titles = [ax.get_title() for ax in drawn["gates.png"].axes]
+    assert titles == ["gla, layer 0, forget", "", "", "deltanet, layer 1, write"]
+    for figure in drawn.values():
+        figure.canvas.draw()
+
+
+@pytest.mark.parametrize("T, H, written", [(9, 4, True), (44, 2, True), (44, 4, True),
+                                           (44, 8, False), (60, 1, False)])
+def test_tokens_stand_at_the_axes_where_there_is_room(T, H, written):
+    layer = dict(layer=0, mixer="softmax", heads=[{}] * H)
+    P = np.tile(np.tril(np.ones((T, T))), (H, 1, 1))
+    figure = attention_pictures.attention_maps([layer], {"attention.0": P}, ["x"] * T)
+    assert (labels(figure.axes[0]) == ["x"] * T) == written
+    assert figure.get_size_inches()[0] < 18
 
 
 @pytest.mark.parametrize("arguments, config, message", [
@@ -566,5 +741,6 @@ def test_a_mixer_that_does_nothing_yet_is_drawn_without_a_warning(recwarn):
     model.blocks[0].mixer.c_proj.weight.data.zero_()
     layers, matrices = inspect(model, tokens(rows=1, n=9))
     assert not matrices["influence.0"].any()
-    attention_pictures.influence_maps(dict(layers=layers), matrices).canvas.draw()
+    report = dict(layers=layers, tokens=["a"] * 9)
+    attention_pictures.influence_maps(report, matrices).canvas.draw()
     assert [str(warning.message) for warning in recwarn] == []

@@ -8,7 +8,7 @@ from test_mixers import make, tokens
 
 from mixers.linear import log_elu_plus_one
 from mixers.lln import DECAY, PUBLISHED_A, PUBLISHED_B, Matching, matching_table
-from mixers.parts.chunkwise import CHUNK, linear_attention
+from mixers.parts.chunkwise import CHUNK, by_decays, linear_attention
 from mixers.performer import log_features, orthogonal_gaussian
 from model import GPT, GPTConfig
 
@@ -122,6 +122,42 @@ def test_state_carries_the_sequence(kind, split):
         torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """The CPU computes as other devices do, which must not look at the numbers."""
+    monkeypatch.setattr("mixers.parts.chunkwise.chunkwise",
+                        lambda a, b, v, state, alone: by_decays(a, b, v, state))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kind", ["normal", "uniform", "opposed", "growing", "shrinking"])
+@pytest.mark.parametrize("T", [2, 65, 130])
+def test_elsewhere_the_engine_is_the_same(elsewhere, kind, T, dtype, tolerance):
+    assert_matches_oracle(*features(kind, T, dtype), tolerance)
+
+
+@pytest.mark.parametrize("place", [0, 17, 63, 64, 129])
+def test_elsewhere_one_huge_key_is_as_harmless(elsewhere, place):
+    test_one_huge_key_at_each_place_of_a_chunk(place, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["uniform", "opposed", "growing"])
+def test_elsewhere_nothing_overflows(elsewhere, kind, dtype):
+    test_no_overflow_and_no_empty_row_in_any_dtype(kind, dtype)
+    test_bfloat16_inputs_are_accumulated_in_float32()
+
+
+@pytest.mark.parametrize("kind", ["normal", "growing"])
+def test_elsewhere_the_state_is_the_same_too(elsewhere, kind, monkeypatch):
+    test_state_carries_the_sequence(kind, [50, 1, 79])
+    a, b, v = features(kind, 130, torch.float64)
+    _, elsewhere_state = linear_attention(a, b, v)
+    monkeypatch.undo()
+    for got, exact in zip(elsewhere_state, linear_attention(a, b, v)[1]):
+        torch.testing.assert_close(got, exact)
+
+
 def test_keys_may_grow_without_end():
     T = 40 * CHUNK
     a, v = torch.randn(1, 1, T, 4), torch.randn(1, 1, T, 4)
@@ -152,7 +188,7 @@ def test_training_memory_grows_linearly_with_length():
 # The mixers on top ---------------------------------------------------------------------------
 
 def heads_of(mixer, x):
-    q, k, v = mixer.c_attn(x)
+    q, k, v, _ = mixer.c_attn(x)
     G = q.size(1) // k.size(1)
     return q, k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
 
@@ -246,7 +282,7 @@ def test_lln_statistics_are_collected_in_training_and_applied_once(mixer, skelet
     h = start.embed(tokens(12, 64))
     if start.pos_embed:
         h = h + start.pos_embed.weight[:64]
-    q, k, _ = first.mixer.c_attn(first.norm1(h))
+    q, k, *_ = first.mixer.c_attn(first.norm1(h))
     for x, moments in ((q, one.blocks[0].mixer.q_moments), (k, one.blocks[0].mixer.k_moments)):
         torch.testing.assert_close(moments.mean, (1 - DECAY) * x.mean((0, 2, 3)))
         torch.testing.assert_close(moments.square, DECAY + (1 - DECAY) * x.square().mean((0, 2, 3)))
@@ -361,6 +397,8 @@ def test_performer_redraws_on_schedule():
         omegas.append(model.blocks[0].mixer.features.omega.clone())
     same = [torch.equal(a, b) for a, b in zip(omegas, omegas[1:])]
     assert same == [True, False, True, True, False, True]
+    features = model.to("meta").blocks[0].mixer.features  # what is read at each step stays
+    assert (features.steps.item(), features.omega.device.type) == (7, "meta")
 
 
 @pytest.mark.parametrize("skeleton", ["gpt2", "llama"])

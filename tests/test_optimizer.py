@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from base.errors import BadInput
 from config import Options
 from model import GPT, GPTConfig
-from training.optimizer import Together, load_optimizer, make_optimizer, optimizer_tensors
+from training.optimizer import (
+    Together, load_optimizer, make_optimizer, optimizer_tensors, step_if_finite,
+    step_without_asking)
 
 CPU = torch.device("cpu")
 
@@ -198,3 +200,101 @@ def test_muon_trains_and_resumes_bit_for_bit(home, tmp_path):
     line = one_line(run(home, "train.py", "--resume", f"--out_dir={resumed}", "--max_iters=30",
                         "--optimizer=adamw"))
     assert "optimizer 'muon', not 'adamw'" in line
+
+
+# Steps that are none ------------------------------------------------------------------------------
+
+def trained_a_little(name):
+    """A model and its optimiser after two steps."""
+    model = a_model()
+    optimizer = make_optimizer(model, Options(optimizer=name, learning_rate=1e-2), CPU)
+    for _ in range(2):
+        backward(model)
+        step_if_finite(optimizer, torch.ones(()))
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def backward(model, factor=1.0):
+    """The norm that the gradient was clipped by."""
+    idx = torch.arange(8)[None] % 11
+    (model.loss(idx, idx.roll(-1, 1)) * factor).backward()
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def everything(model, optimizer):
+    tensors = {**model.state_dict(), **optimizer_tensors(model, optimizer)}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("step", [step_if_finite, step_without_asking])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_finite_step_is_the_optimisers_own(name, step):
+    model, optimizer = trained_a_little(name)
+    twin, other = trained_a_little(name)
+    for _ in range(2):
+        step(optimizer, backward(model))
+        optimizer.zero_grad()
+        backward(twin)
+        other.step()
+        other.zero_grad()
+    ours, theirs = everything(model, optimizer), everything(twin, other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [step_if_finite, step_without_asking])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_is_skipped(name, step, factor):
+    """Bit for bit, with AdamW's moments and count of steps; where nobody may ask, Muon's weights
+    move by what its momentum holds, as if the gradient were zero."""
+    model, optimizer = trained_a_little(name)
+    before = everything(model, optimizer)
+    norm = backward(model, factor)
+    assert not norm.isfinite()
+    step(optimizer, norm)
+    after = everything(model, optimizer)
+    by_momentum = set()
+    if name == "muon" and step is step_without_asking:
+        by_momentum = {key for key in after if "c_fc" in key or "c_proj" in key or "c_attn" in key}
+        by_momentum = {key for key in by_momentum if key.endswith("weight")}
+    for key, tensor in after.items():
+        assert tensor.isfinite().all(), key
+        assert torch.equal(tensor, before[key]) == (key not in by_momentum), key
+
+
+BREAKS = """
+import torch
+from mixers import MIXERS
+
+class Breaks(torch.nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_proj = torch.nn.Linear(config.n_embd, config.n_embd)
+        self.steps = 0
+
+    def forward(self, x, state=None):
+        y = self.c_proj(x)
+        return (y * float("nan") if self.training and self.steps == 3 else y), state
+
+    def apply_statistics(self):
+        self.steps += 1
+
+MIXERS["breaks"] = Breaks
+"""
+
+
+def test_a_run_whose_loss_is_no_number_ends_at_its_last_good_checkpoint(train, here, capsys):
+    (here / "breaks.py").write_text(BREAKS)
+    with pytest.raises(SystemExit) as exit:
+        train.call([*TINY, "--mixer_file=breaks.py", "--mixer=breaks", "--max_iters=9",
+                    "--eval_interval=2", "--log_interval=1", "--out_dir=run"])
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and line.count("\n") == 1
+    assert "step 3: loss nan, gradient norm nan is not finite" in line
+    assert "the last good checkpoint is run/checkpoints/00000002" in line
+    assert sorted(path.name for path in (here / "run/checkpoints").glob("0*")) == ["00000002"]
+    saved = load_file(here / "run/checkpoints/00000002/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert [row["iter"] for row in metrics("run")][-1] == 3  # the last step that was one

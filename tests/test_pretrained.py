@@ -366,6 +366,11 @@ def test_gpt2s_tokenizer_goes_with_the_model(export, tmp_path):
     (dict(arch="llama", pos="none"), "pos 'none'"),
     (dict(n_kv_head=2), "n_kv_head 2"),
     (dict(mlp_activation="causal_max"), "mlp_activation 'causal_max'"),
+    (dict(mlp_activation="relu"), "mlp_activation 'relu'"),
+    (dict(norm="rms"), "norm 'rms'"),
+    (dict(arch="llama", norm="none"), "norm 'none'"),
+    (dict(conv=4), "conv 4"),
+    (dict(attn_temperature=0.5), "attn_temperature 0.5"),
 ])
 def test_what_transformers_cannot_say_is_named(options, naming, export, tmp_path):
     save_run(tmp_path / "run", GPTConfig(**SMALL, **options))

@@ -3,12 +3,20 @@
 P is a causal attention matrix, a (T, T) array: row t holds the weights of token t on the tokens s
 <= t; rows sum to 1. Entropy, spectral gap, log-normality and temperatures are those of the LLN
 paper (Nahshan et al. 2023, arXiv 2311.13541).
+
+Where rows do not sum to 1, as in mixers that decay and erase, weights are shares of the |P| of
+their row (describe_signed).
 """
 import math
 
 import numpy as np
 from scipy import stats
 from scipy.special import entr  # -p ln p, and 0 at 0
+
+
+LONGEST = 1e6  # tokens; half-lives beyond it are it
+SATURATED = 0.01
+BINS = 20  # of a gate's histogram
 
 
 def uniform(T):
@@ -102,3 +110,36 @@ def describe(P):
         log_weights=normality(log_weights(P)),
         weight_by_distance=by_distance.tolist(),
     )
+
+
+def describe_signed(P):
+    """Measures of a causal (T, T) matrix with weights of both signs; `row_sum` and `row_size` are
+    the mean sums of P and |P| in a row. A row of zeros has no weight anywhere."""
+    sizes = np.abs(P).sum(1, keepdims=True)
+    shares = np.divide(np.abs(P), sizes, out=np.zeros_like(P), where=sizes > 0)
+    by_distance = weight_by_distance(shares)
+    return dict(
+        negative=shares[P < 0].sum() / len(P),
+        row_sum=P.sum(1).mean(),
+        row_size=sizes.mean(),
+        effective_rank=effective_rank(P) if P.any() else 0.0,
+        weight_on_self=by_distance[0],
+        weight_on_previous=by_distance[1],
+        weight_on_first=weight_on_first(shares),
+        mean_distance=mean_distance(shares),
+        weight_by_distance=by_distance.tolist(),
+    )
+
+
+def half_lives(g):
+    """Tokens after which half is left, (heads, channels), for log decays g (heads, T, channels):
+    ln 2 over the mean of -g over the text; at most LONGEST."""
+    return math.log(2) / np.maximum(-g.mean(1), math.log(2) / LONGEST)
+
+
+def saturation(values):
+    """Of a gate's values in (0, 1): their mean, the shares below SATURATED and above 1 - SATURATED,
+    and the shares in each of BINS equal parts of (0, 1)."""
+    counts, _ = np.histogram(values, BINS, range=(0, 1))
+    return dict(mean=values.mean(), below=(values < SATURATED).mean(),
+                above=(values > 1 - SATURATED).mean(), histogram=(counts / values.size).tolist())

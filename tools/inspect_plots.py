@@ -3,32 +3,47 @@ files."""
 import io
 
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 
 from base.files import write_file
-from tools.inspect_measures import entropy, log_weights, uniform, weight_by_distance
+from tools.inspect_measures import LONGEST, entropy, log_weights, uniform, weight_by_distance
 
 FAINTEST = 1e-3  # weights below it look like it
 BINS = 50        # of the histograms
 TAU_TOKENS = 44  # of the text, under the temperatures
+LABELLED = 44    # most tokens of a map that are written at its axes,
+ROOM = 0.085     # inches, which each of them needs at least
+WIDE = 16        # inches, of all panels of a figure
 GREY, COLOURS = "0.55", ("#3b6fb6", "#d1603d", "#4f9d69", "#8a5fa8")
 
 
 def draw(folder, report, matrices):
     """Writes the pictures that there is something to show in; yields their paths."""
-    with_matrix = [row for row in report["layers"] if row["heads"]]
-    T = len(report["tokens"])
+    layers, tokens = report["layers"], report["tokens"]
+    with_matrix = [row for row in layers if row["heads"]]
+    weights = [row for row in with_matrix if not row["signed"]]
+    signed = [row for row in with_matrix if row["signed"]]
+    tempered = [row for row in layers if row["ssa_temperature"]]
+    decaying = [row for row in layers if row["half_lives"]]
+    gated = [row for row in layers if row["gates"]]
+    T = len(tokens)
+    if weights:
+        yield save(folder / "attention_maps.png", attention_maps(weights, matrices, tokens))
+        yield save(folder / "log_weights.png", log_weight_histograms(weights, matrices))
+        yield save(folder / "entropy.png", entropy_over_depth(weights, T))
+    if signed:
+        yield save(folder / "signed_maps.png", signed_maps(signed, matrices, tokens))
     if with_matrix:
-        yield save(folder / "attention_maps.png", attention_maps(with_matrix, matrices))
-        yield save(folder / "log_weights.png", log_weight_histograms(with_matrix, matrices))
-        yield save(folder / "entropy.png", entropy_over_depth(with_matrix, T))
         yield save(folder / "distance.png", weight_over_distance(with_matrix, T))
     yield save(folder / "influence.png", influence_maps(report, matrices))
-    tempered = [row for row in report["layers"] if row["ssa_temperature"]]
     if tempered:
-        yield save(folder / "ssa_temperature.png", ssa_temperatures(tempered, report["tokens"]))
+        yield save(folder / "ssa_temperature.png", ssa_temperatures(tempered, tokens))
+    if decaying:
+        yield save(folder / "half_lives.png", half_life_histograms(decaying, T))
+    if gated:
+        yield save(folder / "gates.png", gate_histograms(gated))
 
 
 def save(path, figure):
@@ -41,7 +56,7 @@ def save(path, figure):
 def panels(rows, columns, size, **options):
     """A figure with rows x columns panels of `size` inches, smaller if there are many, and their
     axes as a 2-D array."""
-    width, height = (side * min(1, 16 / (side * n)) for side, n in zip(size, (columns, rows)))
+    width, height = (min(side, WIDE / n) for side, n in zip(size, (columns, rows)))
     figure = Figure(figsize=(width * columns + 1.2, height * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
@@ -59,17 +74,68 @@ def title(layer):
     return f"{layer['mixer']}, layer {layer['layer']}"
 
 
-def attention_maps(layers, matrices):
-    H = len(layers[0]["heads"])
-    figure, axes = panels(len(layers), H, (1.9, 1.9), sharex=True, sharey=True)
-    norm = LogNorm(FAINTEST, 1)
+def map_side(T, rows, columns, usual):
+    """Inches for the side of each map of T tokens; more than usual where that makes room for the
+    tokens at its axes."""
+    has_room = T <= LABELLED and WIDE / max(rows, columns) >= ROOM * T
+    return max(usual, 1.4 * ROOM * T) if has_room else usual
+
+
+def label_maps(axes, tokens):
+    """Writes the tokens at the axes of maps of them, where there is room."""
+    labels = [tick_label(token) for token in tokens]
+    width, height = axes[0, 0].figure.get_size_inches()
+    side = min(width / axes.shape[1], height / axes.shape[0])
+    if len(labels) > LABELLED or side < ROOM * len(labels):
+        return
+    size = min(7, 60 * side / len(labels))  # points; of an inch, 72
+    rotation = 90 if max(map(len, labels)) > 1 else 0
+    for ax in axes.flat:
+        ax.set_xticks(range(len(labels)), labels, rotation=rotation)
+        ax.set_yticks(range(len(labels)), labels)
+        ax.tick_params(labelsize=size, length=0, pad=1)
+        for label in (*ax.get_xticklabels(), *ax.get_yticklabels()):
+            label.set_fontfamily("monospace")
+
+
+def head_maps(layers, matrices, tokens, show):
+    """A figure with a map of each head; show(ax, P (T, T)) draws one and returns its image."""
+    H = max(len(layer["heads"]) for layer in layers)
+    side = map_side(len(tokens), len(layers), H, 1.9)
+    figure, axes = panels(len(layers), H, (side, side), sharex=True, sharey=True)
     for layer, row in zip(layers, axes):
-        for h, ax in enumerate(row):
-            image = log_map(ax, matrices[f"attention.{layer['layer']}"][h], norm)
+        for ax in row[len(layer["heads"]):]:
+            ax.set_axis_off()
+        for h, ax in zip(range(len(layer["heads"])), row):
+            image = show(ax, matrices[f"attention.{layer['layer']}"][h])
             ax.set_title(f"{title(layer)}, head {h}", fontsize=8)
+    label_maps(axes, tokens)
     figure.supxlabel("token attended to", fontsize=9)
     figure.supylabel("token that attends", fontsize=9)
+    return figure, axes, image
+
+
+def attention_maps(layers, matrices, tokens):
+    norm = LogNorm(FAINTEST, 1)
+    figure, axes, image = head_maps(
+        layers, matrices, tokens, lambda ax, P: log_map(ax, P, norm))
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.6, extend="min")
+    return figure
+
+
+def signed_maps(layers, matrices, tokens):
+    """Each row relative to its |P|: a norm behind the heads takes its size away."""
+    norm = SymLogNorm(FAINTEST * 10, vmin=-1, vmax=1)
+
+    def show(ax, P):
+        sizes = np.abs(P).sum(1, keepdims=True)
+        shares = np.divide(P, sizes, out=np.zeros_like(P), where=sizes > 0)
+        later = np.triu(np.ones_like(P), 1) > 0
+        return ax.imshow(np.where(later, np.nan, shares), norm=norm, cmap="RdBu_r",
+                         interpolation="nearest")
+
+    figure, axes, image = head_maps(layers, matrices, tokens, show)
+    figure.colorbar(image, ax=axes, label="weight, as a share of the row's |P|", shrink=0.6)
     return figure
 
 
@@ -144,11 +210,14 @@ def influence_maps(report, matrices):
         if layer["influence"]:
             maps[title(layer)] = matrices[f"influence.{layer['layer']}"]
     maps["the whole model"] = matrices["influence.model"]
-    figure, axes = panels(1, len(maps), (2.5, 2.5), sharex=True, sharey=True)
+    tokens = report["tokens"][:len(matrices["influence.model"])]
+    side = map_side(len(tokens), 1, len(maps), 2.5)
+    figure, axes = panels(1, len(maps), (side, side), sharex=True, sharey=True)
     norm = LogNorm(FAINTEST, 1)
     for (name, J), ax in zip(maps.items(), axes[0]):
         image = log_map(ax, J / J.max() if J.max() > 0 else J, norm)
         ax.set_title(name, fontsize=9)
+    label_maps(axes, tokens)
     figure.supxlabel("token s that is changed", fontsize=9)
     figure.supylabel("output t", fontsize=9)
     figure.colorbar(image, ax=axes, label="|dy$_t$/dx$_s$|, largest = 1", shrink=0.8, extend="min")
@@ -183,4 +252,37 @@ def ssa_temperatures(layers, tokens):
                            fontfamily="monospace")
     figure.supylabel("SSA's temperature $\\tau$, which multiplies queries, keys or values",
                      fontsize=8)
+    return figure
+
+
+def half_life_histograms(layers, T):
+    figure, axes = panels(1, len(layers), (2.6, 2.2), sharex=True, sharey=True)
+    tokens = np.concatenate([np.ravel(layer["half_lives"]) for layer in layers])
+    low, high = tokens.clip(0.1, LONGEST).min(), tokens.clip(0.1, LONGEST).max()
+    edges = np.geomspace(low / 1.5, high * 1.5, 30)
+    for layer, ax in zip(layers, axes[0]):
+        values = np.ravel(layer["half_lives"]).clip(0.1, LONGEST)
+        ax.hist(values, edges, weights=np.full(len(values), 1 / len(values)), color=COLOURS[0])
+        ax.axvline(T, color=GREY, linestyle="--", linewidth=1)
+        ax.set_xscale("log")
+        ax.set_title(title(layer), fontsize=9)
+    figure.supxlabel("half-life of a channel, tokens; dashed: the text's length", fontsize=9)
+    figure.supylabel("share of channels", fontsize=9)
+    return figure
+
+
+def gate_histograms(layers):
+    names = list(dict.fromkeys(name for layer in layers for name in layer["gates"]))
+    figure, axes = panels(len(names), len(layers), (2.2, 1.6), sharex=True)
+    for name, row in zip(names, axes):
+        for layer, ax in zip(layers, row):
+            if name not in layer["gates"]:
+                ax.set_axis_off()
+                continue
+            shares = layer["gates"][name]["histogram"]
+            edges = np.linspace(0, 1, len(shares) + 1)
+            ax.stairs(shares, edges, fill=True, color=COLOURS[0])
+            ax.set_title(f"{title(layer)}, {name}", fontsize=8)
+    figure.supxlabel("value of the gate", fontsize=9)
+    figure.supylabel("share of tokens and channels", fontsize=9)
     return figure

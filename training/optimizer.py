@@ -60,6 +60,36 @@ def make_adamw(parameters, options, device):
                              fused=device.type in ("cpu", "cuda"))
 
 
+def step_if_finite(optimizer, norm):
+    """One step of the optimiser; none where `norm`, a tensor of one number, the norm that gradients
+    were clipped by, is not finite."""
+    if norm.device.type != "cpu":
+        step_without_asking(optimizer, norm)
+    elif norm.isfinite():
+        optimizer.step()
+
+
+def step_without_asking(optimizer, norm):
+    """The same on a device that would stand still while a number is read back from it.
+
+    Fused AdamW finds out by itself, as it does for torch's GradScaler, and changes nothing. Muon
+    cannot: its gradients, which clipping by such a norm has made NaN or 0, become 0, and its
+    weights move by their momentum alone."""
+    for part in parts_of(optimizer):
+        if part.defaults.get("fused"):
+            part.found_inf = (~norm.isfinite()).float()
+        else:
+            for group in part.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.nan_to_num_(nan=0.0)
+        part.step()
+
+
+def parts_of(optimizer):
+    return optimizer.parts if isinstance(optimizer, Together) else [optimizer]
+
+
 def hidden_matrices(model):
     """The weights (out, in) of the blocks' linear layers: no convolutions, embeddings or head."""
     return [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
@@ -105,9 +135,8 @@ def load_optimizer(model, optimizer, tensors, source):
 
 def trained_parameters(model, optimizer):
     """(which of torch's optimisers it belongs to, parameter, its name) of all that are trained."""
-    parts = optimizer.parts if isinstance(optimizer, Together) else [optimizer]
     name_of = {p: name for name, p in model.named_parameters()}
-    for part in parts:
+    for part in parts_of(optimizer):
         for group in part.param_groups:
             for p in group["params"]:
                 if p.requires_grad:

@@ -76,12 +76,12 @@ class World:
         return result if self.local_rank == 0 else function()
 
     def total(self, values, device):
-        """The sums over all processes of a list of numbers."""
-        if self.size == 1:
-            return values
-        sums = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(sums)
-        return sums.tolist()
+        """The sums over all processes of a list of numbers, or of those of a tensor (n) on the
+        device, which are read back at once."""
+        if self.size > 1:
+            values = torch.as_tensor(values, dtype=torch.float64, device=device)
+            dist.all_reduce(values)
+        return values.tolist() if torch.is_tensor(values) else values
 
     def rows(self, batch):
         """This process's share of the rows of a batch (B, T)."""

@@ -22,6 +22,11 @@ the batch do not notice.
 
 The gradient is written out, because it needs less time and memory than recorded operations do. y
 does not depend on the references r, M and m, so no gradient goes through them.
+
+Whether a chunk is wild is read back to Python, which costs nothing on a CPU. A GPU would stand
+still in every layer until the answer is there; so elsewhere the growth of the key maximum is a
+decay, and the other engine, mixers/parts/recurrence.py, which takes any decays, computes the same
+without a look at the numbers. It takes several times as many exponentials.
 """
 import math
 from typing import NamedTuple
@@ -29,6 +34,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from mixers.parts.recurrence import recurrence
 
 CHUNK = 64  # tokens; of 32, 64, 128 and 256 the fastest at D = 32 and 64
 MAX_GROWTH = 60.0  # nats; float32 ends at exp(88)
@@ -54,8 +61,10 @@ def linear_attention(a, b, v, state=None):
         a, b, wide_v = a.to(dtype), b.to(dtype), v.to(dtype)
         if T == 1:
             y, state = recurrent(a, b, wide_v, state)
-        else:
+        elif v.device.type == "cpu":
             y, state = chunkwise(a, b, wide_v, state, alone)
+        else:
+            y, state = by_decays(a, b, wide_v, state)
     return y.to(v.dtype), state
 
 
@@ -79,6 +88,20 @@ def recurrent(a, b, v, state):
     z = torch.addcmul(phi_k[:, :, 0], state.z, shrink)
     phi_q = (a + (m[:, :, None] - M)).exp()
     return phi_q @ S / (phi_q @ z[..., None]), LinearState(S, z, m)
+
+
+def by_decays(a, b, v, state):
+    """Any number of tokens, as a recurrence whose decay is the growth of the key maximum: a, b
+    (B, H, T, D), v (B, H, T, E). Nothing is read back from the device."""
+    with torch.no_grad():
+        m = torch.cat([state.m[:, :, None], b], dim=2).cummax(dim=2).values  # (B, H, T + 1, D)
+        before, m = m[:, :, :-1], m[:, :, 1:]
+        M = (a + m).amax(3, keepdim=True)
+    # a column of ones: its sums are the rows' totals, and z
+    v1 = torch.cat([v, torch.ones_like(v[..., :1])], dim=3)
+    S1 = torch.cat([state.S, state.z[..., None]], dim=3)
+    y1, S1 = recurrence((a + (m - M)).exp(), (b - m).exp(), v1, g=before - m, state=S1)
+    return y1[..., :-1] / y1[..., -1:], LinearState(S1[..., :-1], S1[..., -1], m[:, :, -1].clone())
 
 
 def chunkwise(a, b, v, state, alone):

@@ -1,4 +1,5 @@
-"""The short causal convolution in front of q, k and v of today's linear mixers, after which SiLU.
+"""The short causal convolution in front of q, k and v of today's linear mixers, after which SiLU;
+`--conv` gives it to every mixer that has q, k and v, or takes it away.
 
     u_t = SiLU(sum_{j<K} W_j * z_{t-K+1+j}),    z_t = 0 before the start
 
@@ -41,3 +42,16 @@ class ShortConvolution(nn.Module):
 
     def state_bytes(self, dtype):
         return (self.taps - 1) * self.channels * dtype.itemsize
+
+
+class SiLUAlone(nn.Module):
+    """What is left where `conv` is 0 in a mechanism that has the convolution: its SiLU."""
+
+    def forward(self, z, state=None):
+        return F.silu(z), state
+
+    def flops_per_token(self):
+        return 0
+
+    def state_bytes(self, dtype):
+        return 0

@@ -9,22 +9,30 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mixers.parts.convolution import ShortConvolution
+from mixers.parts.convolution import ShortConvolution, SiLUAlone
 from mixers.parts.heads import repeat_heads
 
 
 class Projections(nn.Module):
     """x (B, T, C) -> q, k (B, H, T, D), v (B, H, T, E) in one product; with taps, through a short
-    convolution. n_kv_head keys and values are repeated. State: the convolution's, or None."""
+    convolution. n_kv_head keys and values are repeated. State: the convolution's, or None.
 
-    def __init__(self, config, D, E, taps=0):
+    own_taps: the mechanism's, which `conv` overrides. SiLU is part of a mechanism that has some,
+    and stays where `conv` is 0."""
+
+    def __init__(self, config, D, E, own_taps=0):
         super().__init__()
         self.heads = config.n_head, config.n_kv_head
         self.sizes = D, E
         H, G = self.heads
         self.widths = [H * D, G * D, G * E]
         self.proj = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
-        self.conv = ShortConvolution(sum(self.widths), taps) if taps else None
+        taps = own_taps if config.conv is None else config.conv
+        self.conv = None
+        if taps:
+            self.conv = ShortConvolution(sum(self.widths), taps)
+        elif own_taps:
+            self.conv = SiLUAlone()
 
     def forward(self, x, state):
         H, G = self.heads
