@@ -1,0 +1,425 @@
+"""A paper's claim, from its card to a verdict. Run: python -m tools.claim claims/ssa.toml
+
+    python -m tools.claim claims/ssa.toml claims/lln_diag.toml --dry_run    what it would cost
+    python -m tools.claim --table                                           what came out, of all
+    python -m tools.claim --table claims/ssa.toml
+
+A card (docs/claims.md) says beforehand what is compared, on how many seeds, and which words confirm
+or refute the claim. The command says what that costs, tunes every arm alike on text that is held
+out of training, runs as many seeds as the first look has, and finds a word for each arm (see
+tools/verdicts.py). Arms that are undecided go on to the next look, the others stop. Interrupted, the
+same command goes on; runs that other sweeps and claims have finished are not made again.
+
+results/claims/<name>/ then has the arms' records, and claim.json: the card and its checksum, the
+revision of the code, and what was found. From then on that name stands for that card: a card that
+has changed is a new claim and takes a new name. --table finds the words again from the records.
+"""
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+from pydantic import Field, ValidationError
+
+from base.command_line import parse_options
+from base.errors import BadInput, exit_on_bad_input, printable
+from base.files import ROOT, exists, read_json, shown, write_json
+from base.options import checked, option
+from mixers import layer_mixers
+from model import GPT, model_config
+from tools.claim_cards import (
+    Card, arms_to_run, claim_name, find_file, read_card, recipe_settings, sha256_of)
+from tools.claim_outcomes import decide, findings, open_arms, outcome_of_claim
+from tools.compare_arms import check_alike, unequal_options
+from tools.experiment import Experiment
+from tools.ngrams import reference_lines
+from tools.records import RESULTS, Lenient, read_records, scored_runs, write_records
+from tools.score import DTYPES
+from tools.sweep_runs import end_like_ctrl_c
+from tools.verdicts import Verdict
+
+CLAIMS = RESULTS / "claims"
+RUNS = Path("out/sweeps")
+MEND = "run the claim once more, or get its folder anew"
+NEW_NAME = "a card that changes is a new claim: give it a new name"
+COLUMNS = ("claim", "arm", "predicted", "minus baseline, nats", "verdict", "seeds", "parameters",
+           "hours", "so")
+
+
+@checked
+class ClaimOptions:
+    table: bool = option(
+        False, "print the table of claims from their records, and run nothing; without cards, of "
+        "all in results/claims")
+    dry_run: bool = option(False, "only say what it would cost")
+    max_hours: Optional[float] = option(
+        None, "start no look that is expected to end later than this many hours from now", gt=0)
+    at_once: Optional[int] = option(
+        None, "runs at a time [default: as tools.sweep]", ge=1, le=4096)
+
+
+class ClaimFile(Lenient):
+    """claim.json."""
+    card: dict[str, Any]
+    card_sha256: str
+    recipe_settings: dict[str, Any]
+    chosen: dict[str, dict[str, Any]]
+    hours: dict[str, Annotated[float, Field(ge=0, le=1e9)]]
+    counting: Optional[Annotated[float, Field(ge=0, le=1e9)]]
+    sizes: dict[str, dict[str, Optional[int]]]
+    arms: dict[str, dict[str, Any]]
+    outcome: str
+
+
+# A claim --------------------------------------------------------------------------------------
+
+class Claim:
+    """A card, its runs and its record."""
+
+    def __init__(self, path, at_once=None):
+        self.path = Path(path)
+        self.name = claim_name(path)
+        self.card = read_card(path)
+        self.arms = arms_to_run(path, self.card)
+        self.recipe = find_file(path, self.card.recipe, "recipe")
+        self.at_once = at_once
+        self.folder = CLAIMS / self.name
+        self.content = {
+            "claim": self.name,
+            "card": self.card.model_dump(),
+            "card_sha256": sha256_of(path, self.card),
+            "recipe_settings": recipe_settings(self.recipe),
+            "registered": git_state(),
+            "chosen": {}, "hours": {}, "counting": None, "sizes": {}, "arms": {},
+            "outcome": "undecided",
+        }
+        if exists(self.folder / "claim.json"):
+            self.go_on(read_claim_file(self.folder))
+
+    def go_on(self, earlier):
+        """Takes over what was found before. BadInput if that was of another card or recipe."""
+        for key, what in (("card_sha256", self.path), ("recipe_settings", self.recipe)):
+            if earlier[key] != self.content[key]:
+                raise BadInput(f"{shown(what)} is not what {shown(self.folder)} began with: "
+                               f"{NEW_NAME}, or put it back")
+        self.content |= {"registered": earlier.get("registered"), "chosen": earlier["chosen"]}
+
+    def experiment(self, names):
+        arms = {name: self.arms[name] for name in names}
+        return Experiment(RUNS / f"claim-{self.name}", str(self.recipe), {}, arms,
+                          tune=self.card.tune or None, at_once=self.at_once)
+
+    def say_cost(self):
+        """Prints what is still to be run to the first look and to the last. Returns the first's
+        hours (None: not known)."""
+        experiment = self.experiment(self.arms)
+        looks = self.card.looks
+        costs = [experiment.cost(seeds_of(look)) for look in (looks[0], looks[-1])]
+        in_words = [f"{cost.runs} runs, {hours_in_words(cost.hours)}" for cost in costs]
+        print(f"{self.name}: to the first look, at {looks[0]} seeds: {in_words[0]}; to the last, "
+              f"at {looks[-1]}, if nothing is decided before: {in_words[1]}", flush=True)
+        return costs[0].hours
+
+    def carry_out(self, deadline):
+        """Tunes, and runs look after look until no arm is open. Returns whether it came to its
+        end: not if runs failed, or the next look would end beyond `deadline`, a monotonic time."""
+        self.write([])
+        everything = self.experiment(self.arms)
+        if self.card.tune and self.content["chosen"].keys() != self.arms.keys():
+            self.content["chosen"] = everything.tune()
+            self.write([])
+        names = list(self.arms)
+        records = {}
+        for look in self.card.looks:
+            experiment = self.experiment(names)
+            if not fits(experiment.cost(seeds_of(look)), deadline):
+                print(f"{self.name}: the look at {look} seeds would not end in --max_hours; "
+                      "the same command with more goes on")
+                return False
+            chosen = {name: self.content["chosen"].get(name, {}) for name in names}
+            for record in experiment.run(chosen, seeds_of(look)):
+                records[record.name] = record
+            self.write(list(records.values()))
+            by_arm = arms_of(records.values())
+            if any(len(by_arm.get(name, {})) < look for name in names):
+                print(f"{self.name}: runs failed, see above; the same command tries them again")
+                return False
+            decisions = decide(self.card, by_arm, self.content["counting"])
+            self.say_words(look, names)
+            names = [self.card.baseline, *open_arms(self.card, decisions)]
+            if len(names) == 1:
+                break
+        print(f"{self.name}: {self.content['outcome']}; the record is in {shown(self.folder)}")
+        return True
+
+    def say_words(self, look, names):
+        for name in names:
+            if name != self.card.baseline:
+                arm = self.content["arms"][name]
+                print(f"{look} seeds: {name:20} {difference_in_words(arm):32} {verdict_of(arm)}")
+
+    def write(self, records):
+        """Writes claim.json, and these records and those that the tuning made."""
+        if records:
+            check_against_card(self.card, records)
+            tuning = [record for record in scored_runs(RUNS / f"claim-{self.name}")
+                      if record.config["seed"] == 0 and arm_of_run(record.name) in self.arms]
+            write_records(self.folder, [*tuning, *records])
+            write_json(self.folder / "sweep.json",
+                       {"runs": [record.name for record in records], "failed": {}})
+            by_arm = arms_of(records)
+            self.content["sizes"] = {name: sizes_of(own) for name, own in by_arm.items()}
+            self.content["hours"] = hours_of([*tuning, *records])
+            self.content["counting"] = counting_of(records[0])
+            self.content["arms"] = findings(
+                self.card, by_arm, self.content["counting"], self.content["sizes"])
+            self.content["outcome"] = outcome_of_claim(self.content["arms"])
+        self.content["written"] = git_state()
+        write_json(self.folder / "claim.json", self.content)
+
+
+def seeds_of(look):
+    return list(range(1, look + 1))
+
+
+def fits(cost, deadline):
+    return cost.hours is None or time.monotonic() + 3600 * cost.hours <= deadline
+
+
+def hours_in_words(hours):
+    return "for how long the first of them will tell" if hours is None else f"{hours:.1f} hours"
+
+
+def git_state():
+    """{"revision", "clean"} of this repository, results aside, or None if git cannot tell."""
+    try:
+        revision = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--",
+                      ".", ":(exclude)results")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"revision": revision, "clean": not changed}
+
+
+def git(*words):
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True,
+                          check=True)
+    return done.stdout.strip()
+
+
+# Records --------------------------------------------------------------------------------------
+
+def arm_of_run(name):
+    """softmax of softmax-learning_rate0.003-seed1: an arm's name has no hyphen."""
+    return name.partition("-")[0]
+
+
+def arms_of(records):
+    """{arm: {seed: Record}}."""
+    arms = {}
+    for record in records:
+        arms.setdefault(arm_of_run(record.name), {})[record.config["seed"]] = record
+    return arms
+
+
+def check_against_card(card, records):
+    """BadInput if a record is not of one of the card's arms, or losses are not of the same
+    thing."""
+    for record in records:
+        name = arm_of_run(record.name)
+        if name not in card.arms or record.scores is None or record.scores["report"] is None:
+            raise BadInput(f"{record} is no scored run of an arm of the claim; {MEND}")
+        for key, value in card.options_of(name).items():
+            ran = record.config.get(key)
+            if key == "mixer":
+                value, ran = (text.replace("+", ",").replace(" ", "") for text in (value, ran))
+            if key != "mixer_file" and ran != value:
+                raise BadInput(f"{record} was run with {key} {printable(str(ran))[:60]}, and the "
+                               f"card says {value}; {MEND}")
+    check_alike(records, unequal_options(records))
+
+
+def sizes_of(records):
+    """{"parameters", "state_bytes"} of an arm's model, records {seed: Record}; the state is that of
+    one sequence of the trained length."""
+    record = next(iter(records.values()))
+    config = model_config({**record.config, "vocab_size": record.scores["vocab_size"]}, record)
+    with torch.random.fork_rng():
+        model = GPT(config)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "state_bytes": model.state_bytes(config.block_size, DTYPES[record.config["dtype"]]),
+    }
+
+
+def hours_of(records):
+    """{arm: hours of training}, tuning included, as the machines were then."""
+    hours = {}
+    for record in records:
+        seconds = [row["seconds"] for row in record.metrics if row.get("seconds") is not None]
+        name = arm_of_run(record.name)
+        hours[name] = hours.get(name, 0.0) + max(seconds, default=0.0) / 3600
+    return hours
+
+
+def counting_of(record):
+    """What counting reaches on the data that a Record's report is of, in nats per token, or
+    None."""
+    return min(reference_lines(record.config, record.scores).values(), default=None)
+
+
+def read_claim_file(folder):
+    """The content of a folder's claim.json (dict). BadInput if it is damaged."""
+    path = folder / "claim.json"
+    read_json(path, MEND, ClaimFile)
+    return read_json(path, MEND)
+
+
+# The table ------------------------------------------------------------------------------------
+
+def rows_of_claim(folder):
+    """The rows of a claim in the table, {column: text}, its words found anew from the records.
+    BadInput if claim.json says otherwise."""
+    content = read_claim_file(folder)
+    try:
+        card = Card.model_validate(content["card"])
+    except ValidationError as error:
+        raise BadInput(f"{shown(folder)}/claim.json is damaged: no card; {MEND}") from error
+    records = read_records(folder) if exists(folder / "sweep.json") else []
+    if not records:
+        return [first_cells(card, "no look yet") | {"arm": "", "so": "undecided"}]
+    check_against_card(card, records)
+    found = findings(card, arms_of(records), content["counting"], content["sizes"])
+    if words_of(found) != words_of(content["arms"]):
+        raise BadInput(f"{shown(folder)}/claim.json and the records beside it disagree; {MEND}")
+    rows = []
+    for name in card.rivals():
+        first = first_cells(card, outcome_of_claim(found)) if not rows else {}
+        rows.append(first | arm_cells(card, name, found, content["hours"]))
+    return rows
+
+
+def words_of(found):
+    """What claim.json says of each arm in words."""
+    words = {}
+    for name, arm in found.items():
+        words[name] = {key: arm[key]["word"] if isinstance(arm[key], dict) else arm[key]
+                       for key in ("against_baseline", "against_counting", "outcome") if key in arm}
+    return words
+
+
+def first_cells(card, outcome):
+    return {"claim": f"**{outcome}**: {card.claim} ({card.paper})"}
+
+
+def arm_cells(card, name, found, hours):
+    arm = found[name]
+    verdict = str(verdict_of(arm))
+    if arm["against_counting"]:
+        verdict += f"; against counting: {arm['against_counting']['word']}"
+    if arm["diverged"]:
+        verdict += f"; {arm['diverged']} runs diverged"
+    times = ""
+    if {"parameters"} <= found[card.baseline].keys() & arm.keys():
+        times = f"{arm['parameters'] / found[card.baseline]['parameters']:.3f}x"
+    return {
+        "arm": f"`{name}` against `{card.baseline}`",
+        "predicted": arm["prediction"] or "",
+        "minus baseline, nats": difference_in_words(arm),
+        "verdict": verdict,
+        "seeds": str((arm["against_baseline"] or {}).get("seeds", "")),
+        "parameters": times,
+        "hours": f"{hours.get(name, 0):.1f}",
+        "so": arm["outcome"] or "",
+    }
+
+
+def verdict_of(arm):
+    """The Verdict in an arm's part of claim.json."""
+    word = arm["against_baseline"]
+    if word is None:
+        return "no look yet"
+    return Verdict(**{key: value for key, value in word.items() if key != "look"})
+
+
+def difference_in_words(arm):
+    word = arm["against_baseline"]
+    if word is None:
+        return ""
+    text = f"{word['difference']:+.4f}"
+    if word["difference_low"] is not None:
+        text += f" [{word['difference_low']:+.4f}, {word['difference_high']:+.4f}]"
+    return text
+
+
+def cell(text):
+    """A text as a cell of a Markdown table, whatever is in it."""
+    return printable(" ".join(text.split())).replace("|", "\\|")
+
+
+def table(folders):
+    """The claims' table in Markdown."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for folder in folders:
+        for row in rows_of_claim(folder):
+            lines.append("| " + " | ".join(cell(row.get(name, "")) for name in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+# The command ----------------------------------------------------------------------------------
+
+def read_command_line(words):
+    """(paths of cards, ClaimOptions), in any order."""
+    paths = [word for word in words if word.endswith(".toml") and not word.startswith("-")]
+    rest = [word for word in words if word not in paths]
+    description = __doc__.splitlines()[0] + " Cards, claims/<name>.toml, come first."
+    options, _, _ = parse_options(ClaimOptions, rest, description, with_config_file=False)
+    if options.table and (options.dry_run or options.max_hours or options.at_once):
+        raise BadInput("--table runs nothing; leave the other options out")
+    if not paths and not options.table:
+        raise BadInput("which claim? name its card, claims/<name>.toml, or print --table")
+    if len({claim_name(path) for path in paths}) < len(paths):
+        raise BadInput("two cards have the same name; leave one out")
+    return paths, options
+
+
+def folders_of(paths):
+    """The folders of records of these cards, or of all claims that were run."""
+    if not paths:
+        return sorted(path.parent for path in CLAIMS.glob("*/claim.json"))
+    folders = []
+    for path in paths:
+        folder = CLAIMS / claim_name(path)
+        if not exists(folder / "claim.json"):
+            raise BadInput(f"{path} was not run yet; python -m tools.claim {path} does so")
+        if read_claim_file(folder)["card_sha256"] != sha256_of(path, read_card(path)):
+            raise BadInput(f"{path} is not what {shown(folder)} began with: {NEW_NAME}")
+        folders.append(folder)
+    return folders
+
+
+@exit_on_bad_input("tools.claim")
+def main():
+    end_like_ctrl_c()
+    paths, options = read_command_line(sys.argv[1:])
+    if options.table:
+        print(table(folders_of(paths)))
+        return
+    claims = [Claim(path, options.at_once) for path in paths]
+    hours = [claim.say_cost() for claim in claims]
+    if options.dry_run:
+        return
+    limit = options.max_hours or float("inf")
+    if sum(filter(None, hours)) > limit:
+        raise BadInput(f"the first looks take {sum(filter(None, hours)):.1f} hours, more than "
+                       f"--max_hours={limit:g}; raise it, or name fewer cards")
+    deadline = time.monotonic() + 3600 * limit
+    ended = [claim.carry_out(deadline) for claim in claims]
+    sys.exit(0 if all(ended) else 1)
+
+
+if __name__ == "__main__":
+    main()
