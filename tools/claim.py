@@ -7,14 +7,15 @@
 A card (docs/claims.md) says beforehand what is compared, on how many seeds, and which words confirm
 or refute the claim. The command says what that costs, tunes every arm alike on text that is held
 out of training, runs as many seeds as the first look has, and finds a word for each arm (see
-tools/verdicts.py). Arms that are undecided go on to the next look, the others stop. Interrupted, the
-same command goes on; runs that other sweeps and claims have finished are not made again.
+tools/verdicts.py). Arms that are undecided go on to the next look, the others stop. Interrupted,
+the same command goes on; runs that other sweeps and claims have finished are not made again.
 
 results/claims/<name>/ then has the arms' records, and claim.json: the card and its checksum, the
 revision of the code, and what was found. From then on that name stands for that card: a card that
 has changed is a new claim and takes a new name. --table finds the words again from the records.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
+import math
 import subprocess
 import sys
 import time
@@ -28,7 +29,6 @@ from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.files import ROOT, exists, read_json, shown, write_json
 from base.options import checked, option
-from mixers import layer_mixers
 from model import GPT, model_config
 from tools.claim_cards import (
     Card, arms_to_run, claim_name, find_file, read_card, recipe_settings, sha256_of)
@@ -42,7 +42,7 @@ from tools.sweep_runs import end_like_ctrl_c
 from tools.verdicts import Verdict
 
 CLAIMS = RESULTS / "claims"
-RUNS = Path("out/sweeps")
+RUNS = Path("out/claims")
 MEND = "run the claim once more, or get its folder anew"
 NEW_NAME = "a card that changes is a new claim: give it a new name"
 COLUMNS = ("claim", "arm", "predicted", "minus baseline, nats", "verdict", "seeds", "parameters",
@@ -61,8 +61,18 @@ class ClaimOptions:
         None, "runs at a time [default: as tools.sweep]", ge=1, le=4096)
 
 
+class WordFound(Lenient):
+    word: str
+
+
+class ArmFound(Lenient):
+    against_baseline: Optional[WordFound] = None
+    against_counting: Optional[WordFound] = None
+    outcome: Optional[str] = None
+
+
 class ClaimFile(Lenient):
-    """claim.json."""
+    """claim.json, as far as the records beside it do not say it again."""
     card: dict[str, Any]
     card_sha256: str
     recipe_settings: dict[str, Any]
@@ -70,7 +80,7 @@ class ClaimFile(Lenient):
     hours: dict[str, Annotated[float, Field(ge=0, le=1e9)]]
     counting: Optional[Annotated[float, Field(ge=0, le=1e9)]]
     sizes: dict[str, dict[str, Optional[int]]]
-    arms: dict[str, dict[str, Any]]
+    arms: dict[str, ArmFound]
     outcome: str
 
 
@@ -105,12 +115,14 @@ class Claim:
             if earlier[key] != self.content[key]:
                 raise BadInput(f"{shown(what)} is not what {shown(self.folder)} began with: "
                                f"{NEW_NAME}, or put it back")
-        self.content |= {"registered": earlier.get("registered"), "chosen": earlier["chosen"]}
+        self.content = earlier | {"card": self.content["card"]}  # whose texts may be others
 
-    def experiment(self, names):
+    def experiment(self, names, deadline=math.inf):
+        """An Experiment of these arms, which starts no run beyond `deadline`, a monotonic time."""
         arms = {name: self.arms[name] for name in names}
-        return Experiment(RUNS / f"claim-{self.name}", str(self.recipe), {}, arms,
-                          tune=self.card.tune or None, at_once=self.at_once)
+        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic()) / 3600
+        return Experiment(RUNS / self.name, str(self.recipe), {}, arms, tune=self.card.tune or None,
+                          at_once=self.at_once, max_hours=left)
 
     def say_cost(self):
         """Prints what is still to be run to the first look and to the last. Returns the first's
@@ -118,23 +130,22 @@ class Claim:
         experiment = self.experiment(self.arms)
         looks = self.card.looks
         costs = [experiment.cost(seeds_of(look)) for look in (looks[0], looks[-1])]
-        in_words = [f"{cost.runs} runs, {hours_in_words(cost.hours)}" for cost in costs]
-        print(f"{self.name}: to the first look, at {looks[0]} seeds: {in_words[0]}; to the last, "
-              f"at {looks[-1]}, if nothing is decided before: {in_words[1]}", flush=True)
+        print(f"{self.name}: to the first look, at {looks[0]} seeds: {costs[0]}; to the last, "
+              f"at {looks[-1]}, if nothing is decided before: {costs[1]}", flush=True)
         return costs[0].hours
 
     def carry_out(self, deadline):
         """Tunes, and runs look after look until no arm is open. Returns whether it came to its
         end: not if runs failed, or the next look would end beyond `deadline`, a monotonic time."""
         self.write([])
-        everything = self.experiment(self.arms)
+        everything = self.experiment(self.arms, deadline)
         if self.card.tune and self.content["chosen"].keys() != self.arms.keys():
             self.content["chosen"] = everything.tune()
             self.write([])
         names = list(self.arms)
-        records = {}
+        records = {record.name: record for record in recorded(self.folder)}
         for look in self.card.looks:
-            experiment = self.experiment(names)
+            experiment = self.experiment(names, deadline)
             if not fits(experiment.cost(seeds_of(look)), deadline):
                 print(f"{self.name}: the look at {look} seeds would not end in --max_hours; "
                       "the same command with more goes on")
@@ -145,7 +156,7 @@ class Claim:
             self.write(list(records.values()))
             by_arm = arms_of(records.values())
             if any(len(by_arm.get(name, {})) < look for name in names):
-                print(f"{self.name}: runs failed, see above; the same command tries them again")
+                print(f"{self.name}: runs are missing, see above; the same command goes on")
                 return False
             decisions = decide(self.card, by_arm, self.content["counting"])
             self.say_words(look, names)
@@ -165,7 +176,7 @@ class Claim:
         """Writes claim.json, and these records and those that the tuning made."""
         if records:
             check_against_card(self.card, records)
-            tuning = [record for record in scored_runs(RUNS / f"claim-{self.name}")
+            tuning = [record for record in scored_runs(RUNS / self.name)
                       if record.config["seed"] == 0 and arm_of_run(record.name) in self.arms]
             write_records(self.folder, [*tuning, *records])
             write_json(self.folder / "sweep.json",
@@ -187,10 +198,6 @@ def seeds_of(look):
 
 def fits(cost, deadline):
     return cost.hours is None or time.monotonic() + 3600 * cost.hours <= deadline
-
-
-def hours_in_words(hours):
-    return "for how long the first of them will tell" if hours is None else f"{hours:.1f} hours"
 
 
 def git_state():
@@ -271,6 +278,11 @@ def counting_of(record):
     return min(reference_lines(record.config, record.scores).values(), default=None)
 
 
+def recorded(folder):
+    """The Records that a claim's folder has."""
+    return read_records(folder) if exists(folder / "sweep.json") else []
+
+
 def read_claim_file(folder):
     """The content of a folder's claim.json (dict). BadInput if it is damaged."""
     path = folder / "claim.json"
@@ -288,7 +300,7 @@ def rows_of_claim(folder):
         card = Card.model_validate(content["card"])
     except ValidationError as error:
         raise BadInput(f"{shown(folder)}/claim.json is damaged: no card; {MEND}") from error
-    records = read_records(folder) if exists(folder / "sweep.json") else []
+    records = recorded(folder)
     if not records:
         return [first_cells(card, "no look yet") | {"arm": "", "so": "undecided"}]
     check_against_card(card, records)
@@ -412,7 +424,7 @@ def main():
     hours = [claim.say_cost() for claim in claims]
     if options.dry_run:
         return
-    limit = options.max_hours or float("inf")
+    limit = options.max_hours or math.inf
     if sum(filter(None, hours)) > limit:
         raise BadInput(f"the first looks take {sum(filter(None, hours)):.1f} hours, more than "
                        f"--max_hours={limit:g}; raise it, or name fewer cards")

@@ -12,15 +12,17 @@ import tomllib
 import types
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from base.command_line import complaint, nearest, nearest_option, repr_of, run_config_file
+from base.command_line import OTHER_NAMES, complaint, nearest, repr_of, run_config_file
 from base.errors import BadInput
 from base.files import ROOT, is_file, read_bytes, shown
 from config import Options
 from mixers import CODE_BYTES, layer_mixers, load_mixer_file
+from tools.compare_arms import MUST_AGREE
+from tools.sweep_tuning import checked_grids
 from tools.verdicts import LOOKS
 
 CARD_BYTES = 2**16  # the largest card that is read; ours have less than 2**12
@@ -36,11 +38,20 @@ NOT_OF_A_CARD = {  # options of train.py, and why a card does not set them
 
 Text = Annotated[str, Field(min_length=1, max_length=4000)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+]*$", max_length=64)]
-Value = Union[bool, int, float, Annotated[str, Field(max_length=1000)]]
-Grid = Annotated[list[Annotated[Union[int, float], Field(gt=0, le=1e9)]],
-                 Field(min_length=2, max_length=32)]
 Looks = Annotated[list[Annotated[int, Field(ge=2, le=1000)]], Field(min_length=1, max_length=8)]
 
+
+def plain(value):
+    """An option's value as TOML and JSON have it. ValueError for what is none."""
+    if isinstance(value, str) and len(value) <= 1000:
+        return value
+    if isinstance(value, (bool, int, float)) and -1e300 < value < 1e300:
+        return value
+    raise ValueError("no number, text of at most 1,000 characters, true or false")
+
+
+Value = Annotated[Any, AfterValidator(plain)]
+Grid = Annotated[list[Value], Field(min_length=2, max_length=32)]
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -147,16 +158,21 @@ def with_predictions(values):
 
 
 def in_words(error):
-    """The first complaint of a ValidationError, with the key's place in the card."""
-    detail = error.errors(include_url=False)[0]
+    """The first complaint of a ValidationError, with the key's place in the card; that a key is not
+    known before that another is missing."""
+    details = error.errors(include_url=False)
+    for detail in details:
+        if detail["type"] == "extra_forbidden":
+            key = str(detail["loc"][-1])
+            return f"no key {repr_of(key)}{nearest(key, Card.model_fields, '')}"
+    detail = details[0]
     place = [str(part) for part in detail["loc"] if part != "[key]"]
-    if detail["type"] == "extra_forbidden":
-        return f"no key {place[-1]!r}{nearest(place[-1], Card.model_fields, '')}"
     if detail["loc"][-1:] == ("[key]",):
         return f"{'.'.join(place)}: a name is of letters, digits, _, . and +, at most 64"
     if detail["type"] == "missing":
         return f"{'.'.join(place)} is missing"
-    return f"{'.'.join(place)}: {detail['msg'][:200]}, not {repr_of(detail['input'])}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(place)}: {message}, not {repr_of(detail['input'])}"
 
 
 def check(card):
@@ -170,13 +186,12 @@ def check(card):
         raise BadInput(f"arms.{card.baseline}: it is the baseline, predict the others against it")
     if any(b <= a for a, b in zip(card.looks, card.looks[1:])):
         raise BadInput(f"looks: {card.looks} does not rise")
-    for name, grid in card.tune.items():
-        if any(b <= a for a, b in zip(grid, grid[1:])):
-            raise BadInput(f"tune.{name}: {grid} does not rise")
     for name, arm in card.arms.items():
         check_options(card, f"arms.{name}", arm.options, arm)
         check_options(card, "options", card.options, arm)
         check_options(card, "tune", {name: grid[0] for name, grid in card.tune.items()}, arm)
+    if not any(arm.mixer_file for arm in card.arms.values()):  # which may have options of its own
+        checked_grids(card.tune)
     if card.options_of(card.baseline).get("allow_leak"):
         raise BadInput("the baseline is allowed to leak, and nothing can be said against it")
 
@@ -190,9 +205,13 @@ def check_options(card, place, options, arm):
         if name in ("mixer", "mixer_file"):
             raise BadInput(f"{place}.{name}: an arm says its own; leave it out")
         if name not in known and not arm.mixer_file:
-            raise BadInput(f"{place}: no option {name!r}{nearest_option(name, known)}")
+            near = nearest(OTHER_NAMES.get(name, name), known, "; train.py --help lists them")
+            raise BadInput(f"{place}: no option {name!r}{near}")
         if place != "tune" and name in card.tune:
             raise BadInput(f"{place}.{name} is tuned; leave one out")
+        if place != "options" and name in MUST_AGREE:
+            raise BadInput(f"{place}.{name}: losses would not be of the same thing; "
+                           "set it for all arms, in [options]")
     if arm.mixer_file:
         return
     try:
