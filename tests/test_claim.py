@@ -2,6 +2,8 @@
 tiny claim goes from its card to its record on real runs."""
 import json
 import random
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from conftest import ROOT, content, one_line, run
 from base.errors import BadInput
 from model import GPT, model_config
 from tools import claim, records
-from tools.claim_cards import Arm, Card, read_card, sha256_of
+from tools.claim_cards import Arm, Card, mixer_file_sums, read_card, sha256_of
 from tools.claim_outcomes import outcome_of_word
 from tools.records import Record
 from tools.sweep_cost import Cost
@@ -220,7 +222,7 @@ def test_files_that_are_no_cards_are_refused(write_card, tmp_path):
 
 
 def test_whatever_stands_in_a_card_is_read_or_is_one_line(write_card):
-    """Two hundred cards with a piece of one replaced by a piece of another, by junk or by nothing."""
+    """Two hundred cards with lines of it, or their values, replaced by others or by junk."""
     draw = random.Random(3)
     values = ["nan", "inf", "-1", "1e999", "9" * 5000, "true", '"\\u0000"', '"' + "x" * 5000 + '"',
               "[]", "[[]]", "{}", "{a = 1}", "1979-05-27T07:32:00Z", '"""\n"""', "'\\'", ""]
@@ -244,12 +246,17 @@ def test_whatever_stands_in_a_card_is_read_or_is_one_line(write_card):
     assert 2 < read < 180  # or the test tries nothing
 
 
+def card_sha256(path):
+    card = read_card(path)
+    return sha256_of(card, mixer_file_sums(path, card))
+
+
 def test_predictions_may_stand_in_a_table_of_their_own(write_card):
     plain = read_card(write_card(CARD))
     text = "\n".join(line for line in CARD.splitlines() if "prediction" not in line)
     path = write_card(f'{text}\n[prediction]\nlln = "better"\nlinear = "equivalent"\n')
     assert read_card(path) == plain
-    assert sha256_of(path, plain) == sha256_of(path, read_card(path))
+    assert sha256_of(plain, {}) == card_sha256(path)
 
 
 def test_the_checksum_is_of_what_decides(write_card):
@@ -257,11 +264,11 @@ def test_the_checksum_is_of_what_decides(write_card):
     def checksum(text, code=MIXER):
         path = write_card(text)
         (path.parents[1] / "mine.py").write_text(code)
-        return sha256_of(path, read_card(path))
+        return card_sha256(path)
 
     mine = CARD.replace('mixer = "linear"', 'mixer = "mine"\nmixer_file = "mine.py"')
     arm = '[arms.softmax]\nmixer = "softmax"\n'
-    same = [CARD.replace("lln is better", "lln is the best"), CARD + "# thus", f"note = 'x'\n{CARD}",
+    same = [CARD.replace("lln is better", "the best"), CARD + "# thus", f"note = 'x'\n{CARD}",
             CARD.replace(arm, "") + arm, f"margin_bpb = 0.03\nlooks = [5, 8, 12]\n{CARD}"]
     other = [f"margin_bpb = 0.02\n{CARD}", f"looks = [5, 8]\n{CARD}",
              f"options = {{dropout = 0.1}}\n{CARD}",
@@ -294,7 +301,7 @@ class Drawn:
 
     def __init__(self, folder, config_file, common, arms, tune=None, at_once=None, max_hours=None):
         self.folder, self.config_file, self.arms = Path(folder), config_file, common and {} or arms
-        self.tuned = tune
+        self.configs = {}  # arm -> what config.json would say
 
     def cost(self, seeds):
         return Cost(len(self.arms) * len(seeds), 0.01 * len(self.arms) * len(seeds))
@@ -310,9 +317,10 @@ class Drawn:
 
     def record(self, arm, chosen, seed):
         name = f"{arm}-lr0.002-seed{seed}"
-        words = [f"--{key}={value}" for key, value in (self.arms[arm] | chosen).items()]
-        run = Run(str(self.folder / name), (self.config_file, *words, f"--seed={seed}"))
-        config = run.options() | {"dtype": "float32", "device": "cpu"}
+        if arm not in self.configs:
+            words = [f"--{key}={value}" for key, value in (self.arms[arm] | chosen).items()]
+            self.configs[arm] = Run("out/none", (self.config_file, *words)).options()
+        config = self.configs[arm] | {"dtype": "float32", "device": "cpu", "seed": seed}
         draw = np.random.default_rng([seed, sorted(self.arms).index(arm), len(arm)])
         blocks = self.means[arm] + self.spread * (draw.normal() + draw.normal(size=BLOCKS))
         loss = float(blocks.mean())
@@ -322,7 +330,7 @@ class Drawn:
             "by_position": [loss] * 16, "by_block": blocks.tolist(), "by_cell": None,
         }
         metrics = [{"iter": 4, "val_loss": loss, "seconds": 36.0}]
-        return Record(name, run.folder, config, metrics, json.loads(json.dumps(scores)))
+        return Record(name, self.folder / name, config, metrics, json.loads(json.dumps(scores)))
 
 
 @pytest.fixture
@@ -434,7 +442,7 @@ def test_the_card_is_registered_before_anything_runs(write_card, drawn, call, cl
     drawn.tune = interrupted
     assert call(write_card(CARD))[0] == 130
     assert claimed()["outcome"] == "undecided" and claimed()["arms"] == {}
-    assert set(claimed()["registered"]) == {"revision", "clean"}
+    assert claimed()["registered"] == claim.git_state()
     status, _, err = call(write_card(f"looks = [2]\n{CARD}"))
     assert status == 2 and "new claim" in err
     status, out, _ = call("--table")
@@ -504,8 +512,8 @@ def test_what_leaks_has_no_verdict(write_card, drawn, call, claimed):
 def test_the_rule(word, within, outcomes):
     """Words by predictions, as docs/claims.md states it."""
     verdict = Verdict(0.0, word=word, within_margin=within)
-    found = [outcome_of_word(prediction, verdict) for prediction in ("better", "worse", "equivalent")]
-    assert found == outcomes
+    predictions = ("better", "worse", "equivalent")
+    assert [outcome_of_word(prediction, verdict) for prediction in predictions] == outcomes
 
 
 def test_max_hours_starts_no_look_that_would_end_later(write_card, drawn, call, claimed):
@@ -547,12 +555,12 @@ def test_the_table_is_of_the_records(write_card, drawn, call, claimed, tmp_path)
     assert len(records.read_records(folder)) == 15
     place = folder / "claim.json"
     kept = place.read_text()
-    for lie in (kept.replace('"word": "worse"', '"word": "better"'),
-                kept.replace('"outcome": "refuted"', '"outcome": "confirmed"')):
-        assert lie != kept
-        place.write_text(lie)
+    for word, lie, words in (("worse", "better", "disagree"), ("refuted", "confirmed", "disagree"),
+                             ("equivalent", "worse", "its card is not that of its checksum")):
+        assert f'"{word}"' in kept
+        place.write_text(kept.replace(f'"{word}"', f'"{lie}"'))
         status, out, err = call("--table")
-        assert status == 2 and "disagree" in err and out == ""
+        assert status == 2 and words in err and out == "", err
     place.write_text(kept)
     write_card(f"margin_bpb = 0.05\n{CARD}")
     assert call("--table", path)[0] == 2
@@ -632,3 +640,98 @@ def test_reading_and_printing_execute_nothing(write_card, drawn, call, monkeypat
     assert call("--table", path)[0] == 0
     status, _, err = call(path)
     assert status == 2 and "executed" in err
+
+
+def test_the_revision_is_gits(tmp_path, monkeypatch):
+    """Results do not make a tree unclean, nor does what git does not know."""
+    def git(*words):
+        names = ["-c", "user.name=n", "-c", "user.email=e@x.org"]
+        done = subprocess.run(["git", *names, *words], cwd=tmp_path, capture_output=True, text=True,
+                              check=True)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(claim, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert claim.git_state() is None
+    (tmp_path / "results").mkdir()
+    for name in ("model.py", "results/claim.json"):
+        (tmp_path / name).write_text("one")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    (tmp_path / "results" / "claim.json").write_text("two")
+    (tmp_path / "notes").write_text("two")
+    assert claim.git_state() == {"revision": git("rev-parse", "HEAD"), "clean": True}
+    (tmp_path / "model.py").write_text("two")
+    assert claim.git_state()["clean"] is False
+
+
+# On real runs ---------------------------------------------------------------------------------
+
+def test_the_cost_is_of_the_real_experiment(write_card, call, here, tmp_path):
+    """Nothing has run: two values and five seeds, or twelve, of three arms."""
+    status, out, err = call(write_card(CARD), "--dry_run")
+    assert (status, err) == (0, "") and "21 runs" in out and "42 runs" in out, out
+    assert not (tmp_path / "results").exists() and not list(here.iterdir())
+
+
+def test_what_train_would_refuse_is_refused_before_anything_runs(write_card, call, here):
+    """An option that is none of a mixer_file's; one without effect on an arm."""
+    mine = 'mixer = "mine"\nmixer_file = "mine.py"\nmine_depth = 3'
+    for text, words in ((CARD.replace('mixer = "linear"', mine), "mine_depth"),
+                        (CARD.replace('mixer = "lln"', 'mixer = "linear"'), "lln_matching")):
+        status, _, err = call(write_card(text))
+        assert status == 2 and words in err and err.count("\n") == 1, err
+        assert not list(here.iterdir())
+
+
+@pytest.mark.slow
+def test_a_claim_from_its_card_to_its_record(home, clone, tmp_path):
+    """Tuned, run to the first of two looks, where pelican is decided or not, or to the second;
+    found again from the records alone; run once more, nothing trains."""
+    shutil.copytree(home / "data" / "letters", clone / "data" / "letters", dirs_exist_ok=True)
+    (clone / "claims").mkdir()
+    (clone / "claims" / "real.toml").write_text("""
+        paper = "Nobody 2026"
+        claim = "pelican is no worse"
+        recipe = "claims/tiny.py"
+        baseline = "softmax"
+        looks = [2, 3]
+        arms.softmax = {mixer = "softmax"}
+        arms.pelican = {mixer = "pelican", prediction = "equivalent"}
+        tune = {learning_rate = [1e-9, 3e-2, 3.0]}
+    """)
+    (clone / "claims" / "tiny.py").write_text(RECIPE)
+    command = ["-m", "tools.claim", "claims/real.toml"]
+    done = run(clone, *command, timeout=600)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    folder = clone / "results" / "claims" / "real"
+    found = json.loads((folder / "claim.json").read_text())
+    assert found["outcome"] in ("confirmed", "refuted", "undecided")
+    word = found["arms"]["pelican"]["against_baseline"]
+    assert word["word"] in ("better", "worse", "equivalent", "undecided")
+    runs = records.read_records(folder)
+    assert {record.name.partition("-")[0] for record in runs} == {"softmax", "pelican"}
+    assert len(runs) == 2 * found["arms"]["pelican"]["runs"] == 2 * word["look"]
+    assert {record.config["seed"] for record in runs} == set(range(1, word["look"] + 1))
+    assert {record.config["holdout"] for record in runs} == {0}
+    kept = [record for path in folder.glob("*.jsonl.gz") for record in records.read_file(path)]
+    tuning = [record for record in kept if record.config["seed"] == 0]
+    assert len(tuning) >= 6 and all(record.config["holdout"] == 0.1 for record in tuning)
+    for arm, values in found["chosen"].items():
+        losses = {record.config["learning_rate"]: record.scores["select"]["loss"]
+                  for record in tuning if record.config["mixer"] == arm}
+        assert values["learning_rate"] == min(losses, key=losses.get)
+
+    before = content(clone)
+    again = run(clone, *command)
+    assert again.returncode == 0 and "finished before" in again.stdout, again
+    after = content(clone)
+    changed = [path for path in after if before.get(path) != after[path]]
+    assert all("metrics.jsonl" not in path for path in changed), changed
+    shutil.rmtree(clone / "out")
+    table = run(clone, *command, "--table")
+    assert table.returncode == 0 and found["outcome"] in table.stdout, table
+    card = clone / "claims" / "real.toml"
+    card.write_text(card.read_text().replace("no worse", "better").replace("equivalent", "better"))
+    assert "new name" in one_line(run(clone, *command))

@@ -31,7 +31,8 @@ from base.files import ROOT, exists, read_json, shown, write_json
 from base.options import checked, option
 from model import GPT, model_config
 from tools.claim_cards import (
-    Card, arms_to_run, claim_name, find_file, read_card, recipe_settings, sha256_of)
+    Card, arms_to_run, claim_name, find_file, mixer_file_sums, read_card, recipe_settings,
+    sha256_of)
 from tools.claim_outcomes import decide, findings, open_arms, outcome_of_claim
 from tools.compare_arms import check_alike, unequal_options
 from tools.experiment import Experiment
@@ -61,6 +62,11 @@ class ClaimOptions:
         None, "runs at a time [default: as tools.sweep]", ge=1, le=4096)
 
 
+class Sizes(Lenient):
+    parameters: Annotated[int, Field(ge=1)]
+    state_bytes: Optional[int]
+
+
 class WordFound(Lenient):
     word: str
 
@@ -74,12 +80,13 @@ class ArmFound(Lenient):
 class ClaimFile(Lenient):
     """claim.json, as far as the records beside it do not say it again."""
     card: dict[str, Any]
+    mixer_files: dict[str, str]
     card_sha256: str
     recipe_settings: dict[str, Any]
     chosen: dict[str, dict[str, Any]]
     hours: dict[str, Annotated[float, Field(ge=0, le=1e9)]]
     counting: Optional[Annotated[float, Field(ge=0, le=1e9)]]
-    sizes: dict[str, dict[str, Optional[int]]]
+    sizes: dict[str, Sizes]
     arms: dict[str, ArmFound]
     outcome: str
 
@@ -97,10 +104,12 @@ class Claim:
         self.recipe = find_file(path, self.card.recipe, "recipe")
         self.at_once = at_once
         self.folder = CLAIMS / self.name
+        sums = mixer_file_sums(path, self.card)
         self.content = {
             "claim": self.name,
             "card": self.card.model_dump(),
-            "card_sha256": sha256_of(path, self.card),
+            "mixer_files": sums,
+            "card_sha256": sha256_of(self.card, sums),
             "recipe_settings": recipe_settings(self.recipe),
             "registered": git_state(),
             "chosen": {}, "hours": {}, "counting": None, "sizes": {}, "arms": {},
@@ -120,7 +129,7 @@ class Claim:
     def experiment(self, names, deadline=math.inf):
         """An Experiment of these arms, which starts no run beyond `deadline`, a monotonic time."""
         arms = {name: self.arms[name] for name in names}
-        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic()) / 3600
+        left = None if deadline == math.inf else max(1.0, deadline - time.monotonic()) / 3600
         return Experiment(RUNS / self.name, str(self.recipe), {}, arms, tune=self.card.tune or None,
                           at_once=self.at_once, max_hours=left)
 
@@ -134,14 +143,25 @@ class Claim:
               f"at {looks[-1]}, if nothing is decided before: {costs[1]}", flush=True)
         return costs[0].hours
 
+    def tune(self, deadline):
+        """Finds each arm's values, or takes those found before. Returns whether all have some."""
+        if self.card.tune and not self.content["chosen"]:
+            chosen = self.experiment(self.arms, deadline).tune()
+            missing = [name for name in self.arms if name not in chosen]
+            if missing:
+                print(f"{self.name}: nothing to choose from for {', '.join(missing)}, see above; "
+                      "the same command goes on")
+                return False
+            self.content["chosen"] = chosen
+            self.write([])
+        return True
+
     def carry_out(self, deadline):
         """Tunes, and runs look after look until no arm is open. Returns whether it came to its
         end: not if runs failed, or the next look would end beyond `deadline`, a monotonic time."""
         self.write([])
-        everything = self.experiment(self.arms, deadline)
-        if self.card.tune and self.content["chosen"].keys() != self.arms.keys():
-            self.content["chosen"] = everything.tune()
-            self.write([])
+        if not self.tune(deadline):
+            return False
         names = list(self.arms)
         records = {record.name: record for record in recorded(self.folder)}
         for look in self.card.looks:
@@ -296,10 +316,7 @@ def rows_of_claim(folder):
     """The rows of a claim in the table, {column: text}, its words found anew from the records.
     BadInput if claim.json says otherwise."""
     content = read_claim_file(folder)
-    try:
-        card = Card.model_validate(content["card"])
-    except ValidationError as error:
-        raise BadInput(f"{shown(folder)}/claim.json is damaged: no card; {MEND}") from error
+    card = card_in(content, folder)
     records = recorded(folder)
     if not records:
         return [first_cells(card, "no look yet") | {"arm": "", "so": "undecided"}]
@@ -312,6 +329,18 @@ def rows_of_claim(folder):
         first = first_cells(card, outcome_of_claim(found)) if not rows else {}
         rows.append(first | arm_cells(card, name, found, content["hours"]))
     return rows
+
+
+def card_in(content, folder):
+    """The Card in a claim.json. BadInput if it is none, or not the one of the checksum."""
+    try:
+        card = Card.model_validate(content["card"])
+        if sha256_of(card, content["mixer_files"]) == content["card_sha256"]:
+            return card
+    except (ValidationError, KeyError):
+        pass
+    raise BadInput(f"{shown(folder)}/claim.json is damaged: its card is not that of its checksum; "
+                   f"{MEND}")
 
 
 def words_of(found):
@@ -335,7 +364,7 @@ def arm_cells(card, name, found, hours):
     if arm["diverged"]:
         verdict += f"; {arm['diverged']} runs diverged"
     times = ""
-    if {"parameters"} <= found[card.baseline].keys() & arm.keys():
+    if "parameters" in found[card.baseline] and "parameters" in arm:
         times = f"{arm['parameters'] / found[card.baseline]['parameters']:.3f}x"
     return {
         "arm": f"`{name}` against `{card.baseline}`",
@@ -407,7 +436,9 @@ def folders_of(paths):
         folder = CLAIMS / claim_name(path)
         if not exists(folder / "claim.json"):
             raise BadInput(f"{path} was not run yet; python -m tools.claim {path} does so")
-        if read_claim_file(folder)["card_sha256"] != sha256_of(path, read_card(path)):
+        card = read_card(path)
+        card_sha256 = sha256_of(card, mixer_file_sums(path, card))
+        if read_claim_file(folder)["card_sha256"] != card_sha256:
             raise BadInput(f"{path} is not what {shown(folder)} began with: {NEW_NAME}")
         folders.append(folder)
     return folders

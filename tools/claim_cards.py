@@ -5,12 +5,12 @@
 A card is read by tomllib: nothing in it is executed. What it names is, once it is run: the recipe
 and a mixer_file are Python.
 """
-import hashlib
 import json
 import re
 import tomllib
 import types
 from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -136,7 +136,7 @@ def read_card(path):
 
 def claim_name(path):
     """causal_reduction of claims/causal_reduction.toml. BadInput if no folder can be called so."""
-    if Path(path).suffix != ".toml" or not re.fullmatch(r"\w[\w-]{0,63}", Path(path).stem):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}\.toml", Path(path).name):
         raise BadInput(f"{path} is no card; name a file claims/<name>.toml, the name of letters, "
                        "digits, _ and -")
     return Path(path).stem
@@ -263,15 +263,21 @@ def recipe_settings(path):
     return json.loads(json.dumps(settings, sort_keys=True, default=repr_of))
 
 
-def sha256_of(card_path, card):
-    """The checksum of what decides: all of a card but its texts, with the mixer files' contents
-    in place of their names."""
-    content = card.model_dump(exclude={"paper", "claim", "note"}, exclude_defaults=True)
-    content |= {"looks": card.looks, "margin_bpb": card.margin_bpb}  # were the defaults others
+def mixer_file_sums(card_path, card):
+    """{arm: sha256 of its mixer file's content} of the arms that have one."""
+    sums = {}
     for name, arm in card.arms.items():
         if arm.mixer_file:
             path = find_file(card_path, arm.mixer_file, f"arms.{name}.mixer_file")
-            code = read_bytes(path, CODE_BYTES, "name a Python file")
-            content["arms"][name]["mixer_file"] = hashlib.sha256(code).hexdigest()
-    text = json.dumps(content, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+            sums[name] = sha256(read_bytes(path, CODE_BYTES, "name a Python file")).hexdigest()
+    return sums
+
+
+def sha256_of(card, sums):
+    """The checksum of what decides: all of a card but its texts, with mixer_file_sums in the place
+    of the files' names."""
+    content = card.model_dump(exclude={"paper", "claim", "note"}, exclude_defaults=True)
+    content |= {"looks": card.looks, "margin_bpb": card.margin_bpb}  # were the defaults others
+    for name, checksum in sums.items():
+        content["arms"][name]["mixer_file"] = checksum
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
