@@ -668,8 +668,9 @@ def test_the_revision_is_gits(tmp_path, monkeypatch):
 
 # On real runs ---------------------------------------------------------------------------------
 
-def test_the_cost_is_of_the_real_experiment(write_card, call, here, tmp_path):
+def test_the_cost_is_of_the_real_experiment(write_card, call, here, tmp_path, monkeypatch):
     """Nothing has run: two values and five seeds, or twelve, of three arms."""
+    monkeypatch.setattr("tools.experiment.seconds_of_run", lambda options, threads: 600.0)
     status, out, err = call(write_card(CARD), "--dry_run")
     assert (status, err) == (0, "") and "21 runs" in out and "42 runs" in out, out
     assert not (tmp_path / "results").exists() and not list(here.iterdir())
