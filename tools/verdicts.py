@@ -40,6 +40,7 @@ from base.errors import exit_on_bad_input
 from base.options import checked, option
 
 ALPHA = 0.05                         # false words that are allowed in a table or a claim
+MARGIN_BPB = 0.03                    # of equivalent, in bits per byte, unless another is fixed
 LOOKS = {5: 0.2, 8: 0.3, 12: 0.5}    # seeds: the share of alpha that is spent on looking then
 MOST_SEEDS = 100                     # that are advised; beyond it is "more than"
 
@@ -57,11 +58,6 @@ class Verdict:
     seeds: int = 0                # that both have
     blocks: int = 1               # of text; 1: the text is not counted
     autocorrelation: Optional[float] = None  # of neighbouring blocks' differences
-
-    def __str__(self):
-        if self.within_margin:
-            return f"{self.word}, within the margin"
-        return f"{self.word}: {self.missing}" if self.missing else self.word
 
     @property
     def blocks_go_together(self):
@@ -135,6 +131,13 @@ def margin_in_nats(bpb, scores):
     if not report["bpb"]:
         return None
     return bpb * abs(report["loss"] / report["bpb"])
+
+
+def in_words(verdict):
+    """The word of a Verdict, and what goes with it."""
+    if verdict.within_margin:
+        return f"{verdict.word}, within the margin"
+    return f"{verdict.word}: {verdict.missing}" if verdict.missing else verdict.word
 
 
 # The words ------------------------------------------------------------------------------------
