@@ -52,7 +52,7 @@ from base.files import JSON_BYTES, is_file, parse_json, read_bytes, writing
 from base.options import checked, option
 from config import ModelOptions, Options
 from data.files import check_name
-from mixers import has_effect, load_mixer_file, mechanism_of, mixer_names
+from mixers import has_effect, load_mixer_file, mixer_names, mixers_in_words
 from model import model_config
 from tools import bench_scaling as scaling
 from tools.bench_measure import run_cell
@@ -126,7 +126,7 @@ def mixers_of(options, given):
     for name in given:
         if not any(has_effect(name, mixer, options.n_layer) for mixer in names):
             raise BadInput(f"--{name} has no effect: none of {', '.join(names)} is "
-                           f"{mechanism_of(name)}; leave it out")
+                           f"{mixers_in_words(name)}; leave it out")
     return names
 
 

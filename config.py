@@ -15,10 +15,10 @@ from base.command_line import one_line
 from base.errors import BadInput
 from base.options import checked, option
 from data.dataset import dataset_names
-from mixers import MIXERS, MixerOptions, has_effect, layer_mixers, load_mixer_file, mechanism_of
+from mixers import MIXERS, MixerOptions, has_effect, layer_mixers, load_mixer_file, mixers_in_words
 
 ACTIVATIONS = (
-    "gelu", "gelu_tanh", "silu", "causal_max", "causal_min", "causal_mean",
+    "gelu", "gelu_tanh", "silu", "relu", "leaky_relu", "causal_max", "causal_min", "causal_mean",
     "causal_max_context", "causal_min_context", "causal_mean_context")
 
 
@@ -43,6 +43,14 @@ class SkeletonOptions:
     pos: Optional[Literal["learned", "rope", "none"]] = option(
         None, "position encoding [default: gpt2 learned, llama rope]")
     rope_base: float = option(10000.0, "base of RoPE's wavelengths", gt=0)
+    conv: Optional[int] = option(
+        None, "taps of a short causal convolution, with SiLU behind it, on queries, keys and "
+        "values; 0: none [default: the mixer's own]", ge=0, le=64)
+    attn_temperature: float = option(
+        1.0, "scores of softmax attention are divided by it; may be changed for --eval_only", gt=0)
+    norm: Optional[Literal["layer", "rms", "none"]] = option(
+        None, "the norm before each mixer and FFN; the last norm stays with none "
+        "[default: gpt2 layer, llama rms]")
     norm_eps: Optional[float] = option(
         None, "epsilon of the norms [default: gpt2 1e-5, llama 1e-6]", gt=0)
     ffn_hidden: Optional[int] = option(
@@ -51,7 +59,7 @@ class SkeletonOptions:
     ffn_bias: Optional[bool] = option(None, "biases in the FFN [default: as bias]")
     mlp_activation: Optional[Literal[ACTIVATIONS]] = option(
         None, "activation of the FFN, or a causal reduction in its place; gelu_tanh is the "
-        "published GPT-2's [default: gpt2 gelu, llama silu]")
+        "published GPT-2's, leaky_relu's slope is 0.1 [default: gpt2 gelu, llama silu]")
     tie_head: Optional[bool] = option(
         None, "the head shares the embedding's weights [default: gpt2 yes, llama no]")
     head_temperature: Optional[float] = option(
@@ -176,6 +184,7 @@ def fill_in(options):
     hidden = math.ceil(8 * C / (3 * 64)) * 64 if llama else 4 * C
     options.bias = otherwise(options.bias, not llama)
     options.pos = otherwise(options.pos, "rope" if llama else "learned")
+    options.norm = otherwise(options.norm, "rms" if llama else "layer")
     options.norm_eps = otherwise(options.norm_eps, 1e-6 if llama else 1e-5)
     options.ffn_hidden = otherwise(options.ffn_hidden, hidden)
     options.ffn_bias = otherwise(options.ffn_bias, options.bias)
@@ -211,7 +220,7 @@ def check_model(options):
         is_set = getattr(options, f.name) != f.default.default
         if is_set and not has_effect(f.name, options.mixer, options.n_layer):
             raise ValueError(f"{f.name} has no effect: no layer of mixer {options.mixer!r} is "
-                             f"{mechanism_of(f.name)}; leave it out")
+                             f"{mixers_in_words(f.name)}; leave it out")
 
 
 def filled_in(options):

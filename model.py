@@ -101,6 +101,10 @@ class MLP(nn.Module):
             return F.gelu(h, approximate="tanh"), state
         if self.activation == "silu":
             return F.silu(h), state
+        if self.activation == "relu":
+            return F.relu(h), state
+        if self.activation == "leaky_relu":
+            return F.leaky_relu(h, 0.1), state
         op = self.activation.split("_")[1]  # causal_max, causal_max_context, ..
         return causal_reduce(h, op, self.activation.endswith("_context"), state)
 
@@ -121,9 +125,9 @@ class Block(nn.Module):
         builder = MIXERS[name]
         self.norm1 = self.mixer = None
         if builder is not None:
-            self.norm1 = make_norm(config)
+            self.norm1 = make_norm(config, config.norm)
             self.mixer = builder(config, layer)
-        self.norm2 = make_norm(config)
+        self.norm2 = make_norm(config, config.norm)
         self.mlp = MLP(config)
         self.drop = Dropout(config.dropout)
 
@@ -136,8 +140,10 @@ class Block(nn.Module):
         return h + self.drop(y), (mixer_state, mlp_state)
 
 
-def make_norm(config):
-    if config.arch == "llama":
+def make_norm(config, kind):
+    if kind == "none":
+        return nn.Identity()
+    if kind == "rms":
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
@@ -161,7 +167,9 @@ class GPT(nn.Module):
         self.pos_embed = nn.Embedding(config.block_size, C) if config.pos == "learned" else None
         self.drop = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = make_norm(config)
+        # without norms in the blocks (Jha and Reagen 2024, arXiv 2410.09637) the last one stays
+        last = "rms" if config.arch == "llama" else "layer"
+        self.norm = make_norm(config, last if config.norm == "none" else config.norm)
         self.head = nn.Linear(C, V, bias=False)
         self.init_weights()
         if config.tie_head:

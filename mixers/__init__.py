@@ -25,7 +25,9 @@ and declare options of its own, named after it, which its builder then finds in 
 
 They are options of --help, config files and GPTConfig as all others are, and are refused where no
 layer uses the mixer. A mixer built on another has the other's options too if its own are written
-`class Options(Other.Options)`.
+`class Options(Other.Options)`. Of the general options two are for some mixers only, which say so:
+
+    takes = "conv", "attn_temperature"
 
 A mixer whose q, k and v come from a QKV (mixers/parts/heads.py) named c_attn, and whose heads end
 in a c_proj, shows its attention matrix in tools/inspect_attention.py without further code.
@@ -98,23 +100,37 @@ class MixerOptions:
     headings = {}  # option -> under what --help lists it
 
 
-def options_class(name):
-    """The class in which a mixer declares its options, or None."""
+def said_of(name, attribute):
+    """What a mixer's class says of it, or None."""
     builder = MIXERS[name]
     if isinstance(builder, partial):
         builder = builder.func
-    return getattr(builder, "Options", None)
+    return getattr(builder, attribute, None)
+
+
+def options_class(name):
+    """The class in which a mixer declares its options, or None."""
+    return said_of(name, "Options")
 
 
 def mixers_with(option):
-    """The names of the mixers that declare an option; none for a general one (n_head, dropout)."""
-    return [name for name in MIXERS if hasattr(options_class(name), option)]
+    """The names of the mixers that declare an option, or take one of those that not all mixers
+    take; none for an option of all (n_head, dropout)."""
+    return [name for name in MIXERS
+            if hasattr(options_class(name), option) or option in (said_of(name, "takes") or ())]
+
+
+def mixers_in_words(option):
+    """The same for messages: "lln or lln_diag"."""
+    *others, last = mixers_with(option)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def mechanism_of(option):
     """The mixer that an option belongs to, "lln" for lln_matching, or None for a general one."""
-    users = mixers_with(option)
-    return users[0] if users else None
+    if option not in MixerOptions.gathered:
+        return None
+    return mixers_with(option)[0]
 
 
 def gather_options():
@@ -127,7 +143,7 @@ def gather_options():
             continue
         for option, (kind, field) in declared(options_class(name)).items():
             if option in found and found[option][1] is not field:
-                raise ValueError(f"option {option} is of mixer {mechanism_of(option)} already; "
+                raise ValueError(f"option {option} is of mixer {mixers_with(option)[0]} already; "
                                  "choose another name")
             found[option] = (kind, field)
     if found != MixerOptions.gathered:

@@ -20,10 +20,12 @@ from mixers.parts.heads import merge_heads, repeat_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
 from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear, l2_normalised
 
-TAPS = 4  # of the short convolution
+TAPS = 4  # of the short convolution, unless `conv` says otherwise
 
 
 class DeltaNet(nn.Module):
+    takes = ("conv",)
+
     class Options:
         deltanet_negative: bool = option(
             False, "DeltaNet's beta in (0, 2) instead of (0, 1): negative eigenvalues")

@@ -25,10 +25,12 @@ from mixers.parts.recurrent_heads import (
     l2_normalised,
 )
 
-TAPS = 4  # of the short convolution
+TAPS = 4  # of the short convolution, unless `conv` says otherwise
 
 
 class GatedDeltaNet(nn.Module):
+    takes = ("conv",)
+
     def __init__(self, config, layer):
         super().__init__()
         C, H = config.n_embd, config.n_head

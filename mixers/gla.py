@@ -5,7 +5,7 @@
 
 then RMSNorm over each head's E channels, times SiLU(W_g x_t), then c_proj. q, k (B, H, T, D), v, y
 (B, H, T, E) with D = C / (2 H), E = C / H: about as many parameters as softmax attention, 4 C^2.
-W_1 C -> 16. State: S (B, H, D, E). No positions: the decay carries them.
+W_1 C -> 16. State: that of `conv`, and S (B, H, D, E). No positions: the decay carries them.
 
 At the start every channel's half-life is 16 tokens (g = log(1/2) / 16); memory over thousands takes
 gates of +7. Deviations: none known; the paper has 4 heads whatever C, here n_head.
@@ -22,6 +22,8 @@ from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear
 
 
 class GLA(nn.Module):
+    takes = ("conv",)
+
     class Options:
         gla_divisor: float = option(
             16.0, "GLA's gates are the power 1 / divisor of a sigmoid; larger forgets more slowly",
@@ -41,13 +43,14 @@ class GLA(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=config.bias)
 
     def forward(self, x, state=None):
-        q, k, v, _ = self.c_attn(x, None)
+        conv, S = (None, None) if state is None else state
+        q, k, v, conv = self.c_attn(x, conv)
         H, G = self.c_attn.heads
         logits = self.decay_up(self.decay_down(x))
         g = F.logsigmoid(logits) / self.divisor
         g = repeat_heads(g.unflatten(2, (G, -1)).transpose(1, 2), H)
-        y, state = recurrence(q / math.sqrt(q.size(-1)), k, v, g=g, state=state)
-        return self.c_proj(merge_heads(self.norm(y)) * F.silu(self.gate(x))), state
+        y, S = recurrence(q / math.sqrt(q.size(-1)), k, v, g=g, state=S)
+        return self.c_proj(merge_heads(self.norm(y)) * F.silu(self.gate(x))), (conv, S)
 
     def flops_per_token(self, T):
         (D, E), (H, _) = self.c_attn.sizes, self.c_attn.heads
@@ -56,4 +59,5 @@ class GLA(nn.Module):
         return self.c_attn.flops_per_token() + products + recurrence_flops(T, H, D, E)
 
     def state_bytes(self, T, dtype):
-        return recurrence_state_bytes(self.c_attn.heads[0], *self.c_attn.sizes, dtype)
+        S = recurrence_state_bytes(self.c_attn.heads[0], *self.c_attn.sizes, dtype)
+        return S + self.c_attn.state_bytes(dtype)

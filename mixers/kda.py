@@ -28,11 +28,13 @@ from mixers.parts.heads import merge_heads, repeat_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
 from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear, l2_normalised
 
-TAPS = 4  # of the short convolution
+TAPS = 4  # of the short convolution, unless `conv` says otherwise
 LOWEST = -5.0  # log decay of a token where it is bounded
 
 
 class KDA(nn.Module):
+    takes = ("conv",)
+
     class Options:
         kda_bounded: bool = option(
             True, "KDA's log decay is at least -5 a token: -5 sigmoid(.), otherwise Mamba's")

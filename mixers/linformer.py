@@ -9,9 +9,9 @@ q.k / sqrt(D), to
     (b) r slots of each completed segment: E K_segment and F V_segment, with learned E, F (r, L),
         shared by all segments
 
-q, y (B, H, T, D); k, v (B, G, T, D). State: the number of tokens, the slots (B, G, r completed, D)
-of keys and of values, and the keys and values (B, G, < L, D) of the current segment. It grows by
-r / L of what softmax attention keeps.
+q, y (B, H, T, D); k, v (B, G, T, D). Scores are also divided by `attn_temperature`. State: that of
+`conv`, the number of tokens, the slots (B, G, r completed, D) of keys and of values, and the keys
+and values (B, G, < L, D) of the current segment. It grows by r / L of what softmax attention keeps.
 """
 import math
 
@@ -20,7 +20,7 @@ import torch.nn as nn
 
 from base.options import option
 from mixers.parts.heads import (
-    QKV,
+    ConvolvedQKV,
     attention_scores,
     cache_bytes,
     causal_attention,
@@ -29,6 +29,7 @@ from mixers.parts.heads import (
     qkv_flops,
     repeat_heads,
     rotate,
+    tempered,
 )
 
 
@@ -39,6 +40,8 @@ def compress(weights, t):
 
 
 class Linformer(nn.Module):
+    takes = "conv", "attn_temperature"
+
     class Options:
         linformer_segment: int = option(64, "tokens L in a segment of Linformer", ge=1)
         linformer_slots: int = option(4, "slots r of a completed segment of Linformer", ge=1)
@@ -47,20 +50,23 @@ class Linformer(nn.Module):
         super().__init__()
         self.rope_base = config.rope_base if config.pos == "rope" else None
         self.L, self.r = config.linformer_segment, config.linformer_slots
-        self.c_attn = QKV(config)
+        self.temperature = config.attn_temperature
+        self.c_attn = ConvolvedQKV(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         # a slot starts near the mean over its segment
         self.E = nn.Parameter(torch.randn(self.r, self.L) * 0.02 + 1 / self.L)
         self.F = nn.Parameter(torch.randn(self.r, self.L) * 0.02 + 1 / self.L)
 
     def forward(self, x, state=None):
-        q, k, v = self.c_attn(x)
+        conv, seen = (None, None) if state is None else state
+        q, k, v, conv = self.c_attn(x, conv)
         none = k[:, :, :0]
-        n, slots_k, slots_v, segment_k, segment_v = state or (0, none, none, none, none)
+        n, slots_k, slots_v, segment_k, segment_v = seen or (0, none, none, none, none)
         T, L = q.size(2), self.L
         if self.rope_base:
             q = rotate(q, n, self.rope_base)
             k = rotate(k, n, self.rope_base)
+        q = tempered(q, self.temperature)
         k = torch.cat([segment_k, k], dim=2)
         v = torch.cat([segment_v, v], dim=2)
         if T == 1:
@@ -75,7 +81,8 @@ class Linformer(nn.Module):
             y = self.attend(q, k, v, slots_k, slots_v, n % L, n // L)
         # copies, as a view would hold on to all keys and values
         segment_k, segment_v = k[:, :, whole:].clone(), v[:, :, whole:].clone()
-        return self.c_proj(merge_heads(y)), (n + T, slots_k, slots_v, segment_k, segment_v)
+        seen = n + T, slots_k, slots_v, segment_k, segment_v
+        return self.c_proj(merge_heads(y)), (conv, seen)
 
     def attend(self, q, k, v, slots_k, slots_v, n_before, completed):
         """y (B, H, T, D) for q whose first token has n_before tokens of its segment before it,
@@ -121,4 +128,4 @@ class Linformer(nn.Module):
         vectors = completed * self.r + left
         if completed:  # one token before the last segment was complete
             vectors = max(vectors, (completed - 1) * self.r + self.L - 1)
-        return cache_bytes(self.c_attn.sizes, vectors, dtype)
+        return cache_bytes(self.c_attn.sizes, vectors, dtype) + self.c_attn.state_bytes(dtype)

@@ -4,7 +4,7 @@
     y_t = phi_q(q_t)^T S_t / (phi_q(q_t)^T z_t)
     S_t = sum_{s<=t} phi_k(k_s) v_s^T,   z_t = sum_{s<=t} phi_k(k_s)
 
-q, k, v, y (B, H, T, D); alpha, beta (H). State: S, z and the key maximum, see
+q, k, v, y (B, H, T, D); alpha, beta (H). State: that of `conv`, S, z and the key maximum, see
 mixers/parts/chunkwise.py.
 
 Moment matching: alpha = s / sigma_q and beta = s / sigma_k, where s is such that the variance of
@@ -27,7 +27,7 @@ import torch.nn as nn
 
 from base.options import option
 from mixers.parts.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
-from mixers.parts.heads import QKV, Wide, merge_heads, qkv_flops, repeat_heads
+from mixers.parts.heads import ConvolvedQKV, Wide, merge_heads, qkv_flops, repeat_heads
 
 PUBLISHED_A, PUBLISHED_B = 0.14855178, -0.35487039
 DECAY = 0.99  # of the moving averages, per optimiser step
@@ -101,6 +101,8 @@ class Moments(Wide):
 
 
 class LLN(nn.Module):
+    takes = ("conv",)
+
     class Options:
         lln_matching: Literal["table", "published"] = option(
             "table",
@@ -109,7 +111,7 @@ class LLN(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.published = config.lln_matching == "published"
-        self.c_attn = QKV(config)
+        self.c_attn = ConvolvedQKV(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         H, G, D = self.c_attn.sizes
         self.q_moments, self.k_moments = Moments(H), Moments(G)
@@ -141,8 +143,10 @@ class LLN(nn.Module):
         return linear_attention(log_q, log_k, v, state)
 
     def forward(self, x, state=None):
-        y, state = self.lln(*self.c_attn(x), state)
-        return self.c_proj(merge_heads(y)), state
+        conv, state = (None, None) if state is None else state
+        q, k, v, conv = self.c_attn(x, conv)
+        y, state = self.lln(q, k, v, state)
+        return self.c_proj(merge_heads(y)), (conv, state)
 
     def apply_statistics(self):
         """Moves the averages by what was collected since the last call; once per optimiser step."""
@@ -155,4 +159,4 @@ class LLN(nn.Module):
 
     def state_bytes(self, T, dtype):
         H, _, D = self.c_attn.sizes
-        return linear_state_bytes(H, D, D, dtype)
+        return linear_state_bytes(H, D, D, dtype) + self.c_attn.state_bytes(dtype)

@@ -6,9 +6,10 @@
 
 with r, p learnable, per head and channel (H, D), at 0.5. Diag is causal softmax attention within
 blocks of D tokens (block size = head size), aligned to the start of the sequence. LLN, Diag, y
-(B, H, T, D). State: the number of tokens, LLN's state, and keys and values (B, G, < D, D) of the
-current block. With RoPE only Diag rotates: the exponential of a rotated vector encodes no relative
-position.
+(B, H, T, D). State: that of `conv`, the number of tokens, LLN's S, z and key maximum, and keys and
+values (B, G, < D, D) of the current block. With RoPE only Diag rotates: the exponential of a
+rotated vector encodes no relative position. `attn_temperature` is Diag's alone too: LLN's moment
+matching would take another scale of its queries back.
 """
 from typing import Literal
 
@@ -25,6 +26,7 @@ from mixers.parts.heads import (
     merge_heads,
     repeat_heads,
     rotate,
+    tempered,
 )
 
 
@@ -44,6 +46,8 @@ def block_attention(q, k, v, n_before):
 
 
 class LLNDiag(LLN):
+    takes = "conv", "attn_temperature"
+
     class Options(LLN.Options):
         lln_diag_mode: Literal["mean", "sum", "convex"] = option(
             "mean", "LLN and Diag: half each, r and p learnable, r and 1 - r learnable")
@@ -51,14 +55,16 @@ class LLNDiag(LLN):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.rope_base = config.rope_base if config.pos == "rope" else None
+        self.temperature = config.attn_temperature
         H, _, D = self.c_attn.sizes
         # flat, so that weight decay, which is for matrices, leaves them alone
         self.r = nn.Parameter(torch.full((H * D,), 0.5)) if config.lln_diag_mode != "mean" else None
         self.p = nn.Parameter(torch.full((H * D,), 0.5)) if config.lln_diag_mode == "sum" else None
 
     def forward(self, x, state=None):
-        q, k, v = self.c_attn(x)
-        n, lln_state, block_k, block_v = state or (0, None, k[:, :, :0], v[:, :, :0])
+        conv, seen = (None, None) if state is None else state
+        q, k, v, conv = self.c_attn(x, conv)
+        n, lln_state, block_k, block_v = seen or (0, None, k[:, :, :0], v[:, :, :0])
         T, D = q.shape[2:]
         lln, lln_state = self.lln(q, k, v, lln_state)
         if self.rope_base:
@@ -66,14 +72,15 @@ class LLNDiag(LLN):
             k = rotate(k, n, self.rope_base)
         k = torch.cat([block_k, k], dim=2)
         v = torch.cat([block_v, v], dim=2)
-        diag = block_attention(q, k, v, n % D)
+        diag = block_attention(tempered(q, self.temperature), k, v, n % D)
         r = 0.5 if self.r is None else self.r.view(-1, 1, D)
         p = 1 - r if self.p is None else self.p.view(-1, 1, D)
         y = (r * lln + p * diag).to(x.dtype)
         # the tokens of the block that is not complete; copies, as a view would hold on to all
         start = k.size(2) - (n + T) % D
         block_k, block_v = k[:, :, start:].clone(), v[:, :, start:].clone()
-        return self.c_proj(merge_heads(y)), (n + T, lln_state, block_k, block_v)
+        seen = n + T, lln_state, block_k, block_v
+        return self.c_proj(merge_heads(y)), (conv, seen)
 
     def flops_per_token(self, T):
         D = self.c_attn.sizes[2]

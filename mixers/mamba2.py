@@ -24,10 +24,12 @@ from mixers.parts.heads import merge_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
 from mixers.parts.recurrent_heads import HeadNorm, MambaDecay, WideLinear
 
-TAPS = 4  # of the short convolution
+TAPS = 4  # of the short convolution, unless `conv` says otherwise
 
 
 class Mamba2(nn.Module):
+    takes = ("conv",)
+
     class Options:
         mamba2_state: Optional[int] = option(
             None, "Mamba-2's state channels N [default: half of n_embd; published 128]", ge=1)
@@ -42,7 +44,8 @@ class Mamba2(nn.Module):
         self.sizes = H, N, C // config.n_head
         self.proj = nn.Linear(C, 2 * inner + 2 * N, bias=config.bias)
         self.dt_proj = WideLinear(C, H, bias=False)
-        self.conv = ShortConvolution(inner + 2 * N, TAPS, bias=True)
+        taps = TAPS if config.conv is None else config.conv
+        self.conv = ShortConvolution(inner + 2 * N, taps, bias=True) if taps else None
         self.decay = MambaDecay(H, A_range=(1, 16))
         self.skip = nn.Parameter(torch.ones(H))
         self.norm = HeadNorm(inner)
@@ -52,7 +55,10 @@ class Mamba2(nn.Module):
         conv, S = (None, None) if state is None else state
         H, N, P = self.sizes
         z, xBC = self.proj(x).split([H * P, H * P + 2 * N], dim=2)
-        xBC, conv = self.conv(xBC, conv)
+        if self.conv is None:
+            xBC = F.silu(xBC)
+        else:
+            xBC, conv = self.conv(xBC, conv)
         inner, k, q = xBC.split([H * P, N, N], dim=2)
         inner = inner.unflatten(2, (H, P)).transpose(1, 2)  # (B, H, T, P)
         g, dt = self.decay(self.dt_proj(x))
@@ -66,7 +72,9 @@ class Mamba2(nn.Module):
         H, N, P = self.sizes
         layers = (self.proj, self.dt_proj, self.c_proj)
         products = 2 * sum(layer.weight.numel() for layer in layers)
-        return products + self.conv.flops_per_token() + recurrence_flops(T, H, N, P, shared=True)
+        taps = self.conv.flops_per_token() if self.conv is not None else 0
+        return products + taps + recurrence_flops(T, H, N, P, shared=True)
 
     def state_bytes(self, T, dtype):
-        return recurrence_state_bytes(*self.sizes, dtype) + self.conv.state_bytes(dtype)
+        conv = self.conv.state_bytes(dtype) if self.conv is not None else 0
+        return conv + recurrence_state_bytes(*self.sizes, dtype)

@@ -6,8 +6,8 @@
     E[phi(q).phi(k)] = exp(q.k / sqrt(D))
 
 q, k, v, y (B, H, T, D); omega (m, D), its rows Gaussian in length and orthogonal within blocks of
-D, one for all heads of a layer, drawn from the seed and saved. State: the number of tokens, S
-(B, H, m, D), z and the key maximum, see mixers/parts/chunkwise.py.
+D, one for all heads of a layer, drawn from the seed and saved. State: that of `conv`, the number of
+tokens, S (B, H, m, D), z and the key maximum, see mixers/parts/chunkwise.py.
 
 Default m: D log D, rounded to a multiple of 8. --performer_redraw=N draws omega anew every N
 optimiser steps.
@@ -20,7 +20,14 @@ import torch.nn as nn
 
 from base.options import option
 from mixers.parts.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
-from mixers.parts.heads import QKV, Wide, merge_heads, qkv_flops, repeat_heads, rotate
+from mixers.parts.heads import (
+    ConvolvedQKV,
+    Wide,
+    merge_heads,
+    qkv_flops,
+    repeat_heads,
+    rotate,
+)
 
 
 def orthogonal_gaussian(m, D, generator):
@@ -66,6 +73,8 @@ class RandomFeatures(Wide):
 
 
 class Performer(nn.Module):
+    takes = ("conv",)
+
     class Options:
         performer_features: Optional[int] = option(
             None, "Performer's features m [default: D log D rounded to a multiple of 8]", ge=1)
@@ -76,22 +85,22 @@ class Performer(nn.Module):
         super().__init__()
         self.rope_base = config.rope_base if config.pos == "rope" else None
         self.redraw_every = config.performer_redraw
-        self.c_attn = QKV(config)
+        self.c_attn = ConvolvedQKV(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         D = self.c_attn.sizes[2]
         default_m = max(8, round(D * math.log(D) / 8) * 8)
         self.features = RandomFeatures(config.performer_features or default_m, D)
 
     def forward(self, x, state=None):
-        q, k, v = self.c_attn(x)
-        n, state = state or (0, None)
+        conv, n, state = state or (None, 0, None)
+        q, k, v, conv = self.c_attn(x, conv)
         if self.rope_base:
             q = rotate(q, n, self.rope_base)
             k = rotate(k, n, self.rope_base)
         H = q.size(1)
         log_q, log_k = self.features(q), self.features(k)
         y, state = linear_attention(log_q, repeat_heads(log_k, H), repeat_heads(v, H), state)
-        return self.c_proj(merge_heads(y)), (n + x.size(1), state)
+        return self.c_proj(merge_heads(y)), (conv, n + x.size(1), state)
 
     def apply_statistics(self):
         """Once per optimiser step: counts it, and draws omega anew when it is time."""
@@ -107,4 +116,5 @@ class Performer(nn.Module):
 
     def state_bytes(self, T, dtype):
         H, _, D = self.c_attn.sizes
-        return linear_state_bytes(H, len(self.features.omega), D, dtype)
+        S = linear_state_bytes(H, len(self.features.omega), D, dtype)
+        return S + self.c_attn.state_bytes(dtype)

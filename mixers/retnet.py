@@ -5,8 +5,8 @@ decays.
 
 for head h = 0 .. H - 1: half-lives of 22, 44, 88, ... tokens. q and k are rotated (RoPE) at
 absolute positions; y goes through RMSNorm over each head's E channels, times SiLU(W_g x_t), then
-c_proj. q, k (B, H, T, D), v, y (B, H, T, E), D = C / (2 H) made even, E = C / H. State: n and S (B,
-H, D, E).
+c_proj. q, k (B, H, T, D), v, y (B, H, T, E), D = C / (2 H) made even, E = C / H. State: that
+of `conv`, n and S (B, H, D, E).
 
 Deviations: the paper has keys of C, values of 2 C (8 C^2 parameters) and a narrower FFN; here 4
 C^2, as softmax attention and gla, which then differs in its decays alone. Its three normalisations
@@ -34,6 +34,8 @@ class Decays(Wide):
 
 
 class RetNet(nn.Module):
+    takes = ("conv",)
+
     def __init__(self, config, layer):
         super().__init__()
         C, H = config.n_embd, config.n_head
@@ -46,13 +48,13 @@ class RetNet(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=config.bias)
 
     def forward(self, x, state=None):
-        n, S = (0, None) if state is None else state
+        conv, n, S = (None, 0, None) if state is None else state
         B, T, _ = x.shape
-        q, k, v, _ = self.c_attn(x, None)
+        q, k, v, conv = self.c_attn(x, conv)
         q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
         g = self.decays.log_gamma.view(1, -1, 1, 1).expand(B, -1, T, -1)
         y, S = recurrence(q / math.sqrt(q.size(-1)), k, v, g=g, state=S)
-        return self.c_proj(merge_heads(self.norm(y)) * F.silu(self.gate(x))), (n + T, S)
+        return self.c_proj(merge_heads(self.norm(y)) * F.silu(self.gate(x))), (conv, n + T, S)
 
     def flops_per_token(self, T):
         (D, E), (H, _) = self.c_attn.sizes, self.c_attn.heads
@@ -60,4 +62,5 @@ class RetNet(nn.Module):
         return self.c_attn.flops_per_token() + products + recurrence_flops(T, H, D, E)
 
     def state_bytes(self, T, dtype):
-        return recurrence_state_bytes(self.c_attn.heads[0], *self.c_attn.sizes, dtype)
+        S = recurrence_state_bytes(self.c_attn.heads[0], *self.c_attn.sizes, dtype)
+        return S + self.c_attn.state_bytes(dtype)

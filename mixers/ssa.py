@@ -15,9 +15,9 @@ Position term: a learnable c,
                          from the same start
 
 One tau for all heads, or with --ssa_per_head one a head, which then reads its own head's
-channels. q (B, H, T, D); k, v (B, G, T, D); tau (B, 1 or heads, T, 1). State: the cache of scaled
-keys and values. q', k', v' are formed before the fused attention, so speed and memory are softmax
-attention's.
+channels. q (B, H, T, D); k, v (B, G, T, D); tau (B, 1 or heads, T, 1). Scores are also divided by
+`attn_temperature`. State: that of `conv`, and the cache of scaled keys and values. q', k', v' are
+formed before the fused attention, so speed and memory are softmax attention's.
 
 Start: w = 0 and c = exp(-exp(1.5)) = 0.0113. On weights of a softmax model (init_from) that start
 is taken off c, so that the model starts exactly as it was and b (or a) has its normal gradient.
@@ -31,14 +31,15 @@ import torch.nn.functional as F
 
 from base.options import option
 from mixers.parts.heads import (
-    QKV,
     Cache,
+    ConvolvedQKV,
     cache_bytes,
     causal_attention,
     causal_attention_flops,
     merge_heads,
     qkv_flops,
     rotate,
+    tempered,
 )
 
 B_START = 1.5
@@ -111,6 +112,8 @@ class Temperature(nn.Module):
 
 
 class SSA(nn.Module):
+    takes = "conv", "attn_temperature"
+
     class Options:
         ssa_query_token: bool = option(True, "SSA's token term for queries")
         ssa_query_position: bool = option(True, "SSA's position term for queries")
@@ -127,7 +130,8 @@ class SSA(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.rope_base = config.rope_base if config.pos == "rope" else None
-        self.c_attn = QKV(config)
+        self.temperature = config.attn_temperature
+        self.c_attn = ConvolvedQKV(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         H, G, _ = self.c_attn.sizes
         self.tau = nn.ModuleDict()
@@ -140,8 +144,10 @@ class SSA(nn.Module):
                 self.tau[name] = Temperature(config, heads, token, position)
 
     def forward(self, x, state=None):
-        vectors = dict(zip("qkv", self.c_attn(x)))
-        n = 0 if state is None else state.k.size(2)
+        conv, cache = (None, None) if state is None else state
+        *vectors, conv = self.c_attn(x, conv)
+        vectors = dict(zip("qkv", vectors))
+        n = 0 if cache is None else cache.k.size(2)
         for name, tau in self.tau.items():
             u = vectors[name]
             vectors[name] = (tau(x, u, n) * u).to(u.dtype)
@@ -149,9 +155,9 @@ class SSA(nn.Module):
         if self.rope_base:
             q = rotate(q, n, self.rope_base)
             k = rotate(k, n, self.rope_base)
-        state = Cache.append(state, k, v)
-        y = causal_attention(q, state.k, state.v)
-        return self.c_proj(merge_heads(y)), state
+        cache = Cache.append(cache, k, v)
+        y = causal_attention(tempered(q, self.temperature), cache.k, cache.v)
+        return self.c_proj(merge_heads(y)), (conv, cache)
 
     def be_neutral(self):
         """Makes every tau 1, for weights that come from a softmax model. Returns the names of the
@@ -169,4 +175,4 @@ class SSA(nn.Module):
         return qkv_flops(self) + 2 * products + attention
 
     def state_bytes(self, T, dtype):
-        return cache_bytes(self.c_attn.sizes, T, dtype)
+        return cache_bytes(self.c_attn.sizes, T, dtype) + self.c_attn.state_bytes(dtype)

@@ -5,8 +5,9 @@ et al. 2023, arXiv 2309.17453): softmax attention over the last W tokens and the
 
 q (B, H, T, D); k, v (B, G, T, D) with G = n_kv_head groups, repeated to H heads. Under pos "rope" q
 and k are rotated at absolute positions. Long inputs go in blocks of W queries, which see the W - 1
-tokens before their block, the block and the sinks: 2 W - 1 + n_s keys. State: how many tokens there
-were, the sinks' and the last W - 1 tokens' keys and values. L layers reach L (W - 1) tokens back.
+tokens before their block, the block and the sinks: 2 W - 1 + n_s keys. Scores are also divided by
+`attn_temperature`. State: that of `conv`, how many tokens there were, the sinks' and the last W - 1
+tokens' keys and values. L layers reach L (W - 1) tokens back, and `conv` K - 1 more each.
 """
 import math
 from typing import Any, NamedTuple, Optional
@@ -16,7 +17,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base.options import option
-from mixers.parts.heads import QKV, merge_heads, qkv_flops, repeat_heads, rotate
+from mixers.parts.heads import (
+    ConvolvedQKV,
+    merge_heads,
+    qkv_flops,
+    repeat_heads,
+    rotate,
+    tempered,
+)
 
 
 class Window(NamedTuple):
@@ -28,6 +36,8 @@ class Window(NamedTuple):
 
 
 class SWA(nn.Module):
+    takes = "conv", "attn_temperature"
+
     class Options:
         swa_window: Optional[int] = option(
             None, "tokens W that sliding window attention sees [default: a quarter of block_size]",
@@ -40,27 +50,29 @@ class SWA(nn.Module):
         self.rope_base = config.rope_base if config.pos == "rope" else None
         self.window = config.swa_window or max(config.block_size // 4, 1)
         self.sinks = config.swa_sinks
-        self.c_attn = QKV(config)
+        self.temperature = config.attn_temperature
+        self.c_attn = ConvolvedQKV(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, state=None):
-        q, k, v = self.c_attn(x)
-        n, T = 0 if state is None else state.n, x.size(1)
+        conv, seen = (None, None) if state is None else state
+        q, k, v, conv = self.c_attn(x, conv)
+        n, T = 0 if seen is None else seen.n, x.size(1)
         if self.rope_base:
             q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
-        if state is None:
+        if seen is None:
             nothing = k[:, :, :0], v[:, :, :0]
-            state = Window(0, nothing, nothing)
+            seen = Window(0, nothing, nothing)
         first = []   # keys and values of the sinks,
         window = []  # and of the last W - 1 tokens and the new ones
-        for sink, recent, new in zip(state.sinks, state.recent, (k, v)):
+        for sink, recent, new in zip(seen.sinks, seen.recent, (k, v)):
             missing = min(self.sinks - sink.size(2), T) if n == sink.size(2) else 0
             first.append(torch.cat([sink, new[:, :, :missing]], dim=2))
             window.append(torch.cat([recent, new], dim=2))
-        y = windowed_attention(q, first, window, n, self.window)
+        y = windowed_attention(tempered(q, self.temperature), first, window, n, self.window)
         kept = min(self.window - 1, window[0].size(2))
         recent = tuple(t[:, :, t.size(2) - kept:].clone() for t in window)
-        return self.c_proj(merge_heads(y)), Window(n + T, tuple(first), recent)
+        return self.c_proj(merge_heads(y)), (conv, Window(n + T, tuple(first), recent))
 
     def flops_per_token(self, T):
         H, _, D = self.c_attn.sizes
@@ -72,7 +84,7 @@ class SWA(nn.Module):
     def state_bytes(self, T, dtype):
         _, G, D = self.c_attn.sizes
         tokens = min(self.window - 1, T) + min(self.sinks, T)
-        return 2 * G * D * tokens * dtype.itemsize
+        return 2 * G * D * tokens * dtype.itemsize + self.c_attn.state_bytes(dtype)
 
 
 def windowed_attention(q, first, window, n, W):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from config import Options
-from mixers import MIXERS
+from mixers import MIXERS, mixers_with
+from mixers.parts.convolution import ShortConvolution
 from model import GPT, GPTConfig
 from training.optimizer import make_optimizer
 
@@ -21,12 +22,29 @@ RECORDED = json.loads(RECORD.read_text())
 TOLERANCE = 2e-4  # relative: processors and versions of PyTorch round sums differently
 
 
-def first_losses(mixer):
-    """Six steps of a small model in float32, on made-up text of 150 tokens: more than two chunks,
-    and no multiple of them."""
+def small_model(case):
+    """case: a mixer, or a mixer and the taps of its short convolution, "softmax conv 4"."""
+    mixer, *conv = case.split(" conv ")
     torch.manual_seed(0)
     sizes = dict(vocab_size=11, block_size=150, n_layer=2, n_head=2, n_embd=32)
-    model = GPT(GPTConfig(**sizes, mixer=mixer, init_std=0.02))
+    options = dict(conv=int(conv[0])) if conv else {}
+    return GPT(GPTConfig(**sizes, mixer=mixer, init_std=0.02, **options))
+
+
+def cases():
+    """Every mixer, and each that takes the short convolution with it or without, as it is not by
+    itself."""
+    found = list(MIXERS)
+    for mixer in mixers_with("conv"):
+        has_one = any(isinstance(m, ShortConvolution) for m in small_model(mixer).modules())
+        found.append(f"{mixer} conv {0 if has_one else 4}")
+    return found
+
+
+def first_losses(case):
+    """Six steps of a small model in float32, on made-up text of 150 tokens: more than two chunks,
+    and no multiple of them."""
+    model = small_model(case)
     optimizer = make_optimizer(model, Options(learning_rate=1e-2), torch.device("cpu"))
     text = torch.randint(11, (3, 151)).cumsum(1) % 11
     losses = []
@@ -40,17 +58,17 @@ def first_losses(mixer):
     return losses
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_first_losses_are_as_recorded(mixer):
-    assert mixer in RECORDED, "none are recorded: python -m tests.test_first_losses"
-    assert first_losses(mixer) == pytest.approx(RECORDED[mixer], rel=TOLERANCE)
+@pytest.mark.parametrize("case", cases())
+def test_first_losses_are_as_recorded(case):
+    assert case in RECORDED, "none are recorded: python -m tests.test_first_losses"
+    assert first_losses(case) == pytest.approx(RECORDED[case], rel=TOLERANCE)
 
 
 def test_every_record_is_of_a_mixer():
-    assert set(RECORDED) <= set(MIXERS)
+    assert set(RECORDED) <= set(cases())
 
 
 if __name__ == "__main__":
-    losses = {mixer: first_losses(mixer) for mixer in MIXERS}
+    losses = {case: first_losses(case) for case in cases()}
     RECORD.write_text(json.dumps(losses, indent=1) + "\n")
     print(f"wrote {RECORD}", file=sys.stderr)

@@ -176,7 +176,7 @@ def diagonal_blocks(scores, size):
 def formula(name, mixer, x):
     """P and v (H, T, .) from the mechanism's equation, in float64."""
     H = mixer.c_attn.sizes[0]
-    q, k, v = (repeat_heads(t, H)[0] for t in mixer.c_attn(x))
+    q, k, v = (repeat_heads(t, H)[0] for t in list(mixer.c_attn(x))[:3])
     D = q.size(-1)
     raw_q, raw_k = q, k
     if name == "ssa":
@@ -379,7 +379,7 @@ def test_measured_values_are_those_of_the_matrices():
     assert head["weight_on_self"] == pytest.approx(np.diag(P).mean())
     assert head["weight_on_previous"] == pytest.approx(np.diag(P, -1).mean())
     mixer = model.blocks[1].mixer
-    q, k, _ = mixer.c_attn(inspect_attention.mixer_inputs(model, idx)[1])
+    q, k, *_ = mixer.c_attn(inspect_attention.mixer_inputs(model, idx)[1])
     alpha, beta = mixer.alpha_beta()
     sigma_q, sigma_k = q[0, 2].std(correction=0).item(), k[0, 2].std(correction=0).item()
     assert head["temperature_softmax"] == pytest.approx(1 / (sigma_q * sigma_k), rel=1e-4)

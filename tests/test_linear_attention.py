@@ -152,7 +152,7 @@ def test_training_memory_grows_linearly_with_length():
 # The mixers on top ---------------------------------------------------------------------------
 
 def heads_of(mixer, x):
-    q, k, v = mixer.c_attn(x)
+    q, k, v, _ = mixer.c_attn(x)
     G = q.size(1) // k.size(1)
     return q, k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
 
@@ -246,7 +246,7 @@ def test_lln_statistics_are_collected_in_training_and_applied_once(mixer, skelet
     h = start.embed(tokens(12, 64))
     if start.pos_embed:
         h = h + start.pos_embed.weight[:64]
-    q, k, _ = first.mixer.c_attn(first.norm1(h))
+    q, k, *_ = first.mixer.c_attn(first.norm1(h))
     for x, moments in ((q, one.blocks[0].mixer.q_moments), (k, one.blocks[0].mixer.k_moments)):
         torch.testing.assert_close(moments.mean, (1 - DECAY) * x.mean((0, 2, 3)))
         torch.testing.assert_close(moments.square, DECAY + (1 - DECAY) * x.square().mean((0, 2, 3)))

@@ -226,7 +226,7 @@ def slow_attention(q, k, v):
 def test_softmax_is_plain_attention():
     mixer = make("softmax").blocks[0].mixer
     x = torch.randn(1, T, 32, dtype=torch.float64)
-    q, k, v = mixer.c_attn(x)
+    q, k, v, _ = mixer.c_attn(x)
     heads = torch.stack([slow_attention(q[0, h], k[0, h], v[0, h]) for h in range(4)])  # (H, T, D)
     expected = mixer.c_proj(heads.transpose(0, 1).flatten(1))
     torch.testing.assert_close(mixer(x)[0][0], expected, rtol=0, atol=1e-12)

@@ -157,7 +157,7 @@ def test_mamba2(expand):
 @pytest.mark.parametrize("window, sinks", [(1, 0), (7, 0), (7, 3), (99, 0), (128, 2), (5, 200)])
 def test_swa_is_masked_attention(window, sinks, pos):
     mixer, x = build("swa", swa_window=window, swa_sinks=sinks, pos=pos)
-    q, k, v = mixer.c_attn(x)
+    q, k, v, _ = mixer.c_attn(x)
     if pos == "rope":
         q, k = rotate(q, 0, 10000.0), rotate(k, 0, 10000.0)
     t = torch.arange(T)

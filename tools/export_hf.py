@@ -43,13 +43,14 @@ def check_expressible(config):
     if set(layer_mixers(config.mixer, config.n_layer)) != {"softmax"}:
         raise BadInput(f"mixer {config.mixer!r} has no counterpart in transformers; "
                        "only softmax can be exported")
-    needed = {"pos": "rope"}
+    needed = {"pos": ["rope"], "norm": ["rms"]}
     if config.arch == "gpt2":
-        needed = {"pos": "learned", "n_kv_head": config.n_head}
-    for name, value in needed.items():
-        if getattr(config, name) != value:
+        needed = {"pos": ["learned"], "norm": ["layer"], "n_kv_head": [config.n_head]}
+    needed |= {"conv": [None, 0], "attn_temperature": [1.0]}
+    for name, values in needed.items():
+        if getattr(config, name) not in values:
             raise BadInput(f"{name} {getattr(config, name)!r} has no counterpart in transformers' "
-                           f"{config.arch}, whose {name} is {value!r}")
+                           f"{config.arch}, whose {name} is {values[0]!r}")
     have = sorted(set(ACTIVATIONS.values()))
     if config.mlp_activation not in have:
         raise BadInput(f"mlp_activation {config.mlp_activation!r} has no counterpart in "

@@ -75,8 +75,8 @@ def run_heads(mixer, x, values=None):
     seen = {"tau": {}}
 
     def exchange_values(module, args, out):
-        seen["q"], seen["k"], seen["v"] = out
-        return seen["q"], seen["k"], seen["v"] if values is None else values
+        seen["q"], seen["k"], seen["v"], *state = out
+        return seen["q"], seen["k"], seen["v"] if values is None else values, *state
 
     def keep_result(module, args):
         seen["y"] = args[0]

@@ -39,7 +39,7 @@ from base.files import exists
 from base.options import checked, option
 from config import Options
 from data import load_dataset
-from mixers import has_effect, layer_mixers, mechanism_of, mixer_names
+from mixers import has_effect, layer_mixers, mixer_names, mixers_in_words
 from tools.experiment import Experiment
 from tools.sweep_file import read_sweep_file
 from tools.sweep_matching import matched
@@ -109,7 +109,7 @@ def check_options(options, given):
     for name in given:
         if not any(has_effect(name, mixer, options.n_layer) for mixer in models):
             raise BadInput(f"--{name} has no effect: none of {', '.join(models)} is "
-                           f"{mechanism_of(name)}; leave it out")
+                           f"{mixers_in_words(name)}; leave it out")
     return mixers
 
 

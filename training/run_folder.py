@@ -27,6 +27,8 @@ from training import checkpoint, pretrained
 
 # options that say nothing of the run as such
 OF_ONE_COMMAND = {"resume", "overwrite", "other_data", "eval_only", "eval_split", "mixer_file"}
+# model options that change no weights, so that a trained model may be evaluated with others
+OF_EVALUATION = {"attn_temperature"}
 NOT_OPTIONS = {"vocab_size", "data_sha256"}  # which config.json has besides the options
 # what a run consists of; the rest of its folder is the user's. In the order in which --overwrite
 # moves them away
@@ -220,7 +222,8 @@ def compare_with(saved, options, config):
     changed = []
     for f in fields(config):
         before, now = getattr(old, f.name), getattr(config, f.name)
-        if before != now and f.name != "dropout":
+        may_change = f.name == "dropout" or (options.eval_only and f.name in OF_EVALUATION)
+        if before != now and not may_change:
             changed.append(f"{f.name} {before} -> {now}")
     if changed:
         raise BadInput(f"{saved.folder} is of another model: {', '.join(changed)}; "

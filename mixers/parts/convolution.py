@@ -1,4 +1,5 @@
-"""The short causal convolution in front of q, k and v of today's linear mixers, after which SiLU.
+"""The short causal convolution in front of q, k and v of today's linear mixers, after which SiLU;
+`--conv` gives it to every mixer that has q, k and v, or takes it away.
 
     u_t = SiLU(sum_{j<K} W_j * z_{t-K+1+j}),    z_t = 0 before the start
 

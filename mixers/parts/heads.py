@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mixers.parts.convolution import ShortConvolution
 from mixers.parts.cpu_attention import BlockedAttention, exact_product
 
 
@@ -24,10 +25,33 @@ class QKV(nn.Module):
         self.proj = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.bias)
 
     def forward(self, x):
-        B, T, C = x.shape
+        return self.heads(self.proj(x))
+
+    def heads(self, z):
+        B, T, _ = z.shape
         H, G, D = self.sizes
-        q, k, v = self.proj(x).split([H * D, G * D, G * D], dim=2)
+        q, k, v = z.split([H * D, G * D, G * D], dim=2)
         return (t.view(B, T, -1, D).transpose(1, 2) for t in (q, k, v))
+
+
+class ConvolvedQKV(QKV):
+    """The same with `conv`: through a short convolution, if there are taps. x (B, T, C), state ->
+    q, k, v and the new state, the convolution's or None."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.conv = None
+        if config.conv:
+            self.conv = ShortConvolution(self.proj.out_features, config.conv)
+
+    def forward(self, x, state=None):
+        z = self.proj(x)
+        if self.conv is not None:
+            z, state = self.conv(z, state)
+        return *self.heads(z), state
+
+    def state_bytes(self, dtype):
+        return self.conv.state_bytes(dtype) if self.conv is not None else 0
 
 
 class Wide(nn.Module):
@@ -41,8 +65,17 @@ class Wide(nn.Module):
 
 
 def qkv_flops(mixer):
-    """Forward FLOPs per token of a mixer's projections, c_attn and c_proj; a multiply-add is 2."""
-    return 2 * (mixer.c_attn.proj.weight.numel() + mixer.c_proj.weight.numel())
+    """Forward FLOPs per token of a mixer's projections, c_attn, its convolution among them, and
+    c_proj; a multiply-add is 2."""
+    conv = getattr(mixer.c_attn, "conv", None)
+    taps = conv.flops_per_token() if conv is not None else 0
+    return taps + 2 * (mixer.c_attn.proj.weight.numel() + mixer.c_proj.weight.numel())
+
+
+def tempered(q, temperature):
+    """Queries q (B, H, T, D) whose scores are divided by a temperature: `attn_temperature`, the
+    TempScale of Zhou et al. 2024, arXiv 2410.24200."""
+    return q if temperature == 1 else q / temperature
 
 
 def merge_heads(y):

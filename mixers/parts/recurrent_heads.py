@@ -15,22 +15,29 @@ from mixers.parts.heads import repeat_heads
 
 class Projections(nn.Module):
     """x (B, T, C) -> q, k (B, H, T, D), v (B, H, T, E) in one product; with taps, through a short
-    convolution. n_kv_head keys and values are repeated. State: the convolution's, or None."""
+    convolution. n_kv_head keys and values are repeated. State: the convolution's, or None.
 
-    def __init__(self, config, D, E, taps=0):
+    own_taps: the mechanism's, which `conv` overrides. SiLU is part of a mechanism that has some,
+    and stays where `conv` is 0."""
+
+    def __init__(self, config, D, E, own_taps=0):
         super().__init__()
         self.heads = config.n_head, config.n_kv_head
         self.sizes = D, E
         H, G = self.heads
         self.widths = [H * D, G * D, G * E]
         self.proj = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        taps = own_taps if config.conv is None else config.conv
         self.conv = ShortConvolution(sum(self.widths), taps) if taps else None
+        self.with_silu = own_taps > 0
 
     def forward(self, x, state):
         H, G = self.heads
         z = self.proj(x)
         if self.conv is not None:
             z, state = self.conv(z, state)
+        elif self.with_silu:
+            z = F.silu(z)
         q, k, v = z.split(self.widths, dim=2)
         q = q.unflatten(2, (H, -1)).transpose(1, 2)
         k = k.unflatten(2, (G, -1)).transpose(1, 2)
