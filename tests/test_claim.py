@@ -1,20 +1,23 @@
 """tools/claim.py: cards are read strictly, words follow from the card and the records alone, and a
 tiny claim goes from its card to its record on real runs."""
+import contextlib
+import importlib
 import json
 import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, content, one_line, run
+from conftest import ROOT, content
 
 from base.errors import BadInput
 from model import GPT, model_config
-from tools import claim, records
+from tools import claim, records, sweep_runs
 from tools.claim_cards import Arm, Card, mixer_file_sums, read_card, sha256_of
 from tools.claim_outcomes import outcome_of_word
 from tools.records import Record
@@ -25,7 +28,8 @@ from tools.verdicts import LOOKS, Verdict, judge
 CARDS = sorted((ROOT / "claims").glob("*.toml"))
 RECIPE = """
 dataset, n_layer, n_head, n_embd, block_size = "letters", 1, 2, 16, 16
-batch_size, max_iters, eval_interval, log_interval, warmup_iters = 4, 4, 2, 1, 1
+batch_size, max_iters, eval_interval, log_interval, warmup_iters = 4, 4, 4, 1, 1
+eval_tokens = 2048
 device = "cpu"
 _helper = object()
 """
@@ -344,6 +348,7 @@ def drawn(monkeypatch):
 @pytest.fixture
 def call(here, monkeypatch, capsys, tmp_path):
     """call(*arguments): (exit status, standard output, standard error) of tools.claim."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(claim, "CLAIMS", tmp_path / "results" / "claims")
     monkeypatch.setattr(claim, "reference_lines", lambda config, scores: {"5-grams": 1.5, "1": 3.0})
 
@@ -686,53 +691,95 @@ def test_what_train_would_refuse_is_refused_before_anything_runs(write_card, cal
         assert not list(here.iterdir())
 
 
-@pytest.mark.slow
-def test_a_claim_from_its_card_to_its_record(home, clone, tmp_path):
-    """Tuned, run to the first of two looks, where pelican is decided or not, or to the second;
-    found again from the records alone; run once more, nothing trains."""
-    shutil.copytree(home / "data" / "letters", clone / "data" / "letters", dirs_exist_ok=True)
-    (clone / "claims").mkdir()
-    (clone / "claims" / "real.toml").write_text("""
+class Here:
+    """A pool whose jobs are done, in this thread, before they are handed back."""
+
+    def __init__(self, at_once):
+        pass
+
+    def submit(self, function, *arguments):
+        job = Future()
+        job.set_result(function(*arguments))
+        return job
+
+    def shutdown(self, cancel_futures):
+        pass
+
+
+@pytest.fixture
+def trained_here(monkeypatch):
+    """train.py and tools.score run in this process, where torch is loaded: the names of what ran.
+    The processes themselves are tests/test_sweep.py's business."""
+    ran = []
+
+    def run_child(command, env, log):
+        ran.append(command[0])
+        monkeypatch.setattr(sys, "argv", command)
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                importlib.import_module(command[0]).main()
+            except SystemExit as exit:
+                return exit.code
+        return 0
+
+    monkeypatch.setattr(sweep_runs, "ThreadPoolExecutor", Here)
+    monkeypatch.setattr(sweep_runs, "run_child", run_child)
+    monkeypatch.setattr("tools.experiment.seconds_of_run", lambda options, threads: 1.0)
+    return ran
+
+
+def test_a_claim_from_its_card_to_its_record(
+        write_card, call, claimed, trained_here, here, tmp_path):
+    """Tuned, run to the first of two looks or to the second, found again from the records alone;
+    run once more, nothing trains."""
+    path = write_card("""
         paper = "Nobody 2026"
-        claim = "pelican is no worse"
-        recipe = "claims/tiny.py"
+        claim = "attention that is called otherwise is no better"
+        recipe = "tiny.py"
         baseline = "softmax"
         looks = [2, 3]
         arms.softmax = {mixer = "softmax"}
-        arms.pelican = {mixer = "pelican", prediction = "equivalent"}
+        arms.pelican = {mixer = "pelican", head_temperature = 1.0}
+        arms.mine = {mixer = "mine", mixer_file = "mine.py", prediction = "equivalent"}
         tune = {learning_rate = [1e-9, 3e-2, 3.0]}
     """)
-    (clone / "claims" / "tiny.py").write_text(RECIPE)
-    command = ["-m", "tools.claim", "claims/real.toml"]
-    done = run(clone, *command, timeout=600)
-    assert (done.returncode, done.stderr) == (0, ""), done
-    folder = clone / "results" / "claims" / "real"
-    found = json.loads((folder / "claim.json").read_text())
-    assert found["outcome"] in ("confirmed", "refuted", "undecided")
-    word = found["arms"]["pelican"]["against_baseline"]
-    assert word["word"] in ("better", "worse", "equivalent", "undecided")
-    runs = records.read_records(folder)
-    assert {record.name.partition("-")[0] for record in runs} == {"softmax", "pelican"}
-    assert len(runs) == 2 * found["arms"]["pelican"]["runs"] == 2 * word["look"]
-    assert {record.config["seed"] for record in runs} == set(range(1, word["look"] + 1))
-    assert {record.config["holdout"] for record in runs} == {0}
-    kept = [record for path in folder.glob("*.jsonl.gz") for record in records.read_file(path)]
-    tuning = [record for record in kept if record.config["seed"] == 0]
-    assert len(tuning) >= 6 and all(record.config["holdout"] == 0.1 for record in tuning)
-    for arm, values in found["chosen"].items():
-        losses = {record.config["learning_rate"]: record.scores["select"]["loss"]
-                  for record in tuning if record.config["mixer"] == arm}
-        assert values["learning_rate"] == min(losses, key=losses.get)
+    status, out, err = call(path)
+    assert (status, err) == (0, ""), (out, err)
+    content_then = claimed()
+    assert content_then["outcome"] == "confirmed", out  # it is the same mixer, draw by draw
+    found = content_then["arms"]
+    assert found["mine"]["against_baseline"]["difference"] == 0
+    assert found["mine"]["against_baseline"]["look"] == 2
+    assert found["pelican"]["parameters"] < found["softmax"]["parameters"]
+    assert content_then["chosen"]["mine"] == content_then["chosen"]["softmax"]
 
-    before = content(clone)
-    again = run(clone, *command)
-    assert again.returncode == 0 and "finished before" in again.stdout, again
-    after = content(clone)
-    changed = [path for path in after if before.get(path) != after[path]]
-    assert all("metrics.jsonl" not in path for path in changed), changed
-    shutil.rmtree(clone / "out")
-    table = run(clone, *command, "--table")
-    assert table.returncode == 0 and found["outcome"] in table.stdout, table
-    card = clone / "claims" / "real.toml"
-    card.write_text(card.read_text().replace("no worse", "better").replace("equivalent", "better"))
-    assert "new name" in one_line(run(clone, *command))
+    folder = tmp_path / "results" / "claims" / "tried"
+    runs = records.read_records(folder)
+    by_arm = claim.arms_of(runs)
+    looked_at = found["pelican"]["against_baseline"]["look"]
+    assert {name: len(own) for name, own in by_arm.items()} == {
+        "softmax": looked_at, "mine": 2, "pelican": looked_at}
+    assert len(trained_here) == 2 * trained_here.count("train")
+    kept = [record for file in folder.glob("*.jsonl.gz") for record in records.read_file(file)]
+    assert trained_here.count("train") == len(kept)
+    tuning = [record for record in kept if record.config["seed"] == 0]
+    assert len(tuning) == len(kept) - len(runs) >= 9
+    assert all(record.config["holdout"] == 0.1 for record in tuning)
+    for arm, values in content_then["chosen"].items():
+        losses = {record.config["learning_rate"]: record.scores["select"]["loss"]
+                  for record in tuning if record.name.startswith(f"{arm}-")}
+        assert values["learning_rate"] == min(losses, key=losses.get)
+    losses = [by_arm[name][seed].scores["report"]["loss"]
+              for name in ("pelican", "softmax") for seed in (1, 2)]
+    difference = (losses[0] + losses[1] - losses[2] - losses[3]) / 2
+    if looked_at == 2:
+        word = found["pelican"]["against_baseline"]
+        assert word["difference"] == pytest.approx(difference, abs=0.01)  # blocks differ in size
+
+    trained_here.clear()
+    assert call(path)[0] == 0 and trained_here == []
+    shutil.rmtree(here / "out")  # the runs; their records serve
+    assert call(path)[0] == 0 and trained_here == []
+    assert claimed()["arms"] == found
+    status, table, _ = call("--table")
+    assert status == 0 and "**confirmed**" in table and "equivalent" in table

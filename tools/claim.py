@@ -40,7 +40,7 @@ from tools.ngrams import reference_lines
 from tools.records import RESULTS, Lenient, read_records, scored_runs, write_records
 from tools.score import DTYPES
 from tools.sweep_runs import end_like_ctrl_c
-from tools.verdicts import Verdict
+from tools.verdicts import Verdict, in_words
 
 CLAIMS = RESULTS / "claims"
 RUNS = Path("out/claims")
@@ -190,7 +190,8 @@ class Claim:
         for name in names:
             if name != self.card.baseline:
                 arm = self.content["arms"][name]
-                print(f"{look} seeds: {name:20} {difference_in_words(arm):32} {verdict_of(arm)}")
+                words = f"{difference_in_words(arm):28} {verdict_in_words(arm)}"
+                print(f"{look} seeds: {name:18} {words}", flush=True)
 
     def write(self, records):
         """Writes claim.json, and these records and those that the tuning made."""
@@ -358,7 +359,7 @@ def first_cells(card, outcome):
 
 def arm_cells(card, name, found, hours):
     arm = found[name]
-    verdict = str(verdict_of(arm))
+    verdict = verdict_in_words(arm)
     if arm["against_counting"]:
         verdict += f"; against counting: {arm['against_counting']['word']}"
     if arm["diverged"]:
@@ -378,12 +379,11 @@ def arm_cells(card, name, found, hours):
     }
 
 
-def verdict_of(arm):
-    """The Verdict in an arm's part of claim.json."""
+def verdict_in_words(arm):
     word = arm["against_baseline"]
     if word is None:
         return "no look yet"
-    return Verdict(**{key: value for key, value in word.items() if key != "look"})
+    return in_words(Verdict(**{key: value for key, value in word.items() if key != "look"}))
 
 
 def difference_in_words(arm):

@@ -23,7 +23,7 @@ from config import Options
 from mixers import CODE_BYTES, layer_mixers, load_mixer_file
 from tools.compare_arms import MUST_AGREE
 from tools.sweep_tuning import checked_grids
-from tools.verdicts import LOOKS
+from tools.verdicts import LOOKS, MARGIN_BPB
 
 CARD_BYTES = 2**16  # the largest card that is read; ours have less than 2**12
 REMEDY = "see docs/claims.md"
@@ -83,7 +83,7 @@ class Card(Strict):
     arms: Annotated[dict[Name, Arm], Field(min_length=2, max_length=32)]
     options: dict[str, Value] = {}  # of train.py, for all arms
     tune: dict[str, Grid] = {}
-    margin_bpb: Annotated[float, Field(gt=0, le=10)] = 0.03
+    margin_bpb: Annotated[float, Field(gt=0, le=10)] = MARGIN_BPB
     looks: Looks = list(LOOKS)
     note: Annotated[str, Field(max_length=4000)] = ""
 

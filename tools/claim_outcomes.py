@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Optional
 
+from tools.compare_arms import block_count, block_losses, is_diverged
 from tools.verdicts import Verdict, judge, margin_in_nats
 
 OPEN = ("undecided", "one seed")
@@ -66,31 +67,25 @@ def up_to(records, look):
 def look_at(card, name, decision, own, baseline, counting, look, weight):
     """Finds the words of an arm, whose records and the baseline's are given, that are still
     open."""
+    m = card.comparisons()
     if decision.against_baseline is None or decision.against_baseline.is_open:
+        blocks = block_count([*own.values(), *baseline.values()])
         margin = margin_in_nats(card.margin_bpb, baseline[1].scores)
-        losses = {name: block_losses(own), card.baseline: block_losses(baseline)}
-        found = judge(losses, card.baseline, margin, card.comparisons(), weight)[name]
+        losses = {name: losses_of(own, blocks), card.baseline: losses_of(baseline, blocks)}
+        found = judge(losses, card.baseline, margin, m, weight)[name]
         if any(record.config.get("allow_leak") for record in own.values()):
             found = Verdict(found.difference, word="leaks", seeds=found.seeds)
         decision.against_baseline = Word(found, look)
     known = decision.against_counting
     if card.arms[name].beats_counting and counting is not None and (not known or known.is_open):
-        alone = {seed: [loss] for seed, loss in report_losses(own).items()}
-        losses = {name: alone, COUNTING: dict.fromkeys(own, [counting])}
-        found = judge(losses, COUNTING, None, card.comparisons(), weight)[name]
+        losses = {name: losses_of(own, 1), COUNTING: dict.fromkeys(own, [counting])}
+        found = judge(losses, COUNTING, None, m, weight)[name]
         decision.against_counting = Word(found, look)
 
 
-def block_losses(records):
-    """{seed: losses of the blocks, or of all as one block}."""
-    losses = {}
-    for seed, record in records.items():
-        losses[seed] = record.scores.get("by_block") or [record.scores["report"]["loss"]]
-    return losses
-
-
-def report_losses(records):
-    return {seed: record.scores["report"]["loss"] for seed, record in records.items()}
+def losses_of(records, blocks):
+    """{seed: losses of so many blocks} of {seed: Record}."""
+    return {seed: block_losses(record, blocks) for seed, record in records.items()}
 
 
 def open_arms(card, decisions):
@@ -149,7 +144,7 @@ def findings(card, records, counting, sizes):
         found[name] = {
             **sizes.get(name, {}),
             "runs": len(own),
-            "diverged": sum(bool(record.scores.get("diverged")) for record in own),
+            "diverged": sum(is_diverged(record) for record in own),
             "loss": mean(record.scores["report"]["loss"] for record in own) if own else None,
         }
     for name, decision in decisions.items():
