@@ -743,7 +743,8 @@ def test_a_claim_from_its_card_to_its_record(
         arms.mine = {mixer = "mine", mixer_file = "mine.py", prediction = "equivalent"}
         tune = {learning_rate = [1e-9, 3e-2, 3.0]}
     """)
-    status, out, err = call(path)
+    command = [path, "--at_once=100"]  # or the sweep would wait between its runs
+    status, out, err = call(*command)
     assert (status, err) == (0, ""), (out, err)
     content_then = claimed()
     assert content_then["outcome"] == "confirmed", out  # it is the same mixer, draw by draw
@@ -777,9 +778,11 @@ def test_a_claim_from_its_card_to_its_record(
         assert word["difference"] == pytest.approx(difference, abs=0.01)  # blocks differ in size
 
     trained_here.clear()
-    assert call(path)[0] == 0 and trained_here == []
+    status, out, _ = call(*command)
+    assert status == 0 and trained_here == [], out
     shutil.rmtree(here / "out")  # the runs; their records serve
-    assert call(path)[0] == 0 and trained_here == []
+    status, out, _ = call(*command)
+    assert status == 0 and trained_here == [], out
     assert claimed()["arms"] == found
     status, table, _ = call("--table")
     assert status == 0 and "**confirmed**" in table and "equivalent" in table

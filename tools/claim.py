@@ -179,17 +179,18 @@ class Claim:
                 print(f"{self.name}: runs are missing, see above; the same command goes on")
                 return False
             decisions = decide(self.card, by_arm, self.content["counting"])
-            self.say_words(look, names)
+            self.say_words(names)
             names = [self.card.baseline, *open_arms(self.card, decisions)]
             if len(names) == 1:
                 break
         print(f"{self.name}: {self.content['outcome']}; the record is in {shown(self.folder)}")
         return True
 
-    def say_words(self, look, names):
+    def say_words(self, names):
         for name in names:
+            arm = self.content["arms"][name]
             if name != self.card.baseline:
-                arm = self.content["arms"][name]
+                look = arm["against_baseline"]["look"]
                 words = f"{difference_in_words(arm):28} {verdict_in_words(arm)}"
                 print(f"{look} seeds: {name:18} {words}", flush=True)
 
