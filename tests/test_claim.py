@@ -713,6 +713,9 @@ def trained_here(monkeypatch):
     ran = []
 
     def run_child(command, env, log):
+        if "--then" in command:
+            end = command.index("--then")
+            return run_child(command[:end], env, log) or run_child(command[end + 1:], env, log)
         ran.append(command[0])
         monkeypatch.setattr(sys, "argv", command)
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
