@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -412,7 +413,8 @@ def test_when_all_is_decided_nothing_more_runs(write_card, drawn, call, claimed)
     assert claimed()["arms"]["linear"]["outcome"] == "confirmed"
     assert claimed()["outcome"] == "refuted"
     drawn.asked.clear()
-    assert call(write_card(CARD))[0] == 0
+    before = claimed()
+    assert call(write_card(CARD))[0] == 0 and claimed() == before
     assert drawn.asked == [(["linear", "lln", "softmax"], 5)]  # and the tuning stands
 
 
@@ -502,6 +504,26 @@ def test_what_leaks_has_no_verdict(write_card, drawn, call, claimed):
     found = claimed()["arms"]["lln"]
     assert (found["against_baseline"]["word"], found["outcome"]) == ("leaks", "leaks")
     assert found["against_baseline"]["difference_low"] is None
+
+
+def test_what_diverged_counts_as_the_worst(write_card, drawn, call, claimed, monkeypatch):
+    """One run of five at an even guess: what was far ahead no longer is for sure."""
+    class Diverging(drawn):
+        def record(self, arm, chosen, seed):
+            record = super().record(arm, chosen, seed)
+            if (arm, seed) == ("lln", 2):
+                even = float(np.log(28))
+                record.scores["report"] |= {"loss": even, "bpb": even / np.log(2)}
+                record.scores |= {"by_block": [even], "by_position": None, "diverged": True}
+            return record
+
+    drawn.means = {"softmax": 1.7, "lln": 1.5, "linear": 1.7}
+    monkeypatch.setattr(claim, "Experiment", Diverging)
+    assert call(write_card(CARD))[0] == 0
+    found = claimed()["arms"]["lln"]
+    assert found["diverged"] == 1 and found["against_baseline"]["word"] == "undecided"
+    assert found["loss"] == pytest.approx((11 * 1.5 + np.log(28)) / 12, abs=0.02)
+    assert "1 of 12 runs diverged" in call("--table")[1]
 
 
 @pytest.mark.parametrize("word, within, outcomes", [
@@ -669,6 +691,27 @@ def test_the_revision_is_gits(tmp_path, monkeypatch):
     assert claim.git_state() == {"revision": git("rev-parse", "HEAD"), "clean": True}
     (tmp_path / "model.py").write_text("two")
     assert claim.git_state()["clean"] is False
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_the_tables_in_the_docs_are_printed_from_the_records(name):
+    """Every line of one is a line that --table prints, and docs/results.md has all of them."""
+    printed = claim.table(claim.folders_of([])).splitlines()
+    lines = (ROOT / name).read_text().splitlines()
+    shown = []
+    for i in [i for i, line in enumerate(lines) if line == printed[0]]:
+        end = next((j for j in range(i, len(lines)) if not lines[j].startswith("|")), len(lines))
+        shown += lines[i:end]
+    assert set(shown) <= set(printed), set(shown) - set(printed)
+    if name == "docs/results.md" and len(printed) > 2:
+        assert shown == printed
+
+
+def test_the_example_in_the_docs_is_a_card(write_card):
+    text = (ROOT / "docs" / "claims.md").read_text()
+    [card] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    card = read_card(write_card(card))
+    assert card.arms["previous"].mixer_file == "mine.py" and card.looks == list(LOOKS)
 
 
 # On real runs ---------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from tools.experiment import Experiment
 from tools.ngrams import reference_lines
 from tools.records import RESULTS, Lenient, read_records, scored_runs, write_records
 from tools.score import DTYPES
-from tools.sweep_runs import end_like_ctrl_c
+from tools.sweep_runs import ASIDE, end_like_ctrl_c
 from tools.verdicts import Verdict, in_words
 
 CLAIMS = RESULTS / "claims"
@@ -195,7 +195,8 @@ class Claim:
                 print(f"{look} seeds: {name:18} {words}", flush=True)
 
     def write(self, records):
-        """Writes claim.json, and these records and those that the tuning made."""
+        """Writes claim.json if it is not as it was, and these records and those that the tuning
+        made."""
         if records:
             check_against_card(self.card, records)
             tuning = [record for record in scored_runs(RUNS / self.name)
@@ -210,8 +211,11 @@ class Claim:
             self.content["arms"] = findings(
                 self.card, by_arm, self.content["counting"], self.content["sizes"])
             self.content["outcome"] = outcome_of_claim(self.content["arms"])
-        self.content["written"] = git_state()
-        write_json(self.folder / "claim.json", self.content)
+        path = self.folder / "claim.json"
+        earlier = read_json(path, MEND) if exists(path) else {}
+        if earlier != self.content | {"written": earlier.get("written")}:
+            self.content["written"] = git_state()
+            write_json(path, self.content)
 
 
 def seeds_of(look):
@@ -265,7 +269,7 @@ def check_against_card(card, records):
             ran = record.config.get(key)
             if key == "mixer":
                 value, ran = (text.replace("+", ",").replace(" ", "") for text in (value, ran))
-            if key != "mixer_file" and ran != value:
+            if ran != value and value != "auto" and key not in ASIDE:  # mixer_file is among these
                 raise BadInput(f"{record} was run with {key} {printable(str(ran))[:60]}, and the "
                                f"card says {value}; {MEND}")
     check_alike(records, unequal_options(records))
@@ -364,7 +368,7 @@ def arm_cells(card, name, found, hours):
     if arm["against_counting"]:
         verdict += f"; against counting: {arm['against_counting']['word']}"
     if arm["diverged"]:
-        verdict += f"; {arm['diverged']} runs diverged"
+        verdict += f"; {arm['diverged']} of {arm['runs']} runs diverged"
     times = ""
     if "parameters" in found[card.baseline] and "parameters" in arm:
         times = f"{arm['parameters'] / found[card.baseline]['parameters']:.3f}x"
