@@ -16,38 +16,28 @@ has changed is a new claim and takes a new name. --table finds the words again f
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Optional
-
-import torch
-from pydantic import Field, ValidationError
+from typing import Optional
 
 from base.command_line import parse_options
-from base.errors import BadInput, exit_on_bad_input, printable
-from base.files import ROOT, exists, read_json, shown, write_json
+from base.errors import BadInput, exit_on_bad_input
+from base.files import exists, read_json, shown, write_json
 from base.options import checked, option
-from model import GPT, model_config
 from tools.claim_cards import (
-    Card, arms_to_run, claim_name, find_file, mixer_file_sums, read_card, recipe_settings,
-    sha256_of)
+    arms_to_run, claim_name, find_file, mixer_file_sums, read_card, recipe_settings, sha256_of)
 from tools.claim_outcomes import decide, findings, open_arms, outcome_of_claim
-from tools.compare_arms import check_alike, unequal_options
+from tools.claim_record import (
+    MEND, arm_of_run, arms_of, check_against_card, claimed, counting_of, folder_of, git_state,
+    hours_of, read_claim_file, recorded, sizes_of)
+from tools.claim_table import difference_in_words, table, verdict_in_words
 from tools.experiment import Experiment
-from tools.ngrams import reference_lines
-from tools.records import RESULTS, Lenient, read_records, scored_runs, write_records
-from tools.score import DTYPES
-from tools.sweep_runs import ASIDE, end_like_ctrl_c
-from tools.verdicts import Verdict, in_words
+from tools.records import scored_runs, write_records
+from tools.sweep_runs import end_like_ctrl_c
 
-CLAIMS = RESULTS / "claims"
 RUNS = Path("out/claims")
-MEND = "run the claim once more, or get its folder anew"
 NEW_NAME = "a card that changes is a new claim: give it a new name"
-COLUMNS = ("claim", "arm", "predicted", "minus baseline, nats", "verdict", "seeds", "parameters",
-           "hours", "so")
 
 
 @checked
@@ -62,35 +52,6 @@ class ClaimOptions:
         None, "runs at a time [default: as tools.sweep]", ge=1, le=4096)
 
 
-class Sizes(Lenient):
-    parameters: Annotated[int, Field(ge=1)]
-    state_bytes: Optional[int]
-
-
-class WordFound(Lenient):
-    word: str
-
-
-class ArmFound(Lenient):
-    against_baseline: Optional[WordFound] = None
-    against_counting: Optional[WordFound] = None
-    outcome: Optional[str] = None
-
-
-class ClaimFile(Lenient):
-    """claim.json, as far as the records beside it do not say it again."""
-    card: dict[str, Any]
-    mixer_files: dict[str, str]
-    card_sha256: str
-    recipe_settings: dict[str, Any]
-    chosen: dict[str, dict[str, Any]]
-    hours: dict[str, Annotated[float, Field(ge=0, le=1e9)]]
-    counting: Optional[Annotated[float, Field(ge=0, le=1e9)]]
-    sizes: dict[str, Sizes]
-    arms: dict[str, ArmFound]
-    outcome: str
-
-
 # A claim --------------------------------------------------------------------------------------
 
 class Claim:
@@ -103,7 +64,7 @@ class Claim:
         self.arms = arms_to_run(path, self.card)
         self.recipe = find_file(path, self.card.recipe, "recipe")
         self.at_once = at_once
-        self.folder = CLAIMS / self.name
+        self.folder = folder_of(self.name)
         sums = mixer_file_sums(path, self.card)
         self.content = {
             "claim": self.name,
@@ -166,7 +127,7 @@ class Claim:
         records = {record.name: record for record in recorded(self.folder)}
         for look in self.card.looks:
             experiment = self.experiment(names, deadline)
-            if not fits(experiment.cost(seeds_of(look)), deadline):
+            if deadline < math.inf and not fits(experiment.cost(seeds_of(look)), deadline):
                 print(f"{self.name}: the look at {look} seeds would not end in --max_hours; "
                       "the same command with more goes on")
                 return False
@@ -183,6 +144,10 @@ class Claim:
             names = [self.card.baseline, *open_arms(self.card, decisions)]
             if len(names) == 1:
                 break
+        if self.content["counting"] is None and any(
+                arm.beats_counting for arm in self.card.arms.values()):
+            print(f"{self.name}: what counting reaches on these data is not known; "
+                  "see python -m tools.ngrams --help")
         print(f"{self.name}: {self.content['outcome']}; the record is in {shown(self.folder)}")
         return True
 
@@ -206,8 +171,8 @@ class Claim:
                        {"runs": [record.name for record in records], "failed": {}})
             by_arm = arms_of(records)
             self.content["sizes"] = {name: sizes_of(own) for name, own in by_arm.items()}
-            self.content["hours"] = hours_of([*tuning, *records])
-            self.content["counting"] = counting_of(records[0])
+            self.content["hours"] = hours_of(scored_runs(self.folder))
+            self.content["counting"] = counting_of(records)
             self.content["arms"] = findings(
                 self.card, by_arm, self.content["counting"], self.content["sizes"])
             self.content["outcome"] = outcome_of_claim(self.content["arms"])
@@ -224,195 +189,6 @@ def seeds_of(look):
 
 def fits(cost, deadline):
     return cost.hours is None or time.monotonic() + 3600 * cost.hours <= deadline
-
-
-def git_state():
-    """{"revision", "clean"} of this repository, results aside, or None if git cannot tell."""
-    try:
-        revision = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--",
-                      ".", ":(exclude)results")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"revision": revision, "clean": not changed}
-
-
-def git(*words):
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True,
-                          check=True)
-    return done.stdout.strip()
-
-
-# Records --------------------------------------------------------------------------------------
-
-def arm_of_run(name):
-    """softmax of softmax-learning_rate0.003-seed1: an arm's name has no hyphen."""
-    return name.partition("-")[0]
-
-
-def arms_of(records):
-    """{arm: {seed: Record}}."""
-    arms = {}
-    for record in records:
-        arms.setdefault(arm_of_run(record.name), {})[record.config["seed"]] = record
-    return arms
-
-
-def check_against_card(card, records):
-    """BadInput if a record is not of one of the card's arms, or losses are not of the same
-    thing."""
-    for record in records:
-        name = arm_of_run(record.name)
-        if name not in card.arms or record.scores is None or record.scores["report"] is None:
-            raise BadInput(f"{record} is no scored run of an arm of the claim; {MEND}")
-        for key, value in card.options_of(name).items():
-            ran = record.config.get(key)
-            if key == "mixer":
-                value, ran = (text.replace("+", ",").replace(" ", "") for text in (value, ran))
-            if ran != value and value != "auto" and key not in ASIDE:  # mixer_file is among these
-                raise BadInput(f"{record} was run with {key} {printable(str(ran))[:60]}, and the "
-                               f"card says {value}; {MEND}")
-    check_alike(records, unequal_options(records))
-
-
-def sizes_of(records):
-    """{"parameters", "state_bytes"} of an arm's model, records {seed: Record}; the state is that of
-    one sequence of the trained length."""
-    record = next(iter(records.values()))
-    config = model_config({**record.config, "vocab_size": record.scores["vocab_size"]}, record)
-    with torch.random.fork_rng():
-        model = GPT(config)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "state_bytes": model.state_bytes(config.block_size, DTYPES[record.config["dtype"]]),
-    }
-
-
-def hours_of(records):
-    """{arm: hours of training}, tuning included, as the machines were then."""
-    hours = {}
-    for record in records:
-        seconds = [row["seconds"] for row in record.metrics if row.get("seconds") is not None]
-        name = arm_of_run(record.name)
-        hours[name] = hours.get(name, 0.0) + max(seconds, default=0.0) / 3600
-    return hours
-
-
-def counting_of(record):
-    """What counting reaches on the data that a Record's report is of, in nats per token, or
-    None."""
-    return min(reference_lines(record.config, record.scores).values(), default=None)
-
-
-def recorded(folder):
-    """The Records that a claim's folder has."""
-    return read_records(folder) if exists(folder / "sweep.json") else []
-
-
-def read_claim_file(folder):
-    """The content of a folder's claim.json (dict). BadInput if it is damaged."""
-    path = folder / "claim.json"
-    read_json(path, MEND, ClaimFile)
-    return read_json(path, MEND)
-
-
-# The table ------------------------------------------------------------------------------------
-
-def rows_of_claim(folder):
-    """The rows of a claim in the table, {column: text}, its words found anew from the records.
-    BadInput if claim.json says otherwise."""
-    content = read_claim_file(folder)
-    card = card_in(content, folder)
-    records = recorded(folder)
-    if not records:
-        return [first_cells(card, "no look yet") | {"arm": "", "so": "undecided"}]
-    check_against_card(card, records)
-    found = findings(card, arms_of(records), content["counting"], content["sizes"])
-    if words_of(found) != words_of(content["arms"]):
-        raise BadInput(f"{shown(folder)}/claim.json and the records beside it disagree; {MEND}")
-    rows = []
-    for name in card.rivals():
-        first = first_cells(card, outcome_of_claim(found)) if not rows else {}
-        rows.append(first | arm_cells(card, name, found, content["hours"]))
-    return rows
-
-
-def card_in(content, folder):
-    """The Card in a claim.json. BadInput if it is none, or not the one of the checksum."""
-    try:
-        card = Card.model_validate(content["card"])
-        if sha256_of(card, content["mixer_files"]) == content["card_sha256"]:
-            return card
-    except (ValidationError, KeyError):
-        pass
-    raise BadInput(f"{shown(folder)}/claim.json is damaged: its card is not that of its checksum; "
-                   f"{MEND}")
-
-
-def words_of(found):
-    """What claim.json says of each arm in words."""
-    words = {}
-    for name, arm in found.items():
-        words[name] = {key: arm[key]["word"] if isinstance(arm[key], dict) else arm[key]
-                       for key in ("against_baseline", "against_counting", "outcome") if key in arm}
-    return words
-
-
-def first_cells(card, outcome):
-    return {"claim": f"**{outcome}**: {card.claim} ({card.paper})"}
-
-
-def arm_cells(card, name, found, hours):
-    arm = found[name]
-    verdict = verdict_in_words(arm)
-    if arm["against_counting"]:
-        verdict += f"; against counting: {arm['against_counting']['word']}"
-    if arm["diverged"]:
-        verdict += f"; {arm['diverged']} of {arm['runs']} runs diverged"
-    times = ""
-    if "parameters" in found[card.baseline] and "parameters" in arm:
-        times = f"{arm['parameters'] / found[card.baseline]['parameters']:.3f}x"
-    return {
-        "arm": f"`{name}` against `{card.baseline}`",
-        "predicted": arm["prediction"] or "",
-        "minus baseline, nats": difference_in_words(arm),
-        "verdict": verdict,
-        "seeds": str((arm["against_baseline"] or {}).get("seeds", "")),
-        "parameters": times,
-        "hours": f"{hours.get(name, 0):.1f}",
-        "so": arm["outcome"] or "",
-    }
-
-
-def verdict_in_words(arm):
-    word = arm["against_baseline"]
-    if word is None:
-        return "no look yet"
-    return in_words(Verdict(**{key: value for key, value in word.items() if key != "look"}))
-
-
-def difference_in_words(arm):
-    word = arm["against_baseline"]
-    if word is None:
-        return ""
-    text = f"{word['difference']:+.4f}"
-    if word["difference_low"] is not None:
-        text += f" [{word['difference_low']:+.4f}, {word['difference_high']:+.4f}]"
-    return text
-
-
-def cell(text):
-    """A text as a cell of a Markdown table, whatever is in it."""
-    return printable(" ".join(text.split())).replace("|", "\\|")
-
-
-def table(folders):
-    """The claims' table in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for folder in folders:
-        for row in rows_of_claim(folder):
-            lines.append("| " + " | ".join(cell(row.get(name, "")) for name in COLUMNS) + " |")
-    return "\n".join(lines)
 
 
 # The command ----------------------------------------------------------------------------------
@@ -435,10 +211,10 @@ def read_command_line(words):
 def folders_of(paths):
     """The folders of records of these cards, or of all claims that were run."""
     if not paths:
-        return sorted(path.parent for path in CLAIMS.glob("*/claim.json"))
+        return claimed()
     folders = []
     for path in paths:
-        folder = CLAIMS / claim_name(path)
+        folder = folder_of(claim_name(path))
         if not exists(folder / "claim.json"):
             raise BadInput(f"{path} was not run yet; python -m tools.claim {path} does so")
         card = read_card(path)

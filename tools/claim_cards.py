@@ -126,7 +126,8 @@ def read_card(path):
         raise BadInput(f"{shown(path)}: no valid TOML: {reason}; {REMEDY}") from error
     try:
         card = Card.model_validate(with_predictions(values))
-        check(card)
+        check_parts(card)
+        check_all_options(card)
     except ValidationError as error:
         raise BadInput(f"{shown(path)}: {in_words(error)}; {REMEDY}") from error
     except BadInput as error:
@@ -175,8 +176,8 @@ def in_words(error):
     return f"{'.'.join(place)}: {message}, not {repr_of(detail['input'])}"
 
 
-def check(card):
-    """BadInput if the parts of a card do not go together."""
+def check_parts(card):
+    """BadInput if the parts of a card do not go together, whatever options there are."""
     if card.baseline not in card.arms:
         raise BadInput(f"baseline: no arm {card.baseline!r}{nearest(card.baseline, card.arms, '')}")
     if all(card.arms[name].prediction is None for name in card.rivals()):
@@ -186,6 +187,10 @@ def check(card):
         raise BadInput(f"arms.{card.baseline}: it is the baseline, predict the others against it")
     if any(b <= a for a, b in zip(card.looks, card.looks[1:])):
         raise BadInput(f"looks: {card.looks} does not rise")
+
+
+def check_all_options(card):
+    """BadInput if options of a card are none, or not to be set there."""
     for name, arm in card.arms.items():
         check_options(card, f"arms.{name}", arm.options, arm)
         check_options(card, "options", card.options, arm)
