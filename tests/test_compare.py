@@ -36,8 +36,8 @@ def swept(home, tmp_path_factory):
     """A sweep of two mixers and two seeds, with wandb; what it said is in swept.log beside it."""
     folder = tmp_path_factory.mktemp("sweeps") / "swept"
     done = run(home, "-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--keep_last=1",
-               "--mixers=softmax,pelican", "--learning_rates=3e-2", "--seeds=2", "--wandb_log",
-               f"--out_dir={folder}", env=ALONE, timeout=300)
+               "--mixers=softmax,pelican", "--learning_rate=3e-2", "--seeds=2", "--wandb_log",
+               "--keep_checkpoints", f"--out_dir={folder}", env=ALONE, timeout=900)
     assert done.returncode == 0, done
     folder.with_suffix(".log").write_text(done.stdout)
     return folder

@@ -96,7 +96,7 @@ class Scores(Lenient):
     by_block: Optional[Annotated[list[Measured], Field(min_length=1)]] = None
     by_cell: Optional[dict[str, Optional[Measured]]]
     first_losses: Optional[list[Measured]] = None
-    diverged: bool = False  # its losses are those of an even guess
+    diverged: bool = False
 
 
 def weights_of(folder):
