@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, content
 
 from base.errors import BadInput
+from mixers.parts.convolution import ShortConvolution
 from model import GPT, model_config
 from tools import claim, claim_record, records, sweep_runs
 from tools.claim_cards import Arm, Card, mixer_file_sums, read_card, sha256_of
@@ -124,6 +125,15 @@ def test_the_window_reaches_as_far_as_the_reduction(monkeypatch):
         logits, _ = model_of(card, name, monkeypatch).eval()(tokens)
         last = logits[:, -1]
         assert (last[:12] != last[12]).any(1).tolist() == 7 * [False] + 5 * [True], name
+
+
+@pytest.mark.parametrize("name", ["deltanet_recalls", "gated_deltanet"])
+def test_every_arm_beside_the_delta_rule_has_the_short_convolution(name, monkeypatch):
+    card = read_card(ROOT / f"claims/{name}.toml")
+    for arm in card.arms:
+        model = model_of(card, arm, monkeypatch)
+        taps = {m.taps for m in model.modules() if isinstance(m, ShortConvolution)}
+        assert taps == {4}, arm
 
 
 WRONG = {  # what is put in the place of what, and what the one line says
@@ -591,7 +601,27 @@ def test_the_table_is_of_the_records(write_card, drawn, call, claimed, tmp_path)
     place.write_text(kept)
     write_card(f"margin_bpb = 0.05\n{CARD}")
     assert call("--table", path)[0] == 2
-    assert "was not run yet" in call("--table", write_card(CARD, "other"))[2]
+    status, out, _ = call("--table", write_card(CARD, "other"))
+    assert status == 0 and "| **not run yet**: lln is better" in out
+
+
+def test_a_recall_tasks_table_has_accuracies(write_card, drawn, call, claimed, monkeypatch):
+    """And no margin: what is as good as equal stays undecided."""
+    class Recalling(drawn):
+        def record(self, arm, chosen, seed):
+            record = super().record(arm, chosen, seed)
+            record.scores["report"] |= {"bpb": None, "accuracy": {"lln": 0.9}.get(arm, 0.5)}
+            record.scores |= {"by_position": None, "by_block": None, "by_cell": {"length 8": 0.5}}
+            return record
+
+    drawn.means = {"softmax": 1.7, "lln": 1.5, "linear": 1.7}
+    drawn.spread = 0.001
+    monkeypatch.setattr(claim, "Experiment", Recalling)
+    assert call(write_card(CARD))[0] == 0
+    found = claimed()["arms"]
+    assert found["lln"]["against_baseline"]["word"] == "better"
+    assert found["linear"]["against_baseline"]["word"] == "undecided"
+    assert "; accuracy 0.90 against 0.50 |" in call("--table")[1]
 
 
 def test_records_of_other_runs_are_refused(write_card, drawn, call, tmp_path):
@@ -696,7 +726,7 @@ def test_the_revision_is_gits(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
 def test_the_tables_in_the_docs_are_printed_from_the_records(name):
     """Every line of one is a line that --table prints, and docs/results.md has all of them."""
-    printed = claim.table(claim.folders_of([])).splitlines()
+    printed = claim.table(claim.rows_of([])).splitlines()
     lines = (ROOT / name).read_text().splitlines()
     shown = []
     for i in [i for i, line in enumerate(lines) if line == printed[0]]:

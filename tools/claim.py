@@ -31,7 +31,8 @@ from tools.claim_outcomes import decide, findings, open_arms, outcome_of_claim
 from tools.claim_record import (
     MEND, arm_of_run, arms_of, check_against_card, claimed, counting_of, folder_of, git_state,
     hours_of, read_claim_file, recorded, sizes_of)
-from tools.claim_table import difference_in_words, table, verdict_in_words
+from tools.claim_table import (
+    difference_in_words, first_cells, rows_of_claim, table, verdict_in_words)
 from tools.experiment import Experiment
 from tools.records import scored_runs, write_records
 from tools.sweep_runs import end_like_ctrl_c
@@ -208,21 +209,22 @@ def read_command_line(words):
     return paths, options
 
 
-def folders_of(paths):
-    """The folders of records of these cards, or of all claims that were run."""
+def rows_of(paths):
+    """The rows of the table, of these cards or of all claims that were run. BadInput if a card is
+    not what its claim began with."""
+    rows = []
     if not paths:
-        return claimed()
-    folders = []
+        for folder in claimed():
+            rows += rows_of_claim(folder)
     for path in paths:
-        folder = folder_of(claim_name(path))
+        card, folder = read_card(path), folder_of(claim_name(path))
         if not exists(folder / "claim.json"):
-            raise BadInput(f"{path} was not run yet; python -m tools.claim {path} does so")
-        card = read_card(path)
-        card_sha256 = sha256_of(card, mixer_file_sums(path, card))
-        if read_claim_file(folder)["card_sha256"] != card_sha256:
+            rows.append(first_cells(card, "not run yet"))
+        elif read_claim_file(folder)["card_sha256"] != sha256_of(card, mixer_file_sums(path, card)):
             raise BadInput(f"{path} is not what {shown(folder)} began with: {NEW_NAME}")
-        folders.append(folder)
-    return folders
+        else:
+            rows += rows_of_claim(folder)
+    return rows
 
 
 @exit_on_bad_input("tools.claim")
@@ -230,7 +232,7 @@ def main():
     end_like_ctrl_c()
     paths, options = read_command_line(sys.argv[1:])
     if options.table:
-        print(table(folders_of(paths)))
+        print(table(rows_of(paths)))
         return
     claims = [Claim(path, options.at_once) for path in paths]
     hours = [claim.say_cost() for claim in claims]

@@ -145,7 +145,8 @@ def findings(card, records, counting, sizes):
             **sizes.get(name, {}),
             "runs": len(own),
             "diverged": sum(is_diverged(record) for record in own),
-            "loss": mean(record.scores["report"]["loss"] for record in own) if own else None,
+            "loss": mean_of(own, "loss"),
+            "accuracy": mean_of(own, "accuracy"),
         }
     for name, decision in decisions.items():
         arm = card.arms[name]
@@ -157,6 +158,12 @@ def findings(card, records, counting, sizes):
             "outcome": outcome_of_arm(arm, decision, times),
         }
     return found
+
+
+def mean_of(records, key):
+    """The mean of a figure of the report, or None if one has none."""
+    values = [record.scores["report"][key] for record in records]
+    return None if not values or None in values else mean(values)
 
 
 def times_parameters(sizes, name, baseline):

@@ -10,12 +10,11 @@ COLUMNS = ("claim", "arm", "predicted", "minus baseline, nats", "verdict", "seed
            "hours", "so")
 
 
-def table(folders):
-    """The claims' table in Markdown."""
+def table(rows):
+    """Rows, {column: text}, as a table in Markdown."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for folder in folders:
-        for row in rows_of_claim(folder):
-            lines.append("| " + " | ".join(cell(row.get(name, "")) for name in COLUMNS) + " |")
+    for row in rows:
+        lines.append("| " + " | ".join(cell(row.get(name, "")) for name in COLUMNS) + " |")
     return "\n".join(lines)
 
 
@@ -26,7 +25,7 @@ def rows_of_claim(folder):
     card = card_in(content, folder)
     records = recorded(folder)
     if not records:
-        return [first_cells(card, "no look yet") | {"arm": "", "so": "undecided"}]
+        return [first_cells(card, "no look yet")]
     check_against_card(card, records)
     found = findings(card, arms_of(records), content["counting"], content["sizes"])
     if words_of(found) != words_of(content["arms"]):
@@ -52,19 +51,19 @@ def first_cells(card, outcome):
 
 
 def arm_cells(card, name, found, hours):
-    arm = found[name]
+    arm, baseline = found[name], found[card.baseline]
     verdict = verdict_in_words(arm)
     if arm["against_counting"]:
         verdict += f"; against counting: {arm['against_counting']['word']}"
     if arm["diverged"]:
         verdict += f"; {arm['diverged']} of {arm['runs']} runs diverged"
     times = ""
-    if "parameters" in found[card.baseline] and "parameters" in arm:
-        times = f"{arm['parameters'] / found[card.baseline]['parameters']:.3f}x"
+    if "parameters" in baseline and "parameters" in arm:
+        times = f"{arm['parameters'] / baseline['parameters']:.3f}x"
     return {
         "arm": f"`{name}` against `{card.baseline}`",
         "predicted": arm["prediction"] or "",
-        "minus baseline, nats": difference_in_words(arm),
+        "minus baseline, nats": difference_in_words(arm) + accuracies_in_words(arm, baseline),
         "verdict": verdict,
         "seeds": str((arm["against_baseline"] or {}).get("seeds", "")),
         "parameters": times,
@@ -88,6 +87,13 @@ def difference_in_words(arm):
     if word["difference_low"] is not None:
         text += f" [{word['difference_low']:+.4f}, {word['difference_high']:+.4f}]"
     return text
+
+
+def accuracies_in_words(arm, baseline):
+    """Of a recall task, beside the losses that the verdict is of."""
+    if arm["accuracy"] is None or baseline["accuracy"] is None:
+        return ""
+    return f"; accuracy {arm['accuracy']:.2f} against {baseline['accuracy']:.2f}"
 
 
 def cell(text):
