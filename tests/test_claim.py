@@ -20,7 +20,8 @@ from base.errors import BadInput
 from mixers.parts.convolution import ShortConvolution
 from model import GPT, model_config
 from tools import claim, claim_record, records, sweep_runs
-from tools.claim_cards import Arm, Card, mixer_file_sums, read_card, sha256_of
+from tools.claim_cards import (
+    Arm, Card, find_file, mixer_file_sums, read_card, sha256_of)
 from tools.claim_outcomes import outcome_of_word
 from tools.records import Record
 from tools.sweep_cost import Cost
@@ -737,11 +738,28 @@ def test_the_tables_in_the_docs_are_printed_from_the_records(name):
         assert shown == printed
 
 
-def test_the_example_in_the_docs_is_a_card(write_card):
+def test_the_example_in_the_docs_can_be_run(write_card, call, here, monkeypatch):
+    """With the mixer of the README, in a smaller recipe."""
+    monkeypatch.setattr("tools.experiment.seconds_of_run", lambda options, threads: 600.0)
     text = (ROOT / "docs" / "claims.md").read_text()
     [card] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    card = read_card(write_card(card))
-    assert card.arms["previous"].mixer_file == "mine.py" and card.looks == list(LOOKS)
+    [mixer] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    path = write_card(card.replace("configs/shakespeare.py", "tiny.py"), "mine")
+    (path.parents[1] / "mine.py").write_text(mixer)
+    status, out, err = call(path, "--dry_run")
+    assert (status, err) == (0, "") and "mine: to the first look, at 5 seeds: 20 runs" in out
+
+
+def test_files_are_found_from_the_cards_repository_or_this_one(write_card, tmp_path, monkeypatch):
+    path = write_card(CARD)
+    monkeypatch.chdir(tmp_path)
+    repository = path.parents[1]
+    assert find_file(path, "tiny.py", "recipe") == Path("repository/tiny.py")
+    assert find_file(repository / "card.toml", "tiny.py", "recipe") == Path("repository/tiny.py")
+    assert find_file(path, "configs/shakespeare.py", "recipe") == ROOT / "configs/shakespeare.py"
+    assert find_file(path, repository / "mine.py", "recipe") == Path("repository/mine.py")
+    with pytest.raises(BadInput, match="arms.x.mixer_file: claims is not there"):
+        find_file(path, "claims", "arms.x.mixer_file")  # a folder
 
 
 # On real runs ---------------------------------------------------------------------------------
