@@ -3,6 +3,7 @@ tiny claim goes from its card to its record on real runs."""
 import contextlib
 import importlib
 import json
+import math
 import random
 import re
 import shutil
@@ -126,6 +127,17 @@ def test_the_window_reaches_as_far_as_the_reduction(monkeypatch):
         logits, _ = model_of(card, name, monkeypatch).eval()(tokens)
         last = logits[:, -1]
         assert (last[:12] != last[12]).any(1).tolist() == 7 * [False] + 5 * [True], name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_no_arm_starts_far_from_an_even_guess(path, monkeypatch):
+    """As a low temperature before a head that is not zero would."""
+    card = read_card(path)
+    tokens, targets = torch.randint(65, (2, 4, 64))
+    for arm in card.arms:
+        loss = model_of(card, arm, monkeypatch).loss(tokens, targets)
+        assert abs(loss - math.log(65)) < 1, arm
 
 
 @pytest.mark.parametrize("name", ["deltanet_recalls", "gated_deltanet"])
