@@ -87,6 +87,7 @@ class Scores(Lenient):
     by_position: Optional[Annotated[list[Optional[Measured]], Field(min_length=1)]]
     by_block: Optional[Annotated[list[Measured], Field(min_length=1)]] = None
     by_cell: Optional[dict[str, Optional[Measured]]]
+    diverged: bool = False  # its losses are those of an even guess
 
 
 def weights_of(folder):
