@@ -24,6 +24,7 @@ from base.files import write_file
 from base.options import checked, option
 from bench import git_revision
 from mixers import load_mixer_file
+from tools.compare import MARGIN_BPB
 from tools.report_data import WHAT_TO_NAME, read_all
 from tools.report_live import serve
 from tools.report_page import page
@@ -39,7 +40,7 @@ class ReportOptions:
         None, "what the others are compared with, as the table names it "
         "[default: softmax, or else the first by name]")
     margin_bpb: float = option(
-        0.03, "bits per byte within which losses count as equivalent", gt=0)
+        MARGIN_BPB, "bits per byte: losses of a text that differ by less are equivalent", gt=0)
     mixer_file: Optional[str] = option(
         None, "the Python file of the mixer, if a run was trained with one", min_length=1)
 

@@ -10,7 +10,7 @@ QUANTITIES = {"val_loss": "validation loss, nats per target",
               "val_accuracy": "accuracy on the validation data"}
 
 
-def curves(arms, runs, looks, lines):
+def curves(arms, runs, looks, references):
     """{"axes": {key: name}, "quantities": {key: name}, "lines": [{"name", "loss"}], "arms":
     [{"name", "meta", "dash", "runs": [{"seed", key: [a value a row, or null]}]}]}, or None without
     a curve. Runs that are not in `arms`, still running say, are arms of their own mixer."""
@@ -31,7 +31,8 @@ def curves(arms, runs, looks, lines):
         return None
     return {"axes": AXES,
             "quantities": {name: QUANTITIES[name] for name in QUANTITIES if name in with_values},
-            "lines": [{"name": figures.plain(name), "loss": loss} for name, loss in lines.items()],
+            "lines": [{"name": figures.plain(reference.name), "loss": reference.loss}
+                      for reference in references],
             "arms": listed}
 
 

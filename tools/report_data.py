@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from base.errors import BadInput
 from base.files import JSON_BYTES, exists, is_file, parse_json, read_bytes, read_json, shown
 from bench import ROW
+from tools.compare_arms import is_diverged, is_tuning
 from tools.records import REMEDY, Sweep, holds_run, inside, is_records_file, lines_of
 from tools.records import read_records, read_run, read_sweep
 from tools.score import Count, Lenient
@@ -183,23 +184,17 @@ def put(record, runs, is_named=True):
     """Puts a Record where it belongs; a sweep's run at a rate that was not chosen is left out."""
     if not is_finished(record):
         runs.others.append(record)
-    elif is_tuning(record, runs.sweep):
+    elif is_tuning(record) or record.scores["report"] is None:
         runs.tuning.append(record)
     elif is_named:
         runs.finished.append(record)
 
 
 def is_finished(record):
-    """Whether a run is at its end and has scores."""
-    return record.scores is not None and record.scores["iter"] >= record.config["max_iters"]
-
-
-def is_tuning(record, sweep):
-    """Whether a run was made to choose options: it holds back a slice of training, or has the
-    seed 0 of a sweep."""
-    if (record.config.get("holdout") or 0) > 0 or record.scores["report"] is None:
-        return True
-    return sweep is not None and record.config["seed"] == 0 and record.name not in sweep.runs
+    """Whether a run has scores of its end; one that diverged has come to its own."""
+    if record.scores is None:
+        return False
+    return is_diverged(record) or record.reached(record.config["max_iters"])
 
 
 def is_running(record):

@@ -74,13 +74,13 @@ def line_across(name, value):
 
 # Losses ---------------------------------------------------------------------------------------
 
-def differences(rows, looks, margin, unit):
-    """Each arm's difference from the baseline with the interval that its word rests on; rows: of
-    the table, best first."""
+def differences(verdicts, looks, margin, unit):
+    """Each arm's difference from the baseline, {label: Verdict}, with the interval that its word
+    rests on."""
     traces = []
-    for row in rows:
-        verdict = row.verdict
-        if verdict.word == "baseline":
+    for label in sorted(verdicts, key=lambda label: -verdicts[label].difference):
+        verdict = verdicts[label]
+        if verdict.word in ("baseline", "leaks"):
             continue
         low, high = verdict.difference_low, verdict.difference_high
         bar = None
@@ -89,7 +89,7 @@ def differences(rows, looks, margin, unit):
                    "arrayminus": [verdict.difference - low]}
         more = {"error_x": bar} if bar else {}
         traces.append(trace(
-            looks, row.label, [verdict.difference], [plain(row.label)], "markers",
+            looks, label, [verdict.difference], [plain(label)], "markers",
             f"%{{x:+.4f}}, {plain(verdict)}", **more))
     shapes = [{"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1,
                "line": {"width": 1}}]
@@ -97,11 +97,10 @@ def differences(rows, looks, margin, unit):
         shapes.append({"type": "rect", "x0": -margin, "x1": margin, "yref": "paper", "y0": 0,
                        "y1": 1, "line": {"width": 0}, "fillcolor": "gray", "opacity": 0.15,
                        "layer": "below"})
-    order = [plain(row.label) for row in rows if row.verdict.word != "baseline"]
     layout = {
         "height": 130 + 26 * len(traces), "shapes": shapes,
         "xaxis": axis(f"minus {plain(looks.baseline)}, {unit}"),
-        "yaxis": {"categoryorder": "array", "categoryarray": order[::-1], "automargin": True}}
+        "yaxis": {"type": "category", "automargin": True}}
     title = "Difference from the baseline, and the interval that the word rests on"
     if margin is not None:
         title += f"; shaded: the margin of {margin:.3f}"
@@ -109,24 +108,25 @@ def differences(rows, looks, margin, unit):
             "traces": traces, "layout": layout}
 
 
-def over_option(name, groups, chosen, looks):
-    """The loss that options were chosen by over one of them; groups: {label: {value: loss}},
-    chosen: {label: value}."""
+def over_rate(losses, chosen, looks):
+    """The loss on the data to choose by, {label: {learning rate: loss}}, and {label: the rates that
+    were chosen}."""
     traces = []
-    for label, losses in groups.items():
-        x = sorted(losses)
-        y = [losses[value] for value in x]
-        sizes = [13 if value == chosen.get(label) else 7 for value in x]
-        one = trace(looks, label, x, y, "lines+markers", "%{x:g}: %{y:.4f}")
-        one["marker"]["size"] = sizes
+    for label, by_rate in losses.items():
+        rates = sorted(by_rate)
+        one = trace(looks, label, rates, [by_rate[rate] for rate in rates], "lines+markers",
+                    "%{x:g}: %{y:.4f}")
+        one["marker"]["size"] = [14 if rate in chosen[label] else 7 for rate in rates]
         traces.append(one)
-    layout = {"xaxis": axis(plain(name), type="log"),
+    ticks = sorted({rate for by_rate in losses.values() for rate in by_rate})
+    layout = {"xaxis": axis("learning rate", type="log", tickvals=ticks,
+                            ticktext=[f"{rate:g}" for rate in ticks]),
               "yaxis": axis("loss to choose by, nats per target")}
-    return {"title": f"Loss against {plain(name)}: large points were chosen", "traces": traces,
+    return {"title": "Loss against learning rate; large points were chosen", "traces": traces,
             "layout": layout}
 
 
-def over_position(arms, looks, lines):
+def over_position(arms, looks, references):
     """Loss at each position of the context, mean of the seeds."""
     traces = []
     for arm in arms:
@@ -143,8 +143,8 @@ def over_position(arms, looks, lines):
     highest = max(value for one in traces for value in one["y"])
     layout = {"xaxis": axis("position in the context, from 1", type="log"),
               "yaxis": axis("loss, nats per token"),
-              "shapes": [line_across(name, value) for name, value in lines.items()
-                         if value <= highest]}
+              "shapes": [line_across(reference.name, reference.loss) for reference in references
+                         if reference.loss <= highest]}
     return {"title": "Loss by position: it falls as long as a mixer makes use of more context",
             "traces": traces, "layout": layout}
 
@@ -172,22 +172,22 @@ def over_cells(arms, looks):
             "traces": traces, "layout": layout}
 
 
-def over_state(rows, looks):
+def over_state(lines, looks):
     """Loss over the bytes of state at the end of the context. None at all has a place of its own
     on the logarithmic axis."""
-    powers = [math.log2(row.state_bytes) for row in rows if row.state_bytes] or [0.0]
+    powers = [math.log2(line.state_bytes) for line in lines if line.state_bytes] or [0.0]
     nothing = min(powers) - 2
     ticks = {}
-    if any(row.state_bytes == 0 for row in rows):
+    if any(line.state_bytes == 0 for line in lines):
         ticks[nothing] = "none"
     for power in range(math.floor(min(powers)), math.ceil(max(powers)) + 1, 2):
         ticks[power] = in_bytes(2**power)
     traces = []
-    for row in rows:
-        x = math.log2(row.state_bytes) if row.state_bytes else nothing
+    for line in lines:
+        x = math.log2(line.state_bytes) if line.state_bytes else nothing
         traces.append(trace(
-            looks, row.label, [x], [row.loss], "markers+text",
-            f"{in_bytes(row.state_bytes)}: %{{y:.4f}}", text=[plain(row.label)],
+            looks, line.mixer, [x], [line.loss], "markers+text",
+            f"{in_bytes(line.state_bytes)}: %{{y:.4f}}", text=[plain(line.mixer)],
             textposition="top center", cliponaxis=False))
     layout = {"xaxis": axis("state of one sequence",
                             tickvals=list(ticks), ticktext=list(ticks.values()),

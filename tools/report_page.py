@@ -125,7 +125,8 @@ def words_of_section(section):
 
 def table(rows):
     """A table of which each row belongs to the arm that it names; empty columns are left out."""
-    names = [name for name in rows[0] if any(row.get(name) for row in rows)]
+    empty = ("", "n/a")
+    names = [name for name in rows[0] if any(row.get(name, "") not in empty for row in rows)]
     lines = [tag_row("th", {name: name for name in names}, names)]
     lines += [tag_row("td", row, names) for row in rows]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
