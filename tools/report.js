@@ -95,7 +95,8 @@ function band(arm, x, y) {
 function curvesOf(curves, element) {
   const value = name => element.closest("figure").querySelector(`[name=${name}]`).value;
   const x = value("x"), y = value("y");
-  const traces = curves.arms.flatMap(arm => (value("seeds") === "band" ? band : eachSeed)(arm, x, y));
+  const drawn = value("seeds") === "band" ? band : eachSeed;
+  const traces = curves.arms.flatMap(arm => drawn(arm, x, y));
   const highest = Math.max(...traces.flatMap(trace => trace.y));
   const lines = y === "val_accuracy" ? [] : curves.lines.filter(({loss}) => loss <= highest);
   const shapes = lines.map(({name, loss}) => ({
@@ -113,7 +114,7 @@ const FAINTEST = 1e-3;  // weights below look like it
 function mapOf({tokens, maps}, element) {
   const map = maps[element.closest("figure").querySelector("[name=map]").value];
   const n = map.values.length, at = [...Array(n).keys()];
-  const ticks = {tickvals: at, ticktext: tokens.slice(0, n), tickangle: 0, showgrid: false,
+  const ticks = {tickvals: at, ticktext: tokens.slice(0, n), tickangle: 0, showgrid: false, zeroline: false,
                  tickfont: {size: n > 40 ? 8 : 11, family: "monospace"}, constrain: "domain"};
   const shade = value => value > 0 ? Math.log10(Math.max(value, FAINTEST)) : null;
   const heat = {
@@ -122,8 +123,8 @@ function mapOf({tokens, maps}, element) {
     text: map.values.map((row, t) => row.map((_, s) => `${tokens[t]} (${t}) on ${tokens[s]} (${s})`)),
     hovertemplate: "%{text}: %{customdata:.3g}<extra></extra>",
     colorbar: {thickness: 10, title: {text: "log10", side: "right"}}};
-  const side = Math.min(element.clientWidth, 640);
-  return [[heat], {height: side, xaxis: {...ticks, title: {text: "token attended to"}},
+  const width = Math.min(element.clientWidth, 720);
+  return [[heat], {width, height: width - 40, xaxis: {...ticks, title: {text: "token attended to"}},
                    yaxis: {...ticks, title: {text: "token that attends"}, autorange: "reversed",
                            scaleanchor: "x"}}];
 }

@@ -18,19 +18,22 @@ def curves(arms, runs, looks, references):
     for record in runs.others if arms else runs.others + runs.finished:
         mixer = record.config["mixer"].replace(",", "+")
         found.setdefault(mixer, {"mixer": mixer, "records": []})["records"].append(record)
-    listed, with_values = [], set()
+    listed, counts = [], dict.fromkeys(QUANTITIES, 0)
     for label, of_arm in found.items():
         its_runs = []
         for record in of_arm["records"]:
             columns = columns_of(record)
-            with_values |= {name for name in QUANTITIES if any_of(columns[name])}
+            for name in QUANTITIES:
+                known = sum(value is not None for value in columns[name])
+                counts[name] = max(counts[name], known)
             its_runs.append(columns)
         listed.append({"name": figures.plain(label), "meta": looks.meta(label),
                        "dash": looks.dash(label), "runs": its_runs})
-    if not with_values:
+    # what is a curve comes before what is a single point, as early in a run
+    order = sorted(filter(counts.get, counts), key=lambda name: counts[name] == 1)
+    if not order:
         return None
-    return {"axes": AXES,
-            "quantities": {name: QUANTITIES[name] for name in QUANTITIES if name in with_values},
+    return {"axes": AXES, "quantities": {name: QUANTITIES[name] for name in order},
             "lines": [{"name": figures.plain(reference.name), "loss": reference.loss}
                       for reference in references],
             "arms": listed}
@@ -58,7 +61,3 @@ def thinned(rows):
     every = -(-len(logged) // ROWS) or 1
     kept = {id(row) for row in logged[::every]}
     return [row for row in rows if row.get("val_loss") is not None or id(row) in kept]
-
-
-def any_of(values):
-    return any(value is not None for value in values)

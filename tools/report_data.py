@@ -125,13 +125,12 @@ def gather(path, found, single, depth):
     runs = [inner for inner in inside(path) if is_records_file(inner) or holds_run(inner)]
     if runs or exists(path / "sweep.json"):
         found.append(read_runs(path))
-        for run in runs:
-            if exists(run / "inspect" / "attention.json"):
-                found.append(read_inspection(run / "inspect"))
-    elif depth > 0:
-        for inner in inside(path):
-            if inner.is_dir():
-                gather(inner, found, single, depth - 1)
+    for inner in inside(path):
+        if inner in runs:
+            if exists(inner / "inspect" / "attention.json"):
+                found.append(read_inspection(inner / "inspect"))
+        elif depth > 0 and inner.is_dir():
+            gather(inner, found, single, depth - 1)
 
 
 def by_data(records):

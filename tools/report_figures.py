@@ -237,7 +237,10 @@ def over_length(rows, looks):
             lengths = sorted({length for one in traces for length in one["x"]})
             layout = {"xaxis": axis("length T, tokens", type="log", tickvals=lengths,
                                     ticktext=[f"{length:,}" for length in lengths]),
-                      "yaxis": axis(unit, type="log")}
+                      "yaxis": axis(unit, type="log", dtick="D2")}
+            nothing = [one["name"] for one in traces if not one["x"]]
+            if nothing:
+                title += f"; none, or not known: {', '.join(nothing)}"
             yield {"title": title, "traces": traces, "layout": layout}
 
 

@@ -73,14 +73,19 @@ def news(source):
     return {"numbers": numbers_of(sections, live=True), "words": words_of(sections)}
 
 
-def serve(sections, made, port):
-    """Serves until Ctrl-C. BadInput if the port is taken, or there is nothing to show yet."""
+def server_of(sections, made, port):
+    """A server of the page, to be run. BadInput if the port is taken, or there is nothing to show
+    yet."""
     source = Source(sections)
     try:
-        server = ThreadingHTTPServer((HERE, port), handler(source, made))
+        return ThreadingHTTPServer((HERE, port), handler(source, made))
     except OSError as error:
         raise BadInput(f"--port={port}: {error.strerror}; choose another, or 0 for any") from error
-    with server:
+
+
+def serve(sections, made, port):
+    """Serves until Ctrl-C, see server_of."""
+    with server_of(sections, made, port) as server:
         print(f"http://{HERE}:{server.server_address[1]}/ follows the runs; Ctrl-C ends it",
               flush=True)
         server.serve_forever()

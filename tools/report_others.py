@@ -47,7 +47,7 @@ def section_of_inspection(inspection):
     section = Section(f"Attention: {shown(inspection.folder.parent)}")
     tokens = report["tokens"][:TOKENS]
     maps = []
-    for name, matrix in inspection.matrices.items():
+    for name, matrix in sorted(inspection.matrices.items(), key=in_order):
         heads = [(name, matrix)]
         if matrix.ndim == 3:
             heads = [(f"{name}, head {h}", head) for h, head in enumerate(matrix)]
@@ -55,8 +55,9 @@ def section_of_inspection(inspection):
             size = min(len(tokens), len(head))
             maps.append({"name": title_of(title, report), "values": rounded(head[:size, :size])})
     section.maps = {"tokens": [visible(token) for token in tokens], "maps": maps}
-    shown_of = f"the first {len(tokens)} of {len(report['tokens'])} tokens" \
-        if len(tokens) < len(report["tokens"]) else f"{len(tokens)} tokens"
+    shown_of = f"{len(tokens)} tokens"
+    if len(tokens) < len(report["tokens"]):
+        shown_of = f"the first {len(tokens)} of {len(report['tokens'])} tokens"
     section.sentence = (f"Who attends to whom in {shown_of}: a row is a token that attends, "
                         "a column one that is attended to.")
     for layer in report["layers"]:
@@ -65,6 +66,12 @@ def section_of_inspection(inspection):
                                  f"{layer['no_matrix']}")
     section.provenance = {"checkpoint": report["checkpoint"]}
     return section
+
+
+def in_order(item):
+    """attention.2 before attention.10, the model's influence last."""
+    kind, _, number = item[0].partition(".")
+    return kind, number.zfill(9)
 
 
 def title_of(name, report):

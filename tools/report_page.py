@@ -151,7 +151,7 @@ def section_html(number, section, words):
     if section.curves:
         parts.append(curves_html(name, section.curves))
     for i, figure in enumerate(section.figures):
-        parts.append(plot(f"{name}-f{i}", escaped(figure["title"])))
+        parts.append(plot(f"{name}-f{i}", escaped(html.unescape(figure["title"]))))
     if section.maps:
         choices = {str(i): one["name"] for i, one in enumerate(section.maps["maps"])}
         parts.append(plot(f"{name}-map", select("map", "map", choices)))

@@ -36,7 +36,7 @@ def sections_of(found, baseline, margin_bpb):
 def section_of_runs(runs, baseline, margin_bpb):
     section = Section(runs.title, status=status(runs), notes=list(runs.notes))
     section.sentence = "No finished and scored runs to compare yet."
-    arms, looks, references = [], figures.Looks([], None), []
+    arms, looks, references = [], figures.Looks([], baseline or "softmax"), []
     try:
         if runs.finished:
             arms = arms_of(runs.finished)
