@@ -114,7 +114,7 @@ class Browser:
             raise RuntimeError(done["exceptionDetails"])
         return done["result"].get("value")
 
-    def until(self, script, seconds=20):
+    def until(self, script, seconds=90):
         """Waits for an expression in the page to be true."""
         end = time.monotonic() + seconds
         while not self.run(script):

@@ -37,8 +37,8 @@ function layoutOf(own) {
   const axis = {gridcolor: colour("--grid"), zerolinecolor: colour("--grid"), automargin: true};
   const shapes = (own.shapes ?? []).map(shape => ({...shape, line: {color: ink, ...shape.line}}));
   return {
-    autosize: true, height: 360, margin: {l: 50, r: 12, t: touch ? 8 : 30, b: 45}, showlegend: false,
-    hovermode: "closest", dragmode: touch ? false : "zoom", uirevision: "kept",
+    autosize: true, height: 360, margin: {l: 50, r: 12, t: touch ? 8 : 30, b: 45},
+    showlegend: false, hovermode: "closest", dragmode: touch ? false : "zoom", uirevision: "kept",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {color: ink, size: 12, family: "system-ui, sans-serif"},
     modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: ink},
@@ -114,13 +114,15 @@ const FAINTEST = 1e-3;  // weights below look like it
 function mapOf({tokens, maps}, element) {
   const map = maps[element.closest("figure").querySelector("[name=map]").value];
   const n = map.values.length, at = [...Array(n).keys()];
-  const ticks = {tickvals: at, ticktext: tokens.slice(0, n), tickangle: 0, showgrid: false, zeroline: false,
-                 tickfont: {size: n > 40 ? 8 : 11, family: "monospace"}, constrain: "domain"};
+  const ticks = {tickvals: at, ticktext: tokens.slice(0, n), tickangle: 0, showgrid: false,
+                 zeroline: false, constrain: "domain",
+                 tickfont: {size: n > 40 ? 8 : 11, family: "monospace"}};
   const shade = value => value > 0 ? Math.log10(Math.max(value, FAINTEST)) : null;
   const heat = {
     type: "heatmap", meta: {label: "", colour: null}, colorscale: "Viridis",
     reversescale: !dark.matches, z: map.values.map(row => row.map(shade)), customdata: map.values,
-    text: map.values.map((row, t) => row.map((_, s) => `${tokens[t]} (${t}) on ${tokens[s]} (${s})`)),
+    text: map.values.map((row, t) => row.map((_, s) => (
+      `${tokens[t]} (${t}) on ${tokens[s]} (${s})`))),
     hovertemplate: "%{text}: %{customdata:.3g}<extra></extra>",
     colorbar: {thickness: 10, title: {text: "log10", side: "right"}}};
   const width = Math.min(element.clientWidth, 720);

@@ -1,4 +1,4 @@
-"""One page of HTML on runs, sweeps, benches and inspections.
+"""One page of HTML on runs, sweeps, claims, benches and inspections.
 
 Run: python -m tools.report out/sweeps/shakespeare   (seconds)
 

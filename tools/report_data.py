@@ -18,6 +18,7 @@ from bench import ROW
 from tools.compare_arms import is_diverged, is_tuning
 from tools.records import REMEDY, Sweep, holds_run, inside, is_records_file, lines_of
 from tools.records import read_records, read_run, read_sweep
+from tools.report_claims import Claim, read_claim
 from tools.score import Count, Lenient
 
 DEPTH = 3               # how far below a folder of the command line it is looked for more
@@ -30,11 +31,11 @@ WHAT_TO_NAME = "name run folders, sweeps, records or benches: python -m tools.re
 class Runs:
     """The runs of a sweep or a folder, or those that were named one by one."""
     title: str
-    folder: Optional[Path] = None
     finished: list = field(default_factory=list)  # Records to compare
     tuning: list = field(default_factory=list)    # Records that chose options
     others: list = field(default_factory=list)    # Records not at their end, or not scored
     sweep: Optional[Sweep] = None
+    claim: Optional[Claim] = None
     notes: list = field(default_factory=list)     # on what was left out
 
 
@@ -123,7 +124,7 @@ def gather(path, found, single, depth):
             found.append(read_inspection(path / "inspect"))
         return
     runs = [inner for inner in inside(path) if is_records_file(inner) or holds_run(inner)]
-    if runs or exists(path / "sweep.json"):
+    if runs or exists(path / "sweep.json") or exists(path / "claim.json"):
         found.append(read_runs(path))
     for inner in inside(path):
         if inner in runs:
@@ -155,7 +156,9 @@ def read_runs(folder):
     """The Runs of a sweep's folder, or of one of run folders and files of records.
 
     A run that the sweep does not name yet may be half written: it is left out with a note."""
-    runs = Runs(str(shown(folder)), folder)
+    runs = Runs(str(shown(folder)))
+    if exists(folder / "claim.json"):
+        runs.claim = read_claim(folder)
     named = []
     if exists(folder / "sweep.json"):
         runs.sweep = read_sweep(folder)

@@ -12,6 +12,7 @@ from statistics import mean, median
 from base.errors import printable
 from tools.colours import colour_of
 from tools.compare_plots import position_edges
+from tools.verdicts import in_words
 
 NAME_LENGTH = 60  # of what is shown of a name
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -24,7 +25,7 @@ def plain(text):
     text = printable(str(text))
     if len(text) > NAME_LENGTH:
         text = text[:NAME_LENGTH - 1] + "…"
-    return html.escape(text, quote=False)
+    return html.escape(text, quote=False).replace("$", "&#36;")  # between which it sees formulas
 
 
 class Looks:
@@ -90,7 +91,7 @@ def differences(verdicts, looks, margin, unit):
         more = {"error_x": bar} if bar else {}
         traces.append(trace(
             looks, label, [verdict.difference], [plain(label)], "markers",
-            f"%{{x:+.4f}}, {plain(verdict)}", **more))
+            f"%{{x:+.4f}}, {plain(in_words(verdict))}", **more))
     shapes = [{"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1,
                "line": {"width": 1}}]
     if margin is not None:

@@ -19,9 +19,10 @@ ON_A_PHONE = ("mixer", "report loss", "minus baseline", "verdict")  # the first 
 
 
 def sections_of(found, baseline, margin_bpb):
-    """The Sections of what tools/report_data.py has read."""
+    """The Sections of what tools/report_data.py has read, claims first."""
+    claims = [one for one in found if isinstance(one, Runs) and one.claim]
     sections = []
-    for one in found:
+    for one in claims + [one for one in found if one not in claims]:
         if isinstance(one, Runs):
             sections.append(section_of_runs(one, baseline, margin_bpb))
         elif isinstance(one, Bench):
@@ -36,16 +37,22 @@ def sections_of(found, baseline, margin_bpb):
 def section_of_runs(runs, baseline, margin_bpb):
     section = Section(runs.title, status=status(runs), notes=list(runs.notes))
     section.sentence = "No finished and scored runs to compare yet."
+    if runs.claim:
+        section.sentence = runs.claim.sentence()
+        section.provenance |= runs.claim.provenance()
+        baseline, margin_bpb = runs.claim.card.baseline, runs.claim.card.margin_bpb
     arms, looks, references = [], figures.Looks([], baseline or "softmax"), []
     try:
         if runs.finished:
             arms = arms_of(runs.finished)
     except BadInput as error:
         section.notes.append(f"not compared: {error}")
+    if arms and runs.claim:
+        runs.claim.name_arms(arms)
     if arms:
         looks = figures.Looks(arms, baseline_of(arms, baseline))
         references = references_of(arm_of(looks.baseline, arms))
-        add_comparison(section, arms, looks, references, margin_bpb)
+        add_comparison(section, arms, looks, references, margin_bpb, runs.claim)
     if runs.tuning:
         section.figures.append(loss_over_rate(runs, arms, looks.baseline))
     section.curves = curves(arms, runs, looks, references)
@@ -67,11 +74,14 @@ def arm_of(label, arms):
     return next(arm for arm in arms if arm.label == label)
 
 
-def add_comparison(section, arms, looks, references, margin_bpb):
-    """Sentence, table, notes and plots of arms that can be compared."""
+def add_comparison(section, arms, looks, references, margin_bpb, claim=None):
+    """Sentence, table, notes and plots of arms that can be compared; a claim has its own words."""
     margin = margin_of(arms, looks.baseline, margin_bpb)
-    verdicts = judge_arms(arms, looks.baseline, margin)
-    section.sentence = sentence(arms, verdicts, looks.baseline)
+    if claim:
+        verdicts = claim.verdicts(arms)
+    else:
+        verdicts = judge_arms(arms, looks.baseline, margin)
+        section.sentence = sentence(arms, verdicts, looks.baseline)
     lines = []
     for arm in arms:
         try:
@@ -80,7 +90,8 @@ def add_comparison(section, arms, looks, references, margin_bpb):
             section.notes.append(f"{arm.label} is not in the table: {error}")
     lines.sort(key=lambda line: line.loss)
     section.table = table(lines, references, arms)
-    section.notes += notes(arms, verdicts, looks.baseline, margin_bpb, margin)
+    found = notes(arms, verdicts, looks.baseline, margin_bpb, margin)
+    section.notes += found[1:] if claim else found  # the first says how one look was judged
     if len(arms) > 1:
         unit = "nats per answer" if margin is None else "nats per token"
         section.figures.append(figures.differences(verdicts, looks, margin, unit))
