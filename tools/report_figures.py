@@ -183,19 +183,42 @@ def over_state(lines, looks):
         ticks[nothing] = "none"
     for power in range(math.floor(min(powers)), math.ceil(max(powers)) + 1, 2):
         ticks[power] = in_bytes(2**power)
+    span = [min(ticks) - 1, max(max(ticks), *powers) + 1]
+    points = {line.mixer: (math.log2(line.state_bytes) if line.state_bytes else nothing, line.loss)
+              for line in lines}
+    named = with_space(points, span[1] - span[0])
     traces = []
     for line in lines:
-        x = math.log2(line.state_bytes) if line.state_bytes else nothing
+        x, y = points[line.mixer]
+        text = plain(line.mixer) if line.mixer in named else ""
         traces.append(trace(
-            looks, line.mixer, [x], [line.loss], "markers+text",
-            f"{in_bytes(line.state_bytes)}: %{{y:.4f}}", text=[plain(line.mixer)],
+            looks, line.mixer, [x], [y], "markers+text",
+            f"{in_bytes(line.state_bytes)}: %{{y:.4f}}", text=[text],
             textposition="top center", cliponaxis=False))
     layout = {"xaxis": axis("state of one sequence",
-                            tickvals=list(ticks), ticktext=list(ticks.values()),
-                            range=[min(ticks) - 1, max(max(ticks), *powers) + 1]),
+                            tickvals=list(ticks), ticktext=list(ticks.values()), range=span),
               "yaxis": axis("loss, nats per target")}
     return {"title": "Loss against the state of a sequence as long as the context",
             "traces": traces, "layout": layout}
+
+
+def with_space(points, width):
+    """The names, of {name: (x, y)}, whose points have space for them on a phone; of those in each
+    other's way the first. The others show when they are pointed at."""
+    heights = [y for _, y in points.values()]
+    line = 0.06 * (max(heights) - min(heights))
+    named = []
+    for name, (x, y) in points.items():
+        reach = 0.013 * width * len(name)  # half of what a name takes
+
+        def is_in_the_way(other):
+            other_x, other_y = points[other]
+            room = reach + 0.013 * width * len(other)
+            return abs(other_x - x) < room and abs(other_y - y) <= line
+
+        if not any(map(is_in_the_way, named)):
+            named.append(name)
+    return named
 
 
 def in_bytes(count):

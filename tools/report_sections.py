@@ -15,7 +15,6 @@ from tools.sweep_runs import ASIDE
 from training.run_folder import NOT_OPTIONS
 
 ORDER = ("better", "equivalent", "undecided", "one seed", "worse", "leaks")
-ON_A_PHONE = ("mixer", "report loss", "minus baseline", "verdict")  # the first columns
 
 
 def sections_of(found, baseline, margin_bpb):
@@ -104,6 +103,8 @@ def sentence(arms, verdicts, baseline):
     reached = f"loss {mean(part['loss'] for part in reports):.4f}"
     if reports[0]["accuracy"] is not None:
         reached = f"accuracy {mean(part['accuracy'] for part in reports):.3f}"
+    if len(arms) == 1 and arms[0].leaks:
+        return f"{baseline} leaks, its losses say nothing: {reached}."
     if len(arms) == 1:
         return f"{baseline} alone: {reached}, {in_number(len(reports), 'seed')}."
     words = {}
@@ -130,7 +131,9 @@ def table(lines, references, arms):
         row["hours"] = f"{seconds / 3600:.2f}"
         if line.word in ("baseline", "leaks"):
             row["minus baseline"] = ""
-        rows.append({name: row[name] for name in (*ON_A_PHONE, *row)})
+        reached = "report loss" if line.accuracy is None else "accuracy"
+        first = ("mixer", reached, "minus baseline", "verdict")  # all that a phone shows
+        rows.append({name: row[name] for name in (*first, *row)})
     return rows + [reference_cells(reference) for reference in references]
 
 
