@@ -26,8 +26,9 @@ bias = False
 eval_interval = 500
 log_interval = 50
 
-# Positions by rule, not by search: where softmax weighs keys by q k^T, RoPE turns q and k
-_rope = dict(pos="rope")
+# Positions by rule, not by search: RoPE where softmax weighs keys by q k^T; none where the
+# mechanism's own decay, convolution or rotation tells how far back a token is; otherwise learned
+_rope, _none = dict(pos="rope"), dict(pos="none")
 per_mixer = {
     "softmax": _rope,
     "swa": _rope,
@@ -36,4 +37,10 @@ per_mixer = {
     "lln_diag": _rope,
     "softmax,causal_max": _rope,
     "softmax,lln": _rope,
+    "gla": _none,
+    "retnet": _none,
+    "mamba2": _none,
+    "deltanet": _none,
+    "gated_deltanet": _none,
+    "kda": _none,
 }

@@ -46,7 +46,7 @@ from tools.compare_table import (
 from tools.records import REMEDY, contents_of, holds_run, is_records_file, read_records
 from tools.records import read_sweep, scored_runs
 from tools.score import scores_of
-from tools.sweep_runs import read_sweep_file
+from tools.sweep_file import read_sweep_file
 from tools.verdicts import MARGIN_BPB, judge, margin_in_nats
 from training.device import choose_device
 from training.metrics import start_wandb
