@@ -1,7 +1,9 @@
 """The word problem of S3 on a laptop: the order of three things that change places, also in rows
 twice as long as trained on.
 
-    python train.py configs/s3.py --mixer=deltanet
+    python train.py configs/s3.py --mixer=deltanet --deltanet_negative
+
+A guess is right in 0.17 of the answers.
 """
 from configs.mqar import *
 

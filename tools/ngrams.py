@@ -1,4 +1,4 @@
-"""What counting reaches: n-grams of a text, interpolated, and what guessing reaches in a recall task.
+"""What counting reaches: n-grams of a text, interpolated; and guessing, in a recall task.
 
 Run: python -m tools.ngrams --dataset=shakespeare_char      (seconds a million tokens)
 
@@ -12,8 +12,8 @@ of 1, of 2 and of more, by their formula; F(c) is the sum of what they take away
 that was never seen leaves the word to the lower order.
 
 The best order is the first one whose successor does no better on the last tenth of the training
-split, given the counts of the rest; the counts then are of the whole training split. The loss is the
-mean over every token of the validation split but the first, each predicted from those before it
+split, given the counts of the rest; the counts then are of the whole training split. The loss is
+the mean over every token of the validation split but the first, each predicted from those before it
 there: the tokens that a run's report is made of.
 
 --keep writes the losses into results/lines.json, where the lines in tables and pictures come from.
@@ -32,8 +32,7 @@ from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input
 from base.files import ROOT, exists, read_json, write_json
 from base.options import checked, option
-from data import load_dataset
-from data.files import DATA
+from data import dataset, load_dataset
 from data.tasks import RECALL_SETS, guesses
 from training.run_folder import data_sha256
 
@@ -45,7 +44,7 @@ MOST_TOKENS = 2**24    # of a text: counting takes some 150 bytes a token
 # Counting -------------------------------------------------------------------------------------
 
 def probabilities(train, val, vocab_size):
-    """Yields, for orders n = 1, 2, ..., the P_n (len(val) - 1,) of every token of val but the first.
+    """Yields, for orders n = 1, 2, ..., P_n of every token of val but the first, (len(val) - 1,).
 
     train and val are arrays of tokens below vocab_size."""
     tokens = np.concatenate([train, val]).astype(np.int64)
@@ -170,7 +169,7 @@ def reference_lines(config, scores):
     """{name: nats per token} of what needs no model, for the data that a run reports on.
 
     config and scores are a run's, as its Record has them. A text: "unigram" and the best order,
-    "7-grams, interpolated", from results/lines.json, or counted if the data set is here; a recall
+    "7-gram interpolated", from results/lines.json, or counted if the data set is here; a recall
     task: "guess" and the like. {} if the run's data are not known, or it reports on a part of the
     validation split only."""
     name = config["dataset"]
@@ -182,7 +181,7 @@ def reference_lines(config, scores):
     if lines is None:
         return {}
     best = lines["best"]
-    return {"unigram": lines["unigram"], f"{best['order']}-grams, interpolated": best["loss"]}
+    return {"unigram": lines["unigram"], f"{best['order']}-gram interpolated": best["loss"]}
 
 
 @functools.cache
@@ -191,7 +190,7 @@ def lines_of(name, sha256):
     kept = read_lines().get(name)
     if kept is not None and kept["data_sha256"] == sha256:
         return kept
-    if not exists(DATA / name / "meta.json"):
+    if not exists(dataset.DATA / name / "meta.json"):
         return None
     try:
         data = load_dataset(name, block_size=1)
@@ -214,10 +213,10 @@ def main():
                                 with_config_file=False)
     if not options.dataset:
         raise BadInput("which text? give --dataset")
-    data = load_dataset(options.dataset, block_size=1)
-    if data.bytes_per_token is None:
+    if options.dataset in RECALL_SETS:
         raise BadInput(f"--dataset={options.dataset} is a recall task; "
                        "choose a text, such as shakespeare_char")
+    data = load_dataset(options.dataset, block_size=1)
     kept = read_lines() if options.keep else {}
     lines = count_lines(data)
     print(f"data/{data.name}, nats per token\n\norder  last tenth of train  validation")
