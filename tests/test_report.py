@@ -496,8 +496,8 @@ def opened(chromium, tmp_path):
 
 
 def test_the_page_in_a_browser(opened, few):
-    """Without errors, asking for nothing, with the records' numbers; axes and mixers can be
-    chosen."""
+    """Without errors, asking for nothing, with the records' numbers; axes and mixers can be chosen;
+    it fits a phone, and is dark where that is liked."""
     tab = opened(few)
     assert tab.said == []
     assert [address for address in tab.asked if not address.startswith(("file:", "data:"))] == []
@@ -531,11 +531,7 @@ def test_the_page_in_a_browser(opened, few):
         assert tab.run(visible.format(f"document.getElementById('{plot}').data")) == ["lln"]
     tab.run("document.querySelector('button[data-label=lln]').click()")
     assert len(tab.run(shown)) == 3
-    assert tab.said == []
 
-
-def test_the_page_fits_a_phone_and_is_dark_where_that_is_liked(opened, few):
-    tab = opened(few)
     colour = "document.getElementById('s0-f0').layout.font.color"
     light = tab.run(colour)
     tab.look(390, 844, dark=True, phone=True)
@@ -543,6 +539,7 @@ def test_the_page_fits_a_phone_and_is_dark_where_that_is_liked(opened, few):
     assert tab.run("document.documentElement.scrollWidth") <= 390
     tab.look(1280, 900)
     tab.until(f"{colour} === '{light}'")
+    assert tab.said == []
 
 
 def test_hostile_names_stay_text_in_a_browser(opened, hostile):
@@ -554,6 +551,10 @@ def test_hostile_names_stay_text_in_a_browser(opened, hostile):
     ticks_of = "[...document.querySelectorAll('#{} .ytick text')].map(t => t.textContent)"
     ticks = tab.run(ticks_of.format("s0-f0"))
     assert {*ticks} < {*HOSTILE[:5], "\\x1b[31mred \\u202ereversed"} and len(ticks) == 5
+    # and what came in all the same would not run
+    tab.run("document.body.insertAdjacentHTML('beforeend', `<img src=x onerror='hit = 1'>`)")
+    tab.until("document.querySelector('img').complete")
+    assert tab.run("window.hit") is None and "Content Security Policy" in str(tab.said)
     tokens = tab.run(ticks_of.format("s1-map"))
     assert HOSTILE[1].replace(" ", "␣") in tokens
 

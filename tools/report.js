@@ -214,4 +214,7 @@ async function update() {
   }
 }
 
-if (numbers.live) setInterval(update, 1000 * SECONDS);
+if (numbers.live) {
+  update();
+  setInterval(update, 1000 * SECONDS);
+}

@@ -2,7 +2,7 @@
 
 Run: python -m tools.report out/sweeps/shakespeare   (seconds)
 
-    python -m tools.report results out/bench out/shakespeare_lln --out=report.html
+    python -m tools.report results out/bench out/shakespeare_lln --out=page.html
     python -m tools.report out/sweeps/shakespeare --live      while a sweep runs; Ctrl-C ends it
 
 The page needs nothing else and no network: verdicts, tables, curves and maps to zoom and filter,
@@ -33,7 +33,7 @@ from tools.report_sections import sections_of
 
 @checked
 class ReportOptions:
-    out: str = option("report.html", "the file to write", min_length=1)
+    out: str = option("out/report.html", "the file to write", min_length=1)
     live: bool = option(False, "serve the page on this machine while runs go on, write no file")
     port: int = option(8008, "of --live; 0: any that is free", ge=0, lt=2**16)
     baseline: Optional[str] = option(

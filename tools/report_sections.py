@@ -35,7 +35,7 @@ def sections_of(found, baseline, margin_bpb):
 
 def section_of_runs(runs, baseline, margin_bpb):
     section = Section(runs.title, status=status(runs), notes=list(runs.notes))
-    section.sentence = "No finished and scored runs to compare yet."
+    section.sentence = nothing_yet(runs)
     if runs.claim:
         section.sentence = runs.claim.sentence()
         section.provenance |= runs.claim.provenance()
@@ -57,6 +57,14 @@ def section_of_runs(runs, baseline, margin_bpb):
     section.curves = curves(arms, runs, looks, references)
     section.provenance |= provenance(runs.finished + runs.others or runs.tuning)
     return section
+
+
+def nothing_yet(runs):
+    """What stands in the place of verdicts while there is nothing to compare."""
+    if runs.tuning:
+        return (f"{in_number(len(runs.tuning), 'run')} to choose options by, "
+                "none yet that is to be compared.")
+    return "No finished and scored runs to compare yet."
 
 
 def baseline_of(arms, wanted):
@@ -160,6 +168,8 @@ def add_plots(section, arms, lines, looks, references):
 def loss_over_rate(runs, arms, baseline):
     """The loss on the data to choose by over the learning rate, and what was chosen."""
     tuning = tuning_arms_of(runs.tuning)
+    if runs.claim:
+        runs.claim.name_arms(tuning)
     looks = figures.Looks(tuning, baseline)
     losses, chosen = {}, {}
     for arm in tuning:
@@ -179,8 +189,10 @@ def status(runs):
     for record in runs.others:
         done, steps = steps_done(record), record.config["max_iters"]
         if done >= steps:
-            lines.append(f"{record.name}: trained to its end, not scored: "
-                         f"python -m tools.score --out_dir={record.source}")
+            so = f"not scored: python -m tools.score --out_dir={record.source}"
+            if record in running:
+                so = "is being scored"
+            lines.append(f"{record.name}: trained to its end, {so}")
             continue
         state = "runs" if record in running else "stopped or waiting"
         line = f"{record.name}: {state}, step {done:,} of {steps:,}"
