@@ -301,6 +301,10 @@ def test_a_bench_shows_medians_over_the_length(tmp_path):
     assert memory["traces"][0]["y"] == [64.0, 128.0]
     assert state["traces"][0]["y"] == [1.0, 1.0] and "lln" in state["title"]
     assert "lln is the fastest" in section.sentence and "2 times as fast" in section.sentence
+    failed = {"cell": next(bench_rows())["cell"], "round": 0, "time": 1.0, "cell_seconds": 1.0,
+              "status": "oom"}
+    [section] = sections(write_bench(tmp_path, [failed]))
+    assert "Nothing was measured" in section.sentence and section.figures == []
 
 
 def write_inspection(folder, tokens):

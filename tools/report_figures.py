@@ -141,7 +141,7 @@ def over_position(arms, looks, references):
                 x.append((first + 1 + last) / 2)
                 y.append(mean(values))
         traces.append(trace(looks, arm.label, x, y, "lines", "position %{x}: %{y:.4f}"))
-    highest = max(value for one in traces for value in one["y"])
+    highest = max([value for one in traces for value in one["y"]], default=0)
     layout = {"xaxis": axis("position in the context, from 1", type="log"),
               "yaxis": axis("loss, nats per token"),
               "shapes": [line_across(reference.name, reference.loss) for reference in references

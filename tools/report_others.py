@@ -12,6 +12,8 @@ INVISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 def sections_of_bench(bench):
     """A Section for each mode, batch and machine of a bench."""
     groups = {}
+    if not bench.rows:
+        yield Section(f"Speed ({shown(bench.folder)})", "Nothing was measured: no cell ended well.")
     for row in bench.rows:
         key = tuple(row["cell"].get(name) for name in ALIKE)
         groups.setdefault(key, []).append(row)

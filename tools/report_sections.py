@@ -3,11 +3,13 @@ import json
 from dataclasses import replace
 from statistics import mean
 
+from base.command_line import shortened
 from base.errors import BadInput
 from tools import report_figures as figures
 from tools.compare import judge_arms, margin_of
 from tools.compare_arms import arms_of, is_diverged, rate_of, tuning_arms_of
-from tools.compare_table import cells, line_of, notes, reference_cells, references_of
+from tools.compare_table import cells, line_of, mean_and_interval, notes, reference_cells
+from tools.compare_table import references_of
 from tools.report_curves import curves
 from tools.report_data import Bench, Runs, Section, is_running, seconds_taken, steps_done
 from tools.report_others import section_of_inspection, sections_of_bench
@@ -109,8 +111,9 @@ def sentence(arms, verdicts, baseline):
     """The verdicts in one sentence, or what stands in their place."""
     reports = [record.scores["report"] for record in arm_of(baseline, arms).records]
     reached = f"loss {mean(part['loss'] for part in reports):.4f}"
-    if reports[0]["accuracy"] is not None:
-        reached = f"accuracy {mean(part['accuracy'] for part in reports):.3f}"
+    accuracy, _ = mean_and_interval([part["accuracy"] for part in reports])
+    if accuracy is not None:
+        reached = f"accuracy {accuracy:.3f}"
     if len(arms) == 1 and arms[0].leaks:
         return f"{baseline} leaks, its losses say nothing: {reached}."
     if len(arms) == 1:
@@ -229,7 +232,7 @@ def provenance(records):
         if name in ASIDE or name in NOT_OPTIONS or name in ("mixer", "seed"):
             continue
         if all(record.config.get(name) == value for record in records):
-            options.append(f"{name}={json.dumps(value)}")
+            options.append(f"{name}={shortened(json.dumps(value))}")
     hours = sum(map(seconds_taken, records)) / 3600
     found = {"runs": f"{len(records)}, {hours:.2f} hours of training and evaluation in all"}
     for key in ("git", "machine", "torch", "threads"):  # those that this version recorded
