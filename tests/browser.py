@@ -1,12 +1,18 @@
 """A headless Chromium for the tests, spoken to over a pipe in its DevTools protocol
-(https://chromedevtools.github.io/devtools-protocol/): nothing to install besides the browser."""
+(https://chromedevtools.github.io/devtools-protocol/): nothing to install besides the browser.
+
+Run: python tests/browser.py page.html picture.png    a picture of a page as it opens
+"""
 import base64
 import contextlib
 import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -122,6 +128,15 @@ class Browser:
                 raise TimeoutError(f"not within {seconds} s: {script}; said: {self.said}")
             time.sleep(0.05)
 
-    def screenshot(self, path, whole=False):
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def screenshot(self, path):
+        shot = self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(shot["data"]))
+
+
+if __name__ == "__main__":
+    page, picture = map(Path, sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder, Browser(folder) as browser:
+        browser.look(1100, 1400)
+        browser.open(f"file://{page.resolve()}")
+        browser.until("document.querySelector('.plot .main-svg') !== null")
+        browser.screenshot(picture)

@@ -237,14 +237,14 @@ def test_a_claim_says_what_its_looks_found(tmp_path):
     first, second = sections(STRONG, tmp_path)
     assert second.title == "results/shakespeare_strong"  # claims come first
     assert first.sentence == (
-        "refuted: A smaller loss (Somebody 2024): reduction against attention is worse, +0.0140 "
-        "[+0.0010, +0.0270] nats, 8 seeds, predicted better.")
+        "Refuted: A smaller loss (Somebody 2024): reduction against attention is worse "
+        "(predicted: better), +0.0140 [+0.0010, +0.0270] nats, 8 seeds.")
     assert [row["mixer"] for row in first.table] == ["attention", "reduction"]
     assert first.table[1]["verdict"] == "worse"
     assert first.provenance["revision of the code"] == "abc, with changes to it"
     content["arms"]["reduction"]["against_baseline"] = None
     write_json(folder / "claim.json", content)
-    assert "is undecided: no look yet" in sections(folder)[0].sentence
+    assert "it would take a first look." in sections(folder)[0].sentence
 
 
 def test_a_sweep_in_the_middle_says_what_runs_and_the_time_left(tmp_path):

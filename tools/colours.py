@@ -6,7 +6,7 @@ from mixers import MIXERS
 # of the registry's mixers in its order; each is readable on white and on black
 COLOURS = (
     "#3366cc", "#dc3912", "#109618", "#e6842a", "#990099", "#0099c6", "#dd4477", "#7a9a01",
-    "#8b5a2b", "#22aa99", "#6633cc", "#b8a100", "#e377c2", "#7f8c9b", "#5b8c5a", "#c0561f",
+    "#8b5a2b", "#22aa99", "#6633cc", "#b8a100", "#e377c2", "#7f8c9b", "#446b8f", "#c0561f",
     "#4aa3ff", "#a05195", "#00b36b", "#f0506e", "#7d7dff", "#9c8f5a", "#c48fd6", "#5f7f00")
 
 

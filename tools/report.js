@@ -92,13 +92,18 @@ function band(arm, x, y) {
           middle];
 }
 
+// Those that can be shown beside values without squeezing them to less than half.
+function near(lines, values) {
+  const low = Math.min(...values), high = Math.max(...values), reach = high - low;
+  return lines.filter(({loss}) => loss >= low - reach && loss <= high + reach);
+}
+
 function curvesOf(curves, element) {
   const value = name => element.closest("figure").querySelector(`[name=${name}]`).value;
   const x = value("x"), y = value("y");
   const drawn = value("seeds") === "band" ? band : eachSeed;
   const traces = curves.arms.flatMap(arm => drawn(arm, x, y));
-  const highest = Math.max(...traces.flatMap(trace => trace.y));
-  const lines = y === "val_accuracy" ? [] : curves.lines.filter(({loss}) => loss <= highest);
+  const lines = y === "val_accuracy" ? [] : near(curves.lines, traces.flatMap(trace => trace.y));
   const shapes = lines.map(({name, loss}) => ({
     type: "line", xref: "paper", x0: 0, x1: 1, y0: loss, y1: loss, line: {dash: "dot", width: 1},
     label: {text: name, textposition: "end", font: {size: 10}}}));

@@ -10,10 +10,10 @@ from pydantic import Field, ValidationError
 from base.errors import BadInput
 from base.files import read_json, shown
 from tools.score import Count, Lenient, Measured
-from tools.verdicts import Verdict, in_words
+from tools.verdicts import Verdict
 
 REMEDY = "run the claim once more, or get its folder anew"
-OPEN = Verdict(0.0, word="undecided", missing="no look yet")
+OPEN = Verdict(0.0, word="undecided", missing="a first look")
 
 
 class Card(Lenient):
@@ -79,7 +79,8 @@ class Claim(Lenient):
         for name, arm in self.arms.items():
             if name != self.card.baseline:
                 reasons.append(reason(name, arm, self.card.baseline))
-        return f"{self.outcome}: {self.card.claim} ({self.card.paper}): {'; '.join(reasons)}."
+        outcome, card = self.outcome.capitalize(), self.card
+        return f"{outcome}: {card.claim} ({card.paper}): {'; '.join(reasons)}."
 
     def provenance(self):
         found = {"checksum of the claim's card": self.card_sha256}
@@ -92,11 +93,15 @@ class Claim(Lenient):
 def reason(name, arm, baseline):
     """What was found of an arm, in words."""
     verdict = arm.verdict()
-    text = f"{name} against {baseline} is {in_words(verdict)}"
+    text = f"{name} against {baseline} is {verdict.word}"
+    if verdict.within_margin:
+        text += " within the margin"
+    if arm.prediction:
+        text += f" (predicted: {arm.prediction})"
     if verdict.difference_low is not None:
         text += (f", {verdict.difference:+.4f} [{verdict.difference_low:+.4f}, "
                  f"{verdict.difference_high:+.4f}] nats, {verdict.seeds} seeds")
-    return f"{text}, predicted {arm.prediction}" if arm.prediction else text
+    return f"{text}, to decide it would take {verdict.missing}" if verdict.missing else text
 
 
 def read_claim(folder):

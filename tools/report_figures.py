@@ -11,7 +11,7 @@ from statistics import mean, median
 
 from base.errors import printable
 from tools.colours import colour_of
-from tools.compare_plots import position_edges
+from tools.compare_plots import near, position_edges
 from tools.verdicts import in_words
 
 NAME_LENGTH = 60  # of what is shown of a name
@@ -141,11 +141,11 @@ def over_position(arms, looks, references):
                 x.append((first + 1 + last) / 2)
                 y.append(mean(values))
         traces.append(trace(looks, arm.label, x, y, "lines", "position %{x}: %{y:.4f}"))
-    highest = max([value for one in traces for value in one["y"]], default=0)
+    values = [value for one in traces for value in one["y"]] or [0]
     layout = {"xaxis": axis("position in the context, from 1", type="log"),
               "yaxis": axis("loss, nats per token"),
-              "shapes": [line_across(reference.name, reference.loss) for reference in references
-                         if reference.loss <= highest]}
+              "shapes": [line_across(reference.name, reference.loss)
+                         for reference in near(references, min(values), max(values))]}
     return {"title": "Loss by position: it falls as long as a mixer makes use of more context",
             "traces": traces, "layout": layout}
 

@@ -102,6 +102,9 @@ def words_of(sections):
 
 
 def verdicts(sections):
+    """The sentences of all sections, which a page of one does not need twice."""
+    if len(sections) == 1:
+        return ""
     items = []
     for number, section in enumerate(sections):
         items.append(f'<li><a href="#s{number}">{escaped(section.title)}</a>: '
