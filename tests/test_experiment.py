@@ -14,6 +14,7 @@ from mixers.softmax import Softmax
 from tools import numerics, records
 from tools.experiment import Experiment
 from tools.sweep_cost import Cost, seconds_of_run
+from tools.sweep_finished import losses_of
 from tools.sweep_tuning import MOST_EXTENSIONS, Search, checked_grids, grids_in, next_value
 from training.run_folder import read_options
 
@@ -67,6 +68,7 @@ def constant(options):
 def experiment(here, tmp_path, monkeypatch):
     """experiment(loss, name, ...): an Experiment in out/sweeps/<name> whose runs have that loss."""
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    losses_of.cache_clear()
 
     def make(loss=constant, name="one", arms=ARMS, tune=None, **more):
         common = COMMON | more.pop("common", {})
@@ -241,6 +243,7 @@ def test_a_run_of_other_code_serves_none_and_is_refused_in_its_own_folder(experi
     experiment().run({"softmax": {}}, [1])
     experiment(name="two").run({"softmax": {}}, [1])
     monkeypatch.setitem(MIXERS, "softmax", Wider)
+    losses_of.cache_clear()
     assert experiment(name="three").cost([1]).runs == 2
     with pytest.raises(BadInput, match="softmax-lr0.001-seed1 was run with other code"):
         experiment().cost([1])

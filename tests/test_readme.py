@@ -85,7 +85,7 @@ def arms(name):
 
 
 @pytest.mark.parametrize("first_cell, name", [
-    ("mixer", "shakespeare"), ("stronger start", "shakespeare_strong"),
+    ("mixer", "shakespeare_nanogpt"), ("stronger start", "shakespeare_strong"),
     ("longer recipe", "shakespeare_long")])
 def test_the_results_are_those_of_the_records(first_cell, name):
     of_records = arms(name)
@@ -113,18 +113,19 @@ def test_the_recall_table_is_that_of_the_records():
 
 
 @pytest.mark.parametrize("name, baseline, label", [
-    ("shakespeare", "softmax", "causal_max"), ("shakespeare_strong", "softmax", "causal_max"),
+    ("shakespeare_strong", "softmax", "causal_max"),
     ("shakespeare_strong", "softmax", "gated_deltanet"), ("shakespeare_strong", "softmax", "lln"),
-    ("shakespeare_strong", "softmax", "lln_diag"), ("shakespeare", "softmax", "pelican"),
-    ("shakespeare", "softmax", "lln"),
-    ("shakespeare", "softmax", "ssa"), ("shakespeare", "causal_max", "causal_max_context"),
-    ("shakespeare", "lln", "linear"), ("shakespeare", "lln", "performer"),
+    ("shakespeare_strong", "softmax", "lln_diag"),
+    ("shakespeare_nanogpt", "softmax", "causal_max"), ("shakespeare_nanogpt", "softmax", "pelican"),
+    ("shakespeare_nanogpt", "softmax", "lln"), ("shakespeare_nanogpt", "softmax", "ssa"),
+    ("shakespeare_nanogpt", "causal_max", "causal_max_context"),
+    ("shakespeare_nanogpt", "lln", "linear"), ("shakespeare_nanogpt", "lln", "performer"),
     ("shakespeare_leak", "causal_max", "causal_max_leak")])
 def test_the_differences_in_the_text_are_those_of_the_records(name, baseline, label):
     """Each stands there with its interval, that of all comparisons with the baseline; the leak is
     compared with the mixer that has none."""
     losses = {}
-    for folder in {name, "shakespeare" if name.endswith("leak") else name}:
+    for folder in {name, "shakespeare_nanogpt" if name.endswith("leak") else name}:
         for record in read_records(ROOT / "results" / folder):
             of_mixer = losses.setdefault(record.config["mixer"], {})
             of_mixer[record.config["seed"]] = [record.scores["report"]["loss"]]

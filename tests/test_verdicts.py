@@ -147,7 +147,7 @@ def seeds_like(S, mean, variance):
 
 
 @pytest.mark.parametrize("difference, spread", [
-    (0.015, 0.014), (0.018, 0.03), (0.0, 0.03), (0.012, 0.02), (0.5, 0.9)])
+    (1.0, 0.5), (0.015, 0.014), (0.018, 0.03), (0.0, 0.03), (0.012, 0.02), (0.5, 0.9)])
 def test_as_many_seeds_as_advised_decide(difference, spread):
     """If they come out as those before did; with one fewer they do not."""
     first = judge(seeds_like(3, difference, spread**2), "base", MARGIN)["arm"]

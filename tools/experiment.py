@@ -248,7 +248,7 @@ class Experiment:
             for point in search.wanted():
                 run = self.run_of(arm, search.values(point), TUNING_SEED)
                 record = self.finished(run)
-                if record:
+                if record and record.scores["select"]:
                     search.losses[point] = record.scores["select"]["loss"]
                 elif Path(run.folder).name in self.failed:
                     search.losses[point] = math.inf
@@ -330,7 +330,6 @@ class Experiment:
         if done < len(left):
             raise BadInput(f"--max_hours={self.max_hours:g} are over, {len(left) - done} of "
                            f"{len(runs)} runs are left; the same command goes on with them")
-
 
     def outcome(self, run, error):
         """Takes note of how a run ended. Returns it in words."""

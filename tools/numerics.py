@@ -26,7 +26,7 @@ def first_losses(options):
     model cannot be computed on a CPU."""
     if options.init_from:
         return None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         try:
             losses = losses_of_steps(options)
         except Exception:  # of a mixer for GPUs alone, say

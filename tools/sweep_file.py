@@ -16,8 +16,8 @@ from tools.records import Sweep, find_record, holds_run, kept_record
 class SweepFile(Sweep):
     """All of it."""
     config: Optional[str] = None
-    tune: dict[str, list] = {}  # option -> the values that each arm began with
-    seeds: list[int] = []
+    tune: dict[str, list] = {}             # option -> the values that each arm began with
+    seeds: Union[int, list[int]] = []      # once their number
     chosen: dict[str, Union[float, dict[str, Any]]] = {}  # arm -> {option: value}; once its rate
 
 

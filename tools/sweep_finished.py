@@ -15,6 +15,7 @@ import torch
 from base.errors import BadInput
 from base.files import parse_json, read_json
 from config import Options
+from mixers import load_mixer_file
 from tools import records
 from tools.numerics import agree, first_losses
 from tools.records import holds_run, inside, is_records_file, lines_of, read_file, read_run, unpack
@@ -43,7 +44,6 @@ class FinishedRuns:
         self.folder = Path(folder)
         self.entries = None  # bucket -> [Entry]
         self.read_file = lru_cache(8)(read_file)
-        self.losses_of = cache(losses_of)
 
     def find(self, run, data_sha256, on_cpu):
         """The Record of a finished run with the options of `run`, on data with this checksum and of
@@ -84,14 +84,14 @@ class FinishedRuns:
             return entry.folder in self.own_folders() and record.name == Path(run.folder).name
         if on_cpu and record.config["dtype"] != dtype_on_cpu(run):
             return False
-        return agree(recorded, self.losses_of(run))
+        return agree(recorded, losses_of(run))
 
     def check_code(self, run, record):
         """BadInput if a finished run in its own folder is of other code."""
         recorded = record.scores.get("first_losses")
-        if recorded is not None and not agree(recorded, self.losses_of(run)):
+        if recorded is not None and not agree(recorded, losses_of(run)):
             raise BadInput(f"{run.folder} was run with other code: its first losses are "
-                           f"{in_words(recorded)}, and now {in_words(self.losses_of(run))}; "
+                           f"{in_words(recorded)}, and now {in_words(losses_of(run))}; "
                            "choose another --out_dir, or move it away")
 
 
@@ -101,9 +101,13 @@ def dtype_on_cpu(run):
     return str(dtype).removeprefix("torch.")
 
 
+@cache  # for all experiments of a process: it has one code
 def losses_of(run):
     """The first losses of a run as the code now is."""
-    return first_losses(Options(**run.options()))
+    options = Options(**run.options())
+    if options.mixer_file:
+        load_mixer_file(options.mixer_file)  # another file's mixer may have the name by now
+    return first_losses(options)
 
 
 def in_words(losses):

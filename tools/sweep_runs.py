@@ -195,11 +195,9 @@ def train_and_score(run, threads=None, group=None):
     with locked_log(run) as log:
         if log is None:
             return IN_USE
-        error = carry_out_child(train, run, env, log)
+        error = carry_out_child([*train, "--then", *score], run, env, log)
         if error and DIVERGED.search(error):
-            score.append("--diverged")
-            error = None
-        error = error or carry_out_child(score, run, env, log)
+            error = carry_out_child([*score, "--diverged"], run, env, log)
         if error is None and not run.keep_checkpoints:
             remove_all([Path(run.folder) / "checkpoints"])
     return error and error[-300:]
@@ -225,14 +223,12 @@ def run_child(command, env, log):
     process = subprocess.Popen(
         [sys.executable, ROOT / "tools/sweep_child.py", *command],
         env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
-    with process.stdin:
-        try:
-            while process.poll() is None and not stopping.wait(0.1):
-                pass
-        finally:  # stopped, here or as a job of the cluster
-            if process.poll() is None:
-                process.terminate()  # train.py saves a checkpoint
-                process.wait()
+    try:
+        while process.poll() is None and not stopping.wait(0.1):
+            pass
+    finally:  # also if we are stopped, here or as a job of the cluster
+        process.stdin.close()  # train.py saves a checkpoint
+        process.wait()
     return process.returncode
 
 

@@ -4,7 +4,7 @@
     equivalent       not so, and it is within a margin that was fixed beforehand
     undecided        neither; what is missing, seeds or text, is said
 
-Run: python -m tools.verdicts        how often simulated verdicts are false   (two minutes)
+Run: python -m tools.verdicts        how often simulated verdicts are false   (half a minute)
 
 Runs of one seed share their batches and the order of these, so arms are compared seed by seed, and
 on the same blocks of text. Let D[s, b] be the difference of seed s on block b, of S seeds and B
@@ -23,6 +23,11 @@ An error of alpha = 0.05 weight / m is allowed to each of m comparisons (Bonferr
 for better and worse, alpha on each side for equivalent (two one-sided tests, Schuirmann 1987), of
 which one alone can be false. The weights of the LOOKS add up to 1, so that looking three times,
 with more seeds each time and until a word is found, keeps to 0.05.
+
+In simulation at most 3 % of tables with normal seeds have a false word, and the intervals cover
+0.95 to 0.98. Where a few runs of an arm go wrong (lognormal seeds, against a baseline without any)
+it is 5 to 9 % of single comparisons, and 17 % of tables of five at worst: t takes seeds to be
+normal.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
