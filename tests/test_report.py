@@ -3,7 +3,6 @@ import html.parser
 import http.client
 import json
 import re
-import shutil
 import sys
 import threading
 from statistics import mean, median
@@ -136,6 +135,13 @@ def test_the_page_is_whole_and_asks_for_nothing():
     assert "default-src 'none'" in policy and "connect-src 'none'" in policy
     assert "'unsafe-inline'" not in policy.split("script-src")[1]
     assert "Against softmax" in parsed.text
+
+
+def test_another_baseline_can_be_named():
+    [section] = sections(STRONG, baseline="lln")
+    assert section.sentence.startswith("Against lln (loss 1.7715; 5 seeds)")
+    assert {arm["name"] for arm in section.curves["arms"] if arm["meta"]["colour"] is None} == {
+        "lln"}
 
 
 def test_curves_are_the_metrics():
@@ -335,6 +341,8 @@ def test_what_cannot_be_is_refused_in_a_line(refuses, tmp_path):
     assert f"nothing to report on in {tmp_path}" in refuses(tmp_path)
     assert "--port is for --live" in refuses(STRONG, "--port=8000")
     assert "--live writes no file" in refuses(STRONG, "--live", "--out=x.html")
+    assert "--baseline=sofmax: not among the runs; have causal_max," in refuses(
+        STRONG, "--baseline=sofmax")
     assert "nearest: --margin_bpb" in refuses(STRONG, "--margin_bpd=1")
     assert "cannot write" in refuses(STRONG, f"--out={tmp_path}/{'long' * 100}.html")
     assert not list(tmp_path.iterdir())
@@ -455,10 +463,10 @@ def test_the_live_page_follows_the_runs(live, monkeypatch):
         [section] = news["numbers"]["sections"]
         assert section["curves"]["arms"][0]["runs"][2]["iter"][-1] == steps
         assert f"step {steps:,} of 2,000" in news["words"]["s0-words"]
-    (run / "config.json").write_text("{")
-    shutil.rmtree(run.parent / "sweep.json", ignore_errors=True)
     (run.parent / "sweep.json").write_text("{")
     assert "sweep.json is damaged" in json.loads(get(server, "/numbers.json")[1])["error"]
+    status, said = get(server, "/")
+    assert status == 500 and "sweep.json is damaged" in said
 
 
 # -- in a browser -------------------------------------------------------------------------------

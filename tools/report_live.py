@@ -4,12 +4,13 @@ A page of somebody else's, open in the same browser, can send requests here too,
 own that leads to 127.0.0.1. What it asks for is named in the Host header; others than ours are
 refused.
 """
+import contextlib
 import json
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 
-from base.errors import BadInput
+from base.errors import BadInput, printable
 from tools.report_page import numbers_of, page, words_of
 
 HERE = "127.0.0.1"
@@ -41,7 +42,7 @@ def handler(source, made):
             if self.headers.get("Host") not in (f"{HERE}:{port}", f"localhost:{port}"):
                 self.answer(403, "text/plain", b"this page is for this machine alone\n")
             elif self.path == "/":
-                self.answer(200, "text/html", page(source.newest(), made, live=True).encode())
+                self.answer(*front(source, made))
             elif self.path == "/numbers.json":
                 self.answer(200, "application/json", json.dumps(news(source)).encode())
             else:
@@ -55,13 +56,22 @@ def handler(source, made):
             self.send_header("X-Content-Type-Options", "nosniff")
             self.send_header("X-Frame-Options", "DENY")
             self.send_header("Cross-Origin-Resource-Policy", "same-origin")
-            self.end_headers()
-            self.wfile.write(content)
+            with contextlib.suppress(ConnectionError):  # a reader that has gone
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, *_):
             pass  # a line for every look would bury what matters
 
     return Request
+
+
+def front(source, made):
+    """(status, kind, content) of the page itself."""
+    try:
+        return 200, "text/html", page(source.newest(), made, live=True).encode()
+    except BadInput as error:
+        return 500, "text/plain", f"{printable(str(error))}; then load this page again\n".encode()
 
 
 def news(source):

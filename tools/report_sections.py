@@ -20,7 +20,8 @@ ORDER = ("better", "equivalent", "undecided", "one seed", "worse", "leaks")
 
 
 def sections_of(found, baseline, margin_bpb):
-    """The Sections of what tools/report_data.py has read, claims first."""
+    """The Sections of what tools/report_data.py has read, claims first. BadInput if none of them
+    has an arm of the baseline's name (None: softmax)."""
     claims = [one for one in found if isinstance(one, Runs) and one.claim]
     sections = []
     for one in claims + [one for one in found if one not in claims]:
@@ -30,6 +31,10 @@ def sections_of(found, baseline, margin_bpb):
             sections += sections_of_bench(one)
         else:
             sections.append(section_of_inspection(one))
+    labels = {row["mixer"] for section in sections for row in section.table}
+    if baseline is not None and baseline not in labels:
+        raise BadInput(f"--baseline={baseline}: not among the runs; "
+                       f"have {', '.join(sorted(labels))}")
     return sections
 
 
