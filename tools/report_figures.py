@@ -142,7 +142,7 @@ def over_position(arms, looks, references):
                 y.append(mean(values))
         traces.append(trace(looks, arm.label, x, y, "lines", "position %{x}: %{y:.4f}"))
     values = [value for one in traces for value in one["y"]] or [0]
-    layout = {"xaxis": axis("position in the context, from 1", type="log"),
+    layout = {"xaxis": axis("position in the context, from 1", type="log", dtick="D2"),
               "yaxis": axis("loss, nats per token"),
               "shapes": [line_across(reference.name, reference.loss)
                          for reference in near(references, min(values), max(values))]}
