@@ -119,7 +119,8 @@ class RunOptions:
     eval_only: bool = option(False, "only evaluate the newest checkpoint in out_dir")
     init_from: Optional[str] = option(
         None, "start from the weights of this run folder, of gpt2, gpt2-medium, gpt2-large, "
-        "gpt2-xl, or of a Hugging Face folder (GPT-2, LLaMA)", min_length=1)
+        "gpt2-xl, smollm2, of a Hugging Face folder (GPT-2, LLaMA) or of a LLaMA's .gguf",
+        min_length=1)
     train_only: Literal["all", "mixer_new"] = option(
         "all", "all parameters, or only those that the weights of init_from lack: the mixer's new "
         "ones")

@@ -1,14 +1,19 @@
-"""Pretrained models: the weights of Hugging Face's GPT-2 and LLaMA, from safetensors.
+"""Pretrained models: the weights of Hugging Face's GPT-2 and LLaMA from safetensors, LLaMA's from
+GGUF.
 
     python train.py --init_from=gpt2 --dataset=shakespeare --max_iters=0
         GPT-2, fetched (0.5 GB), and its validation loss
     python train.py --init_from=my/llama --mixer=ssa --dataset=mine
         a local folder: config.json, model.safetensors
+    python -m data.text --input=my.txt --name=mine --tokenizer=smollm2
+    python train.py --init_from=smollm2 --dataset=mine
+        SmolLM2-135M-Instruct, fetched (93 MB), on a text in its own tokens; MODEL.gguf likewise
 
-The model options come from the folder's config.json; what it asks for and we lack is refused,
-never left out.
+The model options come from the folder's config.json or the GGUF's header; what it asks for and we
+lack is refused, never left out. A data set has to be in the tokens of the model.
 """
 import json
+import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,10 +26,15 @@ from base.errors import BadInput, first_few
 from base.files import exists, is_file, read_json
 from config import ModelOptions
 from mixers import mechanism_of
+from data.named_tokenizer import pretrained_tokenizer
+from data.sources import smollm2
+from data.tokenizer import same_tokens
 from model import GPTConfig, model_config
 from training import checkpoint
+from training.gguf import GGUF, llama_config, llama_tensors
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+NAMES = (*HUB_NAMES, "smollm2")  # which are fetched
 REMEDY = "fetch the folder again"
 
 # config.json's name -> our option
@@ -112,10 +122,10 @@ def layers(config):
 
 
 def is_pretrained(init_from):
-    """Whether init_from names one of GPT-2's sizes or a folder of Hugging Face's; otherwise it is a
-    run folder."""
+    """Whether init_from names one of NAMES, a GGUF file or a folder of Hugging Face's; otherwise it
+    is a run folder."""
     folder = Path(init_from)
-    if init_from in NAMES and not exists(folder):
+    if init_from in NAMES and not exists(folder) or is_gguf(init_from):
         return True
     if exists(folder / "checkpoints"):
         return False
@@ -123,6 +133,16 @@ def is_pretrained(init_from):
         if exists(folder / weights) or exists(folder / f"{weights}.index.json"):
             return True
     return False
+
+
+def is_gguf(init_from):
+    if init_from == "smollm2":
+        return not exists(init_from)
+    return init_from.endswith(".gguf") and not exists(Path(init_from) / "checkpoints")
+
+
+def open_gguf(init_from):
+    return GGUF(smollm2() if init_from == "smollm2" else init_from)
 
 
 def local_path(init_from, name):
@@ -143,13 +163,30 @@ def local_path(init_from, name):
 # config.json --------------------------------------------------------------------------------------
 
 def read_config(init_from):
-    """The GPTConfig that a pretrained model's config.json describes. BadInput for what we do not
-    implement, by name."""
+    """The GPTConfig of a pretrained model. BadInput for what we do not implement, by name."""
+    if is_gguf(init_from):
+        file = open_gguf(init_from)
+        config = config_of(file.path, llama_config(file))
+        parameters = sum(math.prod(info.shape) for info in file.tensors.values())
+        refuse_impossible_sizes(file.path, config, parameters, "its tensors")
+        return config
     path = local_path(init_from, "config.json")
     arch = read_json(path, REMEDY).get("model_type")
     if arch not in ("gpt2", "llama"):
         refuse(path, "model_type", arch)
     values = read_json(path, REMEDY, schema(arch)).model_dump(exclude_none=True)
+    config = config_of(path, values | {"model_type": arch})
+    files = [file for file in path.parent.glob("*.safetensors") if is_file(file)]
+    if files:  # with a byte or more for each parameter
+        n_bytes = sum(file.stat().st_size for file in files)
+        refuse_impossible_sizes(path, config, n_bytes, "the files of weights beside it")
+    return config
+
+
+def config_of(path, values):
+    """The GPTConfig that config.json's content describes. path: of the file that says so. BadInput
+    for what we do not implement, by name."""
+    arch = values["model_type"]
     ours = {option: values[name] for name, option in FIELDS[arch].items() if name in values}
     missing = [name for name, option in FIELDS[arch].items() if option in REQUIRED - ours.keys()]
     if missing:
@@ -171,7 +208,6 @@ def read_config(init_from):
     for name, value in values.items():
         if name not in known and not HARMLESS.fullmatch(name) and value not in (False, [], {}):
             refuse(path, name, value)
-    refuse_impossible_sizes(path, config)
     return config
 
 
@@ -208,15 +244,13 @@ def rope_base(path, values):
     return base
 
 
-def refuse_impossible_sizes(path, config):
-    """BadInput if the model cannot be that of the files beside its config.json, which have a byte
-    or more for each parameter: a model far beyond them is never built."""
-    files = [file for file in path.parent.glob("*.safetensors") if is_file(file)]
-    size = sum(file.stat().st_size for file in files)
+def refuse_impossible_sizes(path, config, most, where):
+    """BadInput if the model has more parameters than its weights can hold, which is `most`: a model
+    far beyond them is never built."""
     parameters = checkpoint.least_parameters(config)
-    if files and parameters > size:
-        raise BadInput(f"{path} describes a model of {parameters:,} parameters or more, the files "
-                       f"of weights beside it have {size:,} bytes; {REMEDY}")
+    if parameters > most:
+        raise BadInput(f"{path} describes a model of {parameters:,} parameters or more, {where} "
+                       f"have {most:,}; {REMEDY}")
 
 
 def take_architecture(options, explicit):
@@ -268,6 +302,10 @@ def weight_files(init_from):
 
 def read_tensors(init_from):
     """Hugging Face's name -> tensor."""
+    if is_gguf(init_from):
+        file = open_gguf(init_from)
+        arrays = llama_tensors(file, llama_config(file))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
     tensors = {}
     for path in weight_files(init_from):
         if not is_file(path):
@@ -283,7 +321,7 @@ def read_weights(init_from, config):
     if vocab_size != config.vocab_size:
         raise BadInput(f"--init_from={init_from} has a vocabulary of {vocab_size:,}, the data set "
                        f"one of {config.vocab_size:,}; choose a --dataset prepared with its "
-                       "tokenizer (GPT-2's: shakespeare)")
+                       f"tokenizer ({how_to_tokenize(init_from)})")
     left = {}
     for name, tensor in read_tensors(init_from).items():
         if not BUFFERS.search(name):
@@ -302,6 +340,23 @@ def read_weights(init_from, config):
     if "pos_embed.weight" in ours:
         ours["pos_embed.weight"] = ours["pos_embed.weight"][:config.block_size]
     return ours
+
+
+def how_to_tokenize(init_from):
+    """The data set or the command that has a text in the model's tokens."""
+    if init_from in HUB_NAMES:
+        return "shakespeare"
+    return f"python -m data.text --input FILE --name NAME --tokenizer={init_from}"
+
+
+def check_tokenizer(init_from, data):
+    """BadInput if the data set's tokens mean something else than the pretrained model's, where it
+    brings its tokenizer."""
+    tokenizer = pretrained_tokenizer(init_from)
+    if tokenizer and not same_tokens(tokenizer, data.tokenizer):
+        raise BadInput(f"--init_from={init_from} has another tokenizer than data set {data.name}; "
+                       "choose a --dataset prepared with its tokenizer "
+                       f"({how_to_tokenize(init_from)})")
 
 
 def check_tied_head(init_from, config, tensors):
