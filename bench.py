@@ -46,7 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 import data.dataset
-from base.command_line import parse_options
+from base.command_line import read_given
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.files import JSON_BYTES, is_file, parse_json, read_bytes, writing
 from base.options import checked, option
@@ -130,8 +130,9 @@ def mixers_of(options, given):
     return names
 
 
-def model_of(options, mixer, length, vocab_size):
-    """All options of a GPTConfig, as a dict."""
+def model_of(given, mixer, length, vocab_size):
+    """All options of a GPTConfig, as a dict, of what was Given."""
+    options = given.options(mixer=mixer.replace("+", ","))
     values = {f.name: getattr(options, f.name) for f in fields(ModelOptions)
               if has_effect(f.name, mixer, options.n_layer)}
     values["mixer"] = mixer
@@ -150,9 +151,10 @@ def vocabulary(name):
     return VOCABULARY, f"assumed, as data/{name} is not prepared"
 
 
-def groups_of(options, names, vocab_size, common):
+def groups_of(given, names, vocab_size, common):
     """The cells, a list of those that are alike but for the mixer for each mode, batch and length.
     A cell is a dict that says all that its figures depend on; `common` is what all of them have."""
+    options = given.options()
     groups = []
     for mode in modes_of(options.mode):
         for batch in whole_numbers("batch", options.batch or BATCHES[mode]):
@@ -160,7 +162,7 @@ def groups_of(options, names, vocab_size, common):
                 shape = {"mode": mode, "batch": batch, "length": length}
                 compiled = options.compile and mode != "decode"
                 groups.append([
-                    {**shape, "mixer": name, "model": model_of(options, name, length, vocab_size),
+                    {**shape, "mixer": name, "model": model_of(given, name, length, vocab_size),
                      "compile": compiled, **common} for name in names])
     return groups
 
@@ -400,10 +402,10 @@ def write_results(folder, table, lines, title):
 def main():
     # ends like Ctrl-C, and the cell's process with it
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    options, _, given = parse_options(
-        BenchOptions, sys.argv[1:], __doc__.splitlines()[0], file_class=Options,
-        leave_out=("out_dir", "overwrite"))  # of a training
-    names = mixers_of(options, given)
+    given = read_given(BenchOptions, sys.argv[1:], __doc__.splitlines()[0], file_class=Options,
+                       leave_out=("out_dir", "overwrite"))  # of a training
+    options = given.options()
+    names = mixers_of(options, set(given.on_command_line))
     device = choose_device(options.device)
     if options.compile and lacks_compiler(device):
         raise BadInput("--compile: no C++ compiler found; install one or leave it out")
@@ -412,7 +414,7 @@ def main():
     machine = {"machine": machine_of(device), "device": str(device),
                "threads": torch.get_num_threads(), "torch": torch.__version__}
     common = machine | {"dtype": dtype, "code": code_of(options.mixer_file)}
-    groups = groups_of(options, names, vocab_size, common)
+    groups = groups_of(given, names, vocab_size, common)
     first = groups[0][0]
     machine |= {"python": platform.python_version(), "numpy": np.__version__,
                 "git": git_revision()}

@@ -57,9 +57,9 @@ class SkeletonOptions:
     head_temperature: Optional[float] = option(
         None, "hidden states are divided by it before the head "
         "[default: 0.1 if all layers are pelican, else 1]", gt=0)
-    init_std: float = option(
-        0.02, "standard deviation of the initial weights; models of few channels learn sooner "
-        "from a larger one", gt=0)
+    init_std: Optional[float] = option(
+        None, "standard deviation of the initial weights; GPT-2's is 0.02, from which models of "
+        "few channels learn later [default: 1 / sqrt(n_embd), or that of init_from]", gt=0)
     zero_init_head: bool = option(False, "the head starts at zero (untied heads only)")
     embed_rank: Optional[int] = option(
         None, "the embedding is Embedding(V, r) and Linear(r, C) (untied heads only)", ge=1)
@@ -75,6 +75,9 @@ class DataOptions:
     heading = "data and evaluation"
     dataset: str = option(
         "shakespeare_char", "a folder of data/; prepared when missing", names=dataset_names)
+    holdout: float = option(
+        0.0, "share of a text's training split, at its end, that is left out of training and "
+        "evaluated on in place of val: to choose options by", ge=0, lt=1)
     eval_split: Literal["val", "test"] = option(
         "val", "what --eval_only evaluates on; recall tasks have a test split")
     eval_interval: int = option(
@@ -180,6 +183,7 @@ def fill_in(options):
     options.mlp_activation = otherwise(options.mlp_activation, "silu" if llama else "gelu")
     options.tie_head = otherwise(options.tie_head, not llama)
     options.n_kv_head = otherwise(options.n_kv_head, H)
+    options.init_std = otherwise(options.init_std, C ** -0.5)
     options.head_temperature = otherwise(options.head_temperature, 0.1 if only_pelican else 1.0)
     check_model(options)
 

@@ -60,7 +60,8 @@ def carry_out(world, lock):
     dtype = choose_dtype(options.dtype, device, options.n_embd)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     machine = Machine(device, autocast, world)
-    data = world.first_alone(lambda: load_dataset(options.dataset, options.block_size))
+    data = world.first_alone(lambda: load_dataset(
+        options.dataset, options.block_size, options.holdout))
     data.tokenizer  # each checkpoint carries it: better to miss it now
     config = model_config(asdict(options) | {"vocab_size": data.vocab_size}, "options")
     options = as_chosen(options, device, dtype)

@@ -225,11 +225,14 @@ class Given:
     on_command_line: dict
     config_file: Optional[str]
     in_config_file: dict
+    per_mixer: dict  # of the config file: mixer -> {option: value}
 
-    def options(self, base={}):
-        """The options, an instance of cls: the defaults, over them the config file, `base` (name ->
-        value; a resumed run's own), the command line. BadInput for values that do not fit."""
-        values = {**self.in_config_file, **base, **self.on_command_line}
+    def options(self, base={}, mixer=None):
+        """The options, an instance of cls: the defaults, over them the config file, what it has for
+        that mixer alone, `base` (name -> value; a resumed run's own), the command line. BadInput
+        for values that do not fit."""
+        own = self.per_mixer.get(mixer, {})
+        values = {**self.in_config_file, **own, **base, **self.on_command_line}
         try:
             return self.cls(**values)
         except ValidationError as error:
@@ -242,7 +245,7 @@ def read_given(cls, argv, description, with_config_file=True, file_class=None, l
     """Reads a command line, and the config file that it names, once: Given. BadInput.
 
     A config file sets options of cls; or those of file_class, of which those that cls has too
-    count, but for the names in leave_out."""
+    count, but for the names in leave_out. What differs by mixer stands in its dict per_mixer."""
     check_text(argv)
     config_file = find_config_file(cls, argv) if with_config_file else None
     names = run_config_file(config_file) if config_file else {}
@@ -253,16 +256,39 @@ def read_given(cls, argv, description, with_config_file=True, file_class=None, l
             first(value)  # which may add options to cls
     on_command_line = read_command_line(cls, argv, description, with_config_file)
     config_file = on_command_line.pop("config_file", None)
-    in_file = {}
+    in_file, per_mixer = {}, {}
     if config_file:
-        names = names or run_config_file(config_file)
+        names = dict(names or run_config_file(config_file))
+        per_mixer = per_mixer_among(names, config_file, file_class or cls)
         in_file = options_among(names, config_file, file_class or cls)
     counting = {f.name for f in fields(cls)} - set(leave_out)
-    in_file = {name: value for name, value in in_file.items() if name in counting}
-    for name, value in in_file.items():
-        if isinstance(value, str):
-            check_text([value], f"{name} in config file {config_file}")
-    return Given(cls, on_command_line, config_file, in_file)
+    for values in (in_file, *per_mixer.values()):
+        for name in [name for name in values if name not in counting]:
+            del values[name]
+        for name, value in values.items():
+            if isinstance(value, str):
+                check_text([value], f"{name} in config file {config_file}")
+    return Given(cls, on_command_line, config_file, in_file, per_mixer)
+
+
+def per_mixer_among(names, path, cls):
+    """Takes per_mixer, {mixer: {option of cls: value}}, out of a config file's names. A pattern is
+    spelt as the option mixer is afterwards. BadInput for what is none."""
+    found = {}
+    per_mixer = names.pop("per_mixer", {})
+    if not isinstance(per_mixer, dict):
+        raise BadInput(f"config file {path}: per_mixer is no dict; "
+                       'write per_mixer = {"softmax": dict(learning_rate=3e-3)}')
+    for mixer, values in per_mixer.items():
+        place = f"{path}, per_mixer[{repr_of(mixer)}]"
+        if not isinstance(mixer, str) or not isinstance(values, dict):
+            raise BadInput(f"config file {place}: no mixer's name and a dict of its options; "
+                           'write per_mixer = {"softmax": dict(learning_rate=3e-3)}')
+        if "mixer" in values:
+            raise BadInput(f"config file {place}: mixer itself cannot be set there; leave it out")
+        pattern = ",".join(name.strip() for name in mixer.replace("+", ",").split(","))
+        found[pattern] = options_among(values, place, cls)
+    return found
 
 
 def check_text(words, where=None):

@@ -24,6 +24,7 @@ n_head = 12
 n_embd = 768       # 64 channels a head
 pos = "learned"
 bias = False
+init_std = 0.02
 block_size = 1024
 batch_size = 16
 gradient_accumulation_steps = 8

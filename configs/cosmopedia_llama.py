@@ -31,6 +31,7 @@ ffn_bias = True
 norm_eps = 1e-6
 embed_rank = 10
 zero_init_head = True
+init_std = 0.02
 block_size = 128
 batch_size = 32
 max_iters = 150

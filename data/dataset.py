@@ -23,8 +23,9 @@ from data.tokenizer import char_tokenizer, load_tokenizer
 SCAN = 2**22  # tokens checked at a time, so that a large file never sits in memory
 
 
-def load_dataset(name, block_size):
-    """The data set data/<name>, prepared if needed and possible. BadInput if anything is wrong."""
+def load_dataset(name, block_size, holdout=0.0):
+    """The data set data/<name>, prepared if needed and possible; of a text the last share `holdout`
+    of the training split takes the place of the validation split. BadInput if anything is wrong."""
     check_name(name)
     folder = DATA / name
     if not exists(folder / "meta.json"):
@@ -34,6 +35,8 @@ def load_dataset(name, block_size):
         dataset = open_rows(folder, meta, block_size)
     else:
         dataset = open_text(folder, meta, block_size)
+    if holdout:
+        dataset.hold_out(holdout, block_size)
     if read_meta(folder) != meta:
         raise BadInput(f"data/{name} was prepared anew while it was read; start again")
     return dataset
@@ -243,6 +246,16 @@ class Dataset:
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         return open_tokens(self.folder / file, n, dtype, self.vocab_size)
 
+    def hold_out(self, share, block_size):
+        """Takes that share of the training split, at its end, for the validation split. BadInput if
+        either is then too short."""
+        n = round(share * len(self.train))
+        if not block_size < n < len(self.train) - block_size:
+            raise BadInput(f"data/{self.name}: holdout={share} takes {n} of its {len(self.train)} "
+                           f"training tokens, and block_size={block_size} needs "
+                           f"{block_size + 1} in each part; choose another share")
+        self.train, self.val = self.train[:-n], self.train[-n:]
+
     def size(self):
         return f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate"
 
@@ -327,6 +340,10 @@ class Rows(Dataset):
             self.splits[split] = tokens, targets
         self.train = self.splits["train"][0]
         self.val = self.splits["val"][0]
+
+    def hold_out(self, share, block_size):
+        raise BadInput(f"holdout is of a text, and data/{self.name} is a recall task, whose val "
+                       "split is there to choose by; leave it out")
 
     def size(self):
         row_length = self.meta["row_length"]

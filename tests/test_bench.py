@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, Script, run
 
+from base.command_line import Given
 from bench import BenchOptions, code_of, model_of
 from mixers import MIXERS
 from model import GPT, GPTConfig
@@ -38,10 +39,13 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
 
 
+def given(per_mixer={}, **options):
+    return Given(BenchOptions, options, None, {}, per_mixer)
+
+
 def cell(mode, mixer, length=8, batch=2, **model):
-    options = BenchOptions(**{"n_layer": 1, "n_head": 2, "n_embd": 16, **model})
     return {"mode": mode, "batch": batch, "length": length, "mixer": mixer,
-            "model": model_of(options, mixer, length, 31),
+            "model": model_of(given(n_layer=1, n_head=2, n_embd=16, **model), mixer, length, 31),
             "device": "cpu", "dtype": "float32", "compile": False}
 
 
@@ -342,11 +346,19 @@ def test_every_mixer_in_every_mode(mixer, mode, monkeypatch):
 @pytest.mark.parametrize("pos, expected", [
     (None, "rope"), ("learned", "rope"), ("rope", "rope"), ("none", "none")])
 def test_the_length_adds_no_parameters(pos, expected):
-    a, b = (model_of(BenchOptions(pos=pos), "softmax", length, 31) for length in (16, 65536))
+    a, b = (model_of(given(pos=pos), "softmax", length, 31) for length in (16, 65536))
     assert a["pos"] == b["pos"] == expected
     assert a | {"block_size": 65536} == b
     short, long = (GPT(GPTConfig(**model)) for model in (a, b))
     assert sum(p.numel() for p in short.parameters()) == sum(p.numel() for p in long.parameters())
+
+
+def test_a_recipes_options_for_a_mixer_are_that_mixers():
+    own = {"linformer": {"linformer_segment": 8}, "softmax,linformer": {"linformer_segment": 4}}
+    segments = [model_of(given(own), mixer, 16, 31)["linformer_segment"]
+                for mixer in ("linformer", "softmax+linformer", "linformer+softmax")]
+    assert segments == [8, 4, 64]
+    assert model_of(given(own, linformer_segment=2), "linformer", 16, 31)["linformer_segment"] == 2
 
 
 def test_a_config_file_sets_the_model_and_nothing_of_its_run(bench, here):

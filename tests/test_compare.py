@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, metrics, one_line, run
 from scipy import stats
 
-from base.errors import BadInput
 from mixers import MIXERS, load_mixer_file
 from tools import compare, records
 from tools import score as scoring
@@ -80,27 +79,6 @@ def refuses(here, monkeypatch, capsys):
 
 # -- scores -------------------------------------------------------------------------------------
 
-def test_scores_are_those_of_the_two_halves_of_the_windows(home, swept, here):
-    """Against one forward pass over every window, halved by hand."""
-    from data import load_dataset
-    folder = swept / "softmax-lr0.03-seed1"
-    model, data = checkpoint.build_model(checkpoint.load(folder)), load_dataset("letters", 16)
-    losses = []
-    with torch.no_grad():
-        for x, y in data.val_batches(16, 1):
-            losses.append(F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), reduction="none"))
-    half = len(losses) // 2
-    of = scores(folder)
-    for part, mine in (("select", losses[:half]), ("report", losses[half:])):
-        assert of[part]["loss"] == pytest.approx(torch.cat(mine).mean().item(), abs=1e-5)
-        bits = of[part]["loss"] / math.log(2)
-        assert of[part]["bpb"] == pytest.approx(bits / data.bytes_per_token)
-    whole = torch.stack([loss for loss in losses[half:] if len(loss) == 16]).mean(0)
-    assert np.abs(np.array(of["by_position"])[-1] - whole[-1].item()) < 1e-5
-    last = metrics(folder)[-1]["val_loss"]
-    assert torch.cat(losses).mean().item() == pytest.approx(last, abs=1e-5)
-
-
 def test_the_example_leaks_and_is_scored_in_its_last_position(home, tmp_path):
     """The option's figure is that of windows cut by hand; the example is refused without
     --allow_leak."""
@@ -120,7 +98,7 @@ def test_the_example_leaks_and_is_scored_in_its_last_position(home, tmp_path):
         for name in ("causal_max_leak", "causal_min_leak"):
             MIXERS.pop(name)
     val = np.fromfile(home / "data/letters/val.bin", dtype="<u2").astype(np.int64)
-    val = torch.from_numpy(val[len(val) // 2:])
+    val = torch.from_numpy(val)
     losses = []
     with torch.no_grad():
         for i in range(0, len(val) - 16, STRIDE):
@@ -136,12 +114,6 @@ def with_options(folder, **values):
     (last / "config.json").write_text(json.dumps(config))
     manifest = {name: checkpoint.sha256(last / name) for name in checkpoint.FILES}
     (last / "manifest.json").write_text(json.dumps(manifest))
-
-
-def test_one_window_cannot_be_halved(run_folder, here):
-    with_options(run_folder, eval_tokens=1)
-    with pytest.raises(BadInput, match="two are needed"):
-        score(run_folder, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name, value", [

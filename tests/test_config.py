@@ -453,13 +453,82 @@ def test_every_recipe_takes_every_mixer_as_an_option(name):
         assert filled_in(options).mixer == name
 
 
-def test_the_laptop_recipe_is_nanogpts_setting_for_a_cpu():
-    options = asdict(parse(str(ROOT / "configs/shakespeare.py")))
+def test_nanogpts_demo_has_nanogpts_setting_for_a_cpu():
+    options = asdict(parse(str(ROOT / "configs/shakespeare_nanogpt.py")))
     nanogpt = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
                "max_iters": 2000, "learning_rate": 1e-3, "warmup_iters": 100, "beta2": 0.99,
                "weight_decay": 0.1, "grad_clip": 1.0, "dropout": 0.0, "bias": False,
-               "lr_schedule": "cosine", "decay_lr": True}
+               "lr_schedule": "cosine", "decay_lr": True, "init_std": 0.02, "optimizer": "adamw"}
     assert {name: options[name] for name in nanogpt} == nanogpt
+
+
+def test_the_recipes_of_one_size_have_one_size():
+    demo, strong = (asdict(parse(str(ROOT / f"configs/shakespeare{name}.py")))
+                    for name in ("_nanogpt", ""))
+    size = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "dataset")
+    assert {name: demo[name] for name in size} == {name: strong[name] for name in size}
+
+
+PER_MIXER = """
+learning_rate = 1e-3
+max_iters = 30
+per_mixer = {
+    "softmax": dict(learning_rate=2e-3, pos="rope"),
+    "lln + softmax": {"learning_rate": 4e-3},
+    "linformer": {"linformer_segment": 8, "min_lr": 0.0},
+}
+"""
+
+
+@pytest.mark.parametrize("words, expected", [
+    ([], (2e-3, "rope", 2e-4)),  # softmax is the default
+    (["--mixer=lln"], (1e-3, "learned", 1e-4)),
+    (["--mixer=lln,softmax"], (4e-3, "learned", 4e-4)),
+    (["--mixer=softmax,lln"], (1e-3, "learned", 1e-4)),
+    (["--mixer=softmax", "--learning_rate=5"], (5, "rope", 0.5)),
+    (["--mixer=softmax", "--pos=none"], (2e-3, "none", 2e-4)),
+    (["--mixer=linformer"], (1e-3, "learned", 0.0)),
+])
+def test_a_recipe_may_differ_by_mixer(config, here, words, expected):
+    options = resolved(config(PER_MIXER), *words)
+    assert (options.learning_rate, options.pos, options.min_lr) == expected
+    assert options.linformer_segment == (8 if options.mixer == "linformer" else 64)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("per_mixer = 3", "per_mixer is no dict"),
+    ("per_mixer = {'lln': 3}", r"per_mixer\['lln'\]: no mixer's name and a dict"),
+    ("per_mixer = {3: {}}", r"per_mixer\[3\]: no mixer's name"),
+    ("per_mixer = {'lln': {'learning_rat': 3}}", r"per_mixer\['lln'\].*learning_rate"),
+    ("per_mixer = {'lln': {'learning_rate': 'x'}}", r"per_mixer\['lln'\].*learning_rate"),
+    ("per_mixer = {'lln': {'mixer': 'ssa'}}", "mixer itself"),
+    ("per_mixer = {'lnl': {'learning_rate': 1}}", "lnl"),
+    ("per_mixer = {'lln': {'ssa_position': 'paper'}}", "ssa_position"),
+])
+def test_a_wrong_per_mixer_is_one_line(config, here, text, words):
+    with pytest.raises(BadInput, match=words) as error:
+        resolved(config(text), "--mixer=lln")
+    assert "\n" not in str(error.value)
+
+
+def test_a_resumed_runs_own_options_go_before_per_mixer(config, train, here):
+    tiny = [word for word in TINY if not word.startswith("--learning_rate")]
+    words = [config(PER_MIXER.replace("30", "1")), *tiny, f"--out_dir={here}/run"]
+    train(*words, "--learning_rate=7e-3")
+    options, _ = read_options([*words, "--resume"], "tests")
+    assert (options.learning_rate, options.pos) == (7e-3, "rope")
+
+
+def test_weights_start_from_the_width_unless_set(here):
+    assert resolved("--n_embd=64").init_std == 0.125
+    assert resolved("--n_embd=64", "--init_std=0.02").init_std == 0.02
+
+
+def test_what_is_added_to_a_runs_weights_starts_as_they_did(train, here):
+    train(*TINY, "--max_iters=0", "--init_std=0.3", f"--out_dir={here}/old")
+    new = [*TINY, f"--init_from={here}/old", "--mixer=ssa"]
+    assert resolved(*new).init_std == 0.3
+    assert resolved(*new, "--init_std=0.1").init_std == 0.1
 
 
 # -- what follows from other options -----------------------------------------------------------

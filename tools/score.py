@@ -3,18 +3,19 @@
 Run: python -m tools.score --out_dir=out/shakespeare_lln        (seconds)
 
 A figure that was chosen for being low is too low. So the newest checkpoint (the last one: the best
-is a choice by validation loss) is scored twice, on data that have nothing in common, and
-scores.json in the run's folder holds both:
+is a choice by validation loss) is scored on data that chose nothing, and scores.json in the run's
+folder holds
 
-    select    to choose learning rates by    of a text the first half of the validation windows,
-                                             of a recall task its val split
-    report    to compare mixers by           of a text the second half,
-                                             of a recall task its test split
+    select    to choose options by    of a text what --holdout left out of training, or null,
+                                      of a recall task its val split
+    report    to compare mixers by    of a text the whole validation split, or null with --holdout,
+                                      of a recall task its test split
 
 Each is {"loss": nats per target, "bpb": bits per byte or null, "accuracy": share of right answers
-or null}; beside them stand "by_position", of a text, the loss in nats at each of the T positions of
-the report's windows, "by_cell", of a recall task, the report's accuracy per difficulty, "iter" and
-"vocab_size" of the model, and "weights", the checksum of what was scored.
+or null}. Beside them stand, of a text's report, "by_position", the loss in nats at each of the T
+positions of the windows, and "by_block", that of each of its blocks of about 2,000 bytes, all of
+as many windows (or one more); of a recall task "by_cell", the report's accuracy per difficulty;
+"iter" and "vocab_size" of the model; and "weights", the checksum of what was scored.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
@@ -40,6 +41,7 @@ from training.device import choose_device
 from training.run_folder import check_data
 
 LOGITS_AT_ONCE = 2**24  # of a forward pass; more is no faster and needs memory
+BLOCK_BYTES = 2000      # of text in a block
 STRIDE = 4              # tokens between the windows whose last positions are scored
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -75,12 +77,15 @@ class Part(Lenient):
 
 
 class Scores(Lenient):
+    """Runs of earlier versions have the two halves of the validation split as select and report,
+    and no by_block."""
     weights: Optional[str] = None
     vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
     iter: Count
-    select: Part
-    report: Part
+    select: Optional[Part]
+    report: Optional[Part]
     by_position: Optional[Annotated[list[Optional[Measured]], Field(min_length=1)]]
+    by_block: Optional[Annotated[list[Measured], Field(min_length=1)]] = None
     by_cell: Optional[dict[str, Optional[Measured]]]
 
 
@@ -201,7 +206,7 @@ def load_scored(out_dir, device, other_data=False):
         raise BadInput(f"{saved.folder}/config.json is damaged: dtype {options.dtype} is not what "
                        f"a run was trained in; {checkpoint.REMEDY}")
     model = checkpoint.build_model(saved).to(device)
-    data = load_dataset(options.dataset, options.block_size)
+    data = load_dataset(options.dataset, options.block_size, options.holdout)
     check_data(saved, data, insist=other_data)
     dtype = DTYPES[options.dtype]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -227,21 +232,19 @@ def recall_batches(data, options, rows):
 
 
 def text_batches(data, options, rows):
-    """Of a text the first half of the validation windows, then the second, `rows` at a time."""
-    T = options.block_size
-    windows = sum(len(x) for x, _ in data.val_batches(T, rows, options.eval_tokens))
-    if windows < 2:
-        raise BadInput(f"data/{data.name}: the validation split has {windows} window of {T} "
-                       "tokens, and two are needed, one to choose by and one to report on; "
-                       "raise eval_tokens or use a longer text")
-    left = windows // 2  # of the first half
-    for x, y in data.val_batches(T, rows, options.eval_tokens):
-        first = min(len(x), left)
-        left -= first
-        if first > 0:
-            yield "select", x[:first], y[:first], 0
-        if first < len(x):
-            yield "report", x[first:], y[first:], 0
+    """Of a text the validation windows, `rows` at a time: to choose by if they were held out of
+    training, otherwise to report."""
+    part = "select" if options.holdout else "report"
+    for x, y in data.val_batches(options.block_size, rows, options.eval_tokens):
+        yield part, x, y, 0
+
+
+def block_losses(losses, T, bytes_per_token):
+    """The mean loss, in nats, of each block of a text: losses of its windows of T tokens in their
+    order, a list of floats."""
+    windows_a_block = max(1, BLOCK_BYTES / (T * bytes_per_token))
+    blocks = max(1, round(len(losses) / windows_a_block))
+    return [float(block.mean()) for block in np.array_split(losses, blocks)]
 
 
 def longest_row(scored):
@@ -260,8 +263,9 @@ def score(out_dir, device, other_data=False):
     if not scored.is_text and "test" not in data.cells:
         raise BadInput(f"data/{data.name} has no test split to report on; prepare it with one")
     T = longest_row(scored)
-    sums = {"select": Sums(T), "report": Sums(T)}
-    cells = {}
+    sums = {}     # "select" or "report" -> Sums
+    cells = {}    # name of a difficulty -> Sums
+    windows = []  # mean loss of each, of a text
     for part, x, y, cell in batches(data, scored.options):
         x, y = x.to(device), y.to(device)
         with scored.autocast:
@@ -269,8 +273,10 @@ def score(out_dir, device, other_data=False):
         losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(),
                                  ignore_index=-1, reduction="none").view_as(y)
         values = losses, logits.argmax(-1) == y, y != -1
-        sums[part].add(*values)
-        if not scored.is_text and part == "report":
+        sums.setdefault(part, Sums(T)).add(*values)
+        if scored.is_text and x.size(1) == T:  # what is left over at the end makes no window
+            windows += losses.double().mean(1).tolist()
+        elif not scored.is_text and part == "report":
             name = data.cells["test"][cell]
             cells.setdefault(name, Sums(T)).add(*values)
     for part in sums:
@@ -278,26 +284,29 @@ def score(out_dir, device, other_data=False):
         if not math.isfinite(loss):
             raise BadInput(f"{scored.checkpoint.folder}: its loss on the {part} data is {loss}; "
                            "there is nothing to compare, leave it out")
+    parts = {part: sums[part].part(data.bytes_per_token) for part in sums}
     result = {
         "weights": scored.weights,
         "vocab_size": data.vocab_size,
         "iter": scored.checkpoint.trainer["iter"],
-        "select": sums["select"].part(data.bytes_per_token),
-        "report": sums["report"].part(data.bytes_per_token),
+        "select": parts.get("select"),
+        "report": parts.get("report"),
         "by_position": None,
+        "by_block": None,
         "by_cell": None,
     }
-    if scored.is_text:
-        result["by_position"] = sums["report"].by_position()
-    else:
+    if not scored.is_text:
         result["by_cell"] = {name: cell.accuracy() for name, cell in cells.items()}
+    elif result["report"]:
+        result["by_position"] = sums["report"].by_position()
+        result["by_block"] = block_losses(windows, T, data.bytes_per_token)
     return result
 
 
 @torch.no_grad()
 def last_position_loss(out_dir, device, other_data=False):
-    """Of a text, nats per token: every STRIDE-th token of the second half of the validation split,
-    each predicted from the T before it."""
+    """Of a text, nats per token: every STRIDE-th token of the validation split, each predicted from
+    the T before it."""
     scored = load_scored(out_dir, device, other_data)
     data = scored.data
     if not scored.is_text:
@@ -305,10 +314,6 @@ def last_position_loss(out_dir, device, other_data=False):
                        "leave it out")
     T = scored.options.block_size
     tokens = torch.from_numpy(data.val.astype(np.int64))
-    tokens = tokens[len(tokens) // 2:]
-    if len(tokens) <= T:
-        raise BadInput(f"data/{data.name}: half of the validation split has {len(tokens)} tokens, "
-                       f"and --last_position needs {T + 1}; leave it out")
     windows = tokens.unfold(0, T + 1, STRIDE)  # (windows, T + 1)
     rows = max(1, LOGITS_AT_ONCE // (T * data.vocab_size))
     losses = []
@@ -341,6 +346,8 @@ def main():
     scores = scores_of(options.out_dir, device, options.other_data)
     for name in ("select", "report"):
         part = scores[name]
+        if part is None:
+            continue
         if part["bpb"] is not None:
             other = f"{part['bpb']:.4f} bits per byte"
         elif part["accuracy"] is not None:

@@ -49,6 +49,7 @@ FIELDS = {
         "layer_norm_epsilon": "norm_eps",
         "activation_function": "mlp_activation",
         "tie_word_embeddings": "tie_head",
+        "initializer_range": "init_std",
     },
     "llama": {
         "vocab_size": "vocab_size",
@@ -63,6 +64,7 @@ FIELDS = {
         "tie_word_embeddings": "tie_head",
         "attention_bias": "bias",
         "mlp_bias": "ffn_bias",
+        "initializer_range": "init_std",
     },
 }
 REQUIRED = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd"}
@@ -77,7 +79,7 @@ ACTIVATIONS = {  # theirs -> ours
 # fields of config.json that change nothing in the function computed, or in training only
 HARMLESS = re.compile(
     r"_.*|model_type|architectures|(torch_)?dtype|transformers_version|transformers\.js_config"
-    r"|use_cache|initializer_range|.*_token_id|.*pdrop|.*dropout|summary_.*|task_specific_params"
+    r"|use_cache|.*_token_id|.*pdrop|.*dropout|summary_.*|task_specific_params"
     r"|n_ctx|reorder_and_upcast_attn|pretraining_tp|id2label|label2id|return_dict|is_llama_config")
 # masks and wavelengths, which old files hold among the weights
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
@@ -202,6 +204,7 @@ def config_of(path, values):
         known |= {"rope_theta", "rope_scaling", "rope_parameters"}
         ours["rope_base"] = rope_base(path, values)
         ours.setdefault("ffn_bias", False)
+    ours.setdefault("init_std", 0.02)  # of what the mixer adds to these weights
     config = model_config(ours | {"arch": arch}, path)
     if values.get("head_dim", config.n_embd // config.n_head) != config.n_embd // config.n_head:
         refuse(path, "head_dim", values["head_dim"])
@@ -265,7 +268,9 @@ def take_architecture(options, explicit):
         values["block_size"] = min(values["block_size"], options.block_size)
     contradicted = []
     for name, value in values.items():
-        if name in explicit and getattr(options, name) not in (None, value):
+        if name == "init_std" and options.init_std is not None:
+            values[name] = options.init_std
+        elif name in explicit and getattr(options, name) not in (None, value):
             contradicted.append(f"{name} {getattr(options, name)}, which is {value} there")
     if contradicted:
         raise BadInput(f"--init_from={options.init_from} does not go with "

@@ -21,6 +21,7 @@ from base.command_line import one_line, read_given
 from base.errors import BadInput, is_out_of_memory
 from base.files import exists, read_json, write_json
 from config import Options, filled_in
+from mixers import layer_mixers
 from model import model_config
 from training import checkpoint, pretrained
 
@@ -49,7 +50,9 @@ def read_options(argv, description, lock=None):
     FolderLock is taken before the run is read that --resume goes on with or --overwrite
     clears."""
     words = read_given(Options, argv, description)
-    options, config_file, given = words.options(), words.config_file, set(words.on_command_line)
+    config_file, given = words.config_file, set(words.on_command_line)
+    check_per_mixer(words)
+    options = words.options(mixer=pattern_of(words.options().mixer))
     refuse_contradictions(options)
     options = replace(options, out_dir=choose_out_dir(options, config_file, given))
     saved = None
@@ -76,8 +79,35 @@ def read_options(argv, description, lock=None):
                        "name these, or leave it out")
     if not saved and options.init_from and pretrained.is_pretrained(options.init_from):
         chosen = given | words.in_config_file.keys() | own.keys()
+        chosen |= words.per_mixer.get(pattern_of(options.mixer), {}).keys()
         options = pretrained.take_architecture(options, chosen)
+    elif not saved and options.init_from and options.init_std is None:
+        options = replace(options, init_std=start_of_run(options.init_from))
     return filled_in(fill_in_rates(options)), saved
+
+
+def start_of_run(folder):
+    """The init_std of a run, for parameters that are added to its weights."""
+    path = Path(folder) / "config.json"
+    own = own_options(read_json(path, checkpoint.REMEDY), path, checkpoint.REMEDY)
+    return own.get("init_std", 0.02)  # older runs do not say
+
+
+def check_per_mixer(words):
+    """BadInput if a config file has options for a mixer that is none."""
+    for mixer in words.per_mixer:
+        try:
+            layer_mixers(mixer)
+        except ValueError as error:
+            raise BadInput(f"config file {words.config_file}, per_mixer: {error}") from error
+
+
+def pattern_of(mixer):
+    """The one spelling of a mixer or pattern; what is none stays, to be refused elsewhere."""
+    try:
+        return ",".join(layer_mixers(mixer))
+    except ValueError:
+        return mixer
 
 
 def refuse_contradictions(options):
