@@ -68,6 +68,8 @@ def how_to_prepare(name):
         return f"prepare it again: python data/{name}/prepare.py"
     if name in RECALL_SETS:
         return f"prepare it again: python -m data.prepare {name}"
+    if name.startswith("books_"):
+        return f"prepare it again: python data/books/prepare.py --name={name} --tokenizer=..."
     return f"prepare it again: python -m data.text --input FILE --name {name}"
 
 

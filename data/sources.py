@@ -70,6 +70,27 @@ def download(url):
     return run_python("-c", get, url, seconds=DOWNLOAD_SECONDS)
 
 
+GET_FILE = """
+import sys, urllib.request
+url, path, at_most = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with urllib.request.urlopen(url) as answer, open(path, "xb") as file:
+    while block := answer.read(2**20):
+        file.write(block)
+        if file.tell() > at_most:
+            sys.exit(f"more than {at_most:,} bytes")
+"""
+
+
+def download_file(url, path, at_most, seconds):
+    """Fetches a large file to `path`, which is whole or absent. OSError if that fails, takes longer
+    or gives more bytes."""
+    print(f"fetching {url}", flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, suffix=".tmp") as folder:
+        fresh = Path(folder) / path.name
+        run_python("-c", GET_FILE, url, str(fresh), str(at_most), seconds=seconds)
+        os.replace(fresh, path)
+
+
 class Wheel:
     """A wheel in memory: nothing of it is installed or run."""
 

@@ -263,6 +263,15 @@ def same_tokens(one, other):
     return all(one.decode_bytes([i]) == other.decode_bytes([i]) for i in ids)
 
 
+def end_of_text(tokenizer):
+    """The id of the token that stands behind a document. BadInput if the tokenizer has none."""
+    for name in (END_OF_TEXT, "<|end_of_text|>", "</s>"):
+        if name in tokenizer.special_tokens:
+            return tokenizer.special_tokens[name]
+    raise BadInput(f"the tokenizer has no special token {END_OF_TEXT} to end a text with; "
+                   "choose another one")
+
+
 def train_bpe(texts, vocab_size):
     """A BPETokenizer of the most frequent merges in texts: the 256 bytes, the end of a text and up
     to vocab_size - 257 merges. Words are cut as GPT-2 cuts them."""
