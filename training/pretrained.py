@@ -23,11 +23,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, create_model
 
 from base.errors import BadInput, first_few
-from base.files import exists, is_file, read_json
+from base.files import exists, is_file, read_bytes, read_json
 from config import ModelOptions
 from mixers import mechanism_of
 from data.named_tokenizer import pretrained_tokenizer
-from data.sources import smollm2
+from data.sources import smollm2, smollm2_path
 from data.tokenizer import same_tokens
 from model import GPTConfig, model_config
 from training import checkpoint
@@ -388,3 +388,41 @@ def stack(init_from, names, parts, transposed):
         return torch.cat([p.t() if transposed else p for p in parts])
     except RuntimeError as error:
         raise BadInput(f"{wrong}: shapes that do not fit each other; {REMEDY}") from error
+
+
+# Whose weights they are ---------------------------------------------------------------------------
+
+def origin(config):
+    """The pretrained model that a run's weights go back to, as its config.json (dict) and those of
+    the runs before it name it; None if it began at random."""
+    seen = set()
+    name = config.get("init_from")
+    while isinstance(name, str) and name not in seen:
+        if is_pretrained(name) or not is_file(Path(name) / "config.json"):
+            return name
+        seen.add(name)
+        name = read_json(Path(name) / "config.json", REMEDY).get("init_from")
+    return None
+
+
+def notices(init_from, trained):
+    """name -> text of the files that a copy of a pretrained model's weights has to carry. trained:
+    whether they were changed by training. Nothing is fetched for it."""
+    path = smollm2_path() if init_from == "smollm2" else Path(init_from)
+    changes = "trained further with nanomix" if trained else "otherwise unchanged"
+    if not is_gguf(init_from) or not is_file(path):
+        return {"NOTICE": f"These weights started from {init_from}, {changes}. Its licence holds "
+                          "for them too.\n"}
+    file = GGUF(path)
+    told = [str(file.values.get(f"general.{key}", "unknown"))
+            for key in ("name", "organization", "license")]
+    name, organization, licence = told
+    kinds = sorted({info.quantisation for info in file.tensors.values()})
+    files = {"NOTICE": (
+        f"These weights are those of {name}, of {organization}, licence: {licence},\n"
+        f"from {path.name}, sha256 {checkpoint.sha256(path)}.\n"
+        f"Changes: dequantised from {', '.join(kinds)} to float32, {changes}.\n")}
+    licence_path = path.with_name("LICENSE")
+    if init_from == "smollm2" and is_file(licence_path):
+        files["LICENSE"] = read_bytes(licence_path, 2**20, "remove it").decode(errors="replace")
+    return files
