@@ -114,10 +114,10 @@ def check_member(path, member, parts, top, number):
 
 
 def files_of_folder(root):
-    """(path, bytes) of each Author/Title.md in a folder or in its one folder. BadInput for a
-    link."""
-    if not any(root.glob("*/*.md")):
-        [root] = [path for path in root.iterdir() if path.is_dir()][:1] or [root]
+    """(path, bytes) of each Author/Title.md in a folder, or in that of an unpacked archive in it.
+    BadInput for a link."""
+    for unpacked in root.glob("classic-books-markdown-*"):
+        root = unpacked
     for path in root.glob("*/*.md"):
         if path.is_symlink() or path.parent.is_symlink():
             raise BadInput(f"{path} is a link, which is not followed; {REMEDY}")
@@ -134,8 +134,9 @@ def is_ours(path, content):
 def read_books(source):
     """The books, {path: bytes} in the order of the paths' bytes. BadInput if they are not the
     expected ones."""
-    if not exists(source):
-        raise BadInput(f"--source {source} does not exist; {REMEDY}")
+    if not source.is_dir() and not is_file(source):
+        wrong = "is no regular file" if exists(source) else "does not exist"
+        raise BadInput(f"--source {source} {wrong}; {REMEDY}")
     files = files_of_folder(source) if source.is_dir() else files_of_archive(source)
     books = {path: content for path, content in files if is_ours(path, content)}
     books = dict(sorted(books.items(), key=lambda item: item[0].encode(errors="surrogateescape")))
