@@ -79,7 +79,7 @@ class DataOptions:
         0.0, "share of a text's training split, at its end, that is left out of training and "
         "evaluated on in place of val: to choose options by", ge=0, lt=1)
     eval_split: Literal["val", "test"] = option(
-        "val", "what --eval_only evaluates on; recall tasks have a test split")
+        "val", "what --eval_only evaluates on; recall tasks and books have a test split")
     eval_interval: int = option(
         250, "optimiser steps between evaluations, each with a checkpoint", ge=1)
     eval_tokens: int = option(

@@ -149,6 +149,8 @@ class Meta(BaseModel):
 
 class TextMeta(Meta):
     val_bytes: Count
+    test_tokens: Optional[Count] = None
+    test_bytes: Optional[Count] = None
     alphabet: Optional[str] = None
 
 
@@ -237,6 +239,10 @@ class Dataset:
         self.cells = {"val": [None]}  # a text is of one difficulty
         self.train = self.open("train.bin", meta["train_tokens"])
         self.val = self.open("val.bin", meta["val_tokens"])
+        if meta.get("test_tokens") and meta.get("test_bytes"):
+            self.cells["test"] = [None]
+            self.test = self.open("test.bin", meta["test_tokens"])
+            self.test_bytes_per_token = meta["test_bytes"] / meta["test_tokens"]
 
     def set_up(self, folder, meta):
         self.folder = folder
@@ -292,18 +298,22 @@ class Dataset:
         return x, y
 
     def val_batches(self, block_size, rows, max_tokens=None):
-        """The validation split as consecutive windows: x and y, both int64 (B, T), B <= rows.
+        """The windows of the validation split."""
+        return self.windows(self.val, block_size, rows, max_tokens)
+
+    def windows(self, tokens, block_size, rows, max_tokens=None):
+        """Tokens (n,) as consecutive windows: x and y, both int64 (B, T), B <= rows.
 
         Every token but the first is a target exactly once; what is left over at the end comes as a
         last (1, rest) window. If that is more than max_tokens targets: max_tokens // block_size
         windows (at least one), evenly spread, always the same.
         """
-        n_targets = len(self.val) - 1
+        n_targets = len(tokens) - 1
         full, rest = divmod(n_targets, block_size)
         whole = max_tokens is None or n_targets <= max_tokens
         take = full if whole else min(full, max(1, max_tokens // block_size))
         starts = np.arange(take) * full // take * block_size
-        tokens = self.val.view(np.ndarray)
+        tokens = tokens.view(np.ndarray)
         for i in range(0, take, rows):
             positions = starts[i:i + rows, None] + np.arange(block_size + 1)
             window = torch.from_numpy(tokens[positions].astype(np.int64))  # (B, T + 1)
@@ -315,7 +325,8 @@ class Dataset:
     def eval_batches(self, split, block_size, rows, max_tokens=None):
         """What an evaluation on a split reads: yields x, y and the number of their difficulty
         cell."""
-        for x, y in self.val_batches(block_size, rows, max_tokens):
+        tokens = self.test if split == "test" else self.val
+        for x, y in self.windows(tokens, block_size, rows, max_tokens):
             yield x, y, 0
 
 

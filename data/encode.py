@@ -1,13 +1,13 @@
 """Encodes texts by a tokenizer.json of Hugging Face's, in a process that its parent can end.
 
 stdin: a line of JSON {"tokenizer": the file's content, "lengths": bytes of each text}, the texts.
-stdout: a line of JSON, the number of tokens of each; all ids, little-endian uint32.
+stdout: a line of JSON, the number of tokens of each; all ids, uint32.
 """
 import json
 import resource
 import sys
+from array import array
 
-import numpy as np
 from tokenizers import Tokenizer
 
 BYTES = 2**32          # of address space, for the library and the vocabulary
@@ -28,10 +28,10 @@ def main():
     documents = []
     for length in lengths:
         text = sys.stdin.buffer.read(length).decode()
-        documents.append(np.array(tokenizer.encode(text, add_special_tokens=False).ids, "<u4"))
+        documents.append(array("I", tokenizer.encode(text, add_special_tokens=False).ids))
     print(json.dumps([len(ids) for ids in documents]), flush=True)
     for ids in documents:
-        sys.stdout.buffer.write(ids.tobytes())
+        ids.tofile(sys.stdout.buffer)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def encode_apart(file, contents):
         raise BadInput(f"the tokenizer fails: {reason[:300]}; {remedy}")
     counts, _, ids = done.stdout.partition(b"\n")
     counts = json.loads(counts)
-    return np.split(np.frombuffer(ids, "<u4"), np.cumsum(counts)[:-1])
+    return np.split(np.frombuffer(ids, np.uint32), np.cumsum(counts)[:-1])
 
 
 class NumberTokenizer:

@@ -1,5 +1,6 @@
 """data/books on made-up archives: which books, whose are held out, what becomes of a text, hostile
 archives; and the real one where it is at hand."""
+import contextlib
 import hashlib
 import io
 import json
@@ -8,11 +9,16 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 
 from base.errors import BadInput
+from config import Options
 from data import files, load_dataset
 from data.books import prepare as books
 from data.tokenizer import ByteTokenizer, gpt2_tokenizer, load_tokenizer
+from training.evaluation import evaluate
+from training.machine import Machine
+from training.parallel import World
 
 TOP = "classic-books-markdown-1234"
 # of these names the hash puts the first two into val, the next two into test, the rest into train
@@ -127,6 +133,26 @@ def test_whole_authors_are_held_out(data, tmp_path):
     loaded = load_dataset("books", 16)
     assert len(loaded.val) == meta["val_tokens"]
     assert loaded.bytes_per_token == meta["val_bytes"] / meta["val_tokens"]
+
+
+def test_the_test_split_is_evaluated_when_asked_for(data, tmp_path, monkeypatch):
+    prepare(archive(tmp_path / "a.gz", repository()))
+    loaded = load_dataset("books", 16)
+    test = np.fromfile(data / "books" / "test.bin", "<u2")
+    rows = [y.flatten() for x, y, _ in loaded.eval_batches("test", 16, 4)]
+    assert torch.cat(rows).tolist() == test[1:].tolist()
+    options = Options(dataset="books", block_size=16)
+
+    class Guess(torch.nn.Module):
+        def loss(self, x, y):
+            return torch.tensor(2.0)
+
+    machine = Machine(torch.device("cpu"), contextlib.nullcontext(), World())
+    for split in ("val", "test"):
+        result = evaluate(Guess(), loaded, options, machine, split)
+        meta = loaded.meta
+        per_byte = meta[f"{split}_tokens"] / meta[f"{split}_bytes"]
+        assert result.loss == 2 and result.bpb == pytest.approx(2 / np.log(2) * per_byte)
 
 
 def test_one_author_in_any_spelling_is_in_one_split():
