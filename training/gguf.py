@@ -27,7 +27,7 @@ VERSIONS = (2, 3)
 ENTRIES = 2**16        # most key-value pairs, and most tensors
 STRING_BYTES = 2**20   # of the longest string; chat templates have some thousands
 ARRAY_ITEMS = 2**22    # of the longest array; vocabularies have some 100,000 tokens
-HEADER_BYTES = 2**28
+HEADER_BYTES = 2**26   # a vocabulary of 256,000 tokens takes some 2**24
 MOST_AXES = 4
 
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
@@ -104,6 +104,9 @@ class Header:
             raise self.damaged(f"{what} is an array of arrays, which no model needs")
         if n * LEAST_BYTES.get(kind, 1) > self.n_bytes - self.position:
             raise self.damaged(f"{what} of {n:,} items goes beyond its end")
+        if kind in NUMBERS:
+            content = self.take(n * LEAST_BYTES[kind], what)
+            return np.frombuffer(content, f"<{NUMBERS[kind]}").tolist()
         return [self.item(kind, what) for _ in range(n)]
 
     def tensor_info(self):
@@ -361,7 +364,7 @@ def tokenizer_json(file):
     if values.get("pre") not in list(PRE_TOKENIZERS):
         raise not_implemented(file, "tokenizer.ggml.pre", values.get("pre"))
     tokens, merges = values.get("tokens"), values.get("merges")
-    kinds = values.get("token_type", [])
+    kinds = values.get("token_type")
     for key, texts in (("tokens", tokens), ("merges", merges)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise BadInput(f"{shown(file.path)} is damaged: tokenizer.ggml.{key} is no list of "
@@ -370,7 +373,7 @@ def tokenizer_json(file):
     if len(vocabulary) < len(tokens):
         raise BadInput(f"{shown(file.path)} is damaged: a token stands there twice; {REMEDY}")
     added = []
-    for i, (token, kind) in enumerate(zip(tokens, kinds)):
+    for i, (token, kind) in enumerate(zip(tokens, kinds if isinstance(kinds, list) else [])):
         if kind in (CONTROL, USER_DEFINED):
             added.append({"id": i, "content": token, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False, "special": kind == CONTROL})

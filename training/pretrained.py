@@ -22,19 +22,18 @@ from typing import Optional
 import torch
 from pydantic import BaseModel, ConfigDict, create_model
 
-from base.errors import BadInput, first_few
+from base.errors import BadInput, first_few, printable
 from base.files import exists, is_file, read_bytes, read_json
 from config import ModelOptions
-from mixers import mechanism_of
 from data.named_tokenizer import pretrained_tokenizer
 from data.sources import smollm2, smollm2_path
 from data.tokenizer import same_tokens
+from mixers import mechanism_of
 from model import GPTConfig, model_config
 from training import checkpoint
 from training.gguf import GGUF, llama_config, llama_tensors
 
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-NAMES = (*HUB_NAMES, "smollm2")  # which are fetched
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "smollm2")  # which are fetched
 REMEDY = "fetch the folder again"
 
 # config.json's name -> our option
@@ -348,10 +347,11 @@ def read_weights(init_from, config):
 
 
 def how_to_tokenize(init_from):
-    """The data set or the command that has a text in the model's tokens."""
-    if init_from in HUB_NAMES:
-        return "shakespeare"
-    return f"python -m data.text --input FILE --name NAME --tokenizer={init_from}"
+    """The command that prepares a text in the model's tokens, or where it brings no tokenizer, the
+    data set in GPT-2's."""
+    if is_gguf(init_from) or is_file(Path(init_from) / "tokenizer.json"):
+        return f"python -m data.text --input FILE --name NAME --tokenizer={init_from}"
+    return "GPT-2's: shakespeare"
 
 
 def check_tokenizer(init_from, data):
@@ -414,7 +414,7 @@ def notices(init_from, trained):
         return {"NOTICE": f"These weights started from {init_from}, {changes}. Its licence holds "
                           "for them too.\n"}
     file = GGUF(path)
-    told = [str(file.values.get(f"general.{key}", "unknown"))
+    told = [printable(str(file.values.get(f"general.{key}", "unknown"))[:200])
             for key in ("name", "organization", "license")]
     name, organization, licence = told
     kinds = sorted({info.quantisation for info in file.tensors.values()})
