@@ -3,9 +3,10 @@ from pathlib import Path
 
 from base.errors import BadInput
 from base.files import exists, is_file, shown
+from base.gguf import GGUF
+from data.gguf_tokenizer import tokenizer_json
 from data.sources import gpt2, smollm2
 from data.tokenizer import ByteTokenizer, bpe_of_file, received_tokenizer, train_bpe
-from training.gguf import GGUF, tokenizer_json
 
 NAMES = ("bytes", "gpt2", "bpe", "smollm2")
 BPE_VOCAB_SIZE = 4096

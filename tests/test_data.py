@@ -76,7 +76,8 @@ def data(monkeypatch, tmp_path):
 def clone(tmp_path):
     """The repository's code for data in a folder of its own, for processes."""
     folder = tmp_path / "clone"
-    code = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "__pycache__")
+    code = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "*.gguf", "*.gz",
+                                  "__pycache__")
     shutil.copytree(ROOT / "data", folder / "data", ignore=code)
     shutil.copytree(ROOT / "base", folder / "base", ignore=code)
     return folder

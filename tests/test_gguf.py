@@ -20,12 +20,15 @@ from safetensors.torch import load_file
 from test_train import equal
 
 from base.errors import BadInput
+from base.gguf import GGUF, QUANTISATIONS
 from data import sources
 from data.files import write_text_dataset
+from data.gguf_tokenizer import tokenizer_json
 from data.named_tokenizer import pretrained_tokenizer
 from model import GPT
 from tools import export_hf
-from training import checkpoint, gguf, pretrained
+from training import checkpoint, pretrained
+from training.gguf import hugging_face_name, unpermuted
 
 REAL = ROOT / "data" / "smollm2" / sources.SMOLLM2_FILE
 SHORT = ["--batch_size=2", "--device=cpu", "--eval_tokens=200", "--warmup_iters=0",
@@ -79,10 +82,10 @@ def assert_same_logits(path):
 
 # -- reading ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", gguf.QUANTISATIONS)
+@pytest.mark.parametrize("kind", QUANTISATIONS)
 def test_every_quantisation(kind, tmp_path):
     path = made_up_gguf.write(tmp_path / "a.gguf", kind, tied=kind == "Q4_0")
-    file = gguf.GGUF(path)
+    file = GGUF(path)
     name = "blk.1.attn_k.weight"
     info = file.tensors[name]
     assert info.quantisation == kind and info.shape == (128, 256)
@@ -96,7 +99,7 @@ def test_every_quantisation(kind, tmp_path):
 def test_the_usual_rope_and_as_many_key_heads(tmp_path):
     path = made_up_gguf.write(tmp_path / "a.gguf", rope_freq_base=None, head_count_kv=None,
                               head_count=2)
-    file = gguf.GGUF(path)
+    file = GGUF(path)
     assert "llama.rope.freq_base" not in file.values
     with pytest.raises(BadInput, match="blocks.0.mixer.c_attn.proj.weight"):
         ours(path)  # its k and v have half the rows
@@ -110,7 +113,7 @@ def test_biases_are_read_too(tmp_path):
     path = made_up_gguf.write(tmp_path / "a.gguf", bias=True)
     model = ours(path)
     assert model.config.bias and model.config.ffn_bias
-    file = gguf.GGUF(path)
+    file = GGUF(path)
     stacked = model.blocks[1].mixer.c_attn.proj.bias[:256].tolist()
     q = file.tensor("blk.1.attn_q.bias")
     for head in range(4):
@@ -219,7 +222,7 @@ def test_hostile_files_are_one_line(case, train, tmp_path):
 def test_bytes_cut_or_changed_are_bad_input_or_another_model(small):
     """Any byte of the header: nothing else is raised, nothing hangs, nothing large is asked for."""
     whole = small.read_bytes()
-    end = min(tensor.start for tensor in gguf.GGUF(small).tensors.values())
+    end = min(tensor.start for tensor in GGUF(small).tensors.values())
     draw = random.Random(1)
     bad = small.with_name("bad.gguf")
     refused = 0
@@ -229,7 +232,7 @@ def test_bytes_cut_or_changed_are_bad_input_or_another_model(small):
         bad.write_bytes(changed[:draw.randrange(end)] if draw.random() < 0.2 else changed)
         try:
             pretrained.read_config(str(bad))
-            gguf.tokenizer_json(gguf.GGUF(bad))
+            tokenizer_json(GGUF(bad))
         except BadInput:
             refused += 1
     assert 50 < refused < 150
@@ -274,9 +277,9 @@ def test_other_architectures_and_tensors(tmp_path, train, tokenized):
 
 
 def test_rows_that_heads_cannot_share(small):
-    file = gguf.GGUF(small)
+    file = GGUF(small)
     with pytest.raises(BadInput, match="attn_k.weight has 6 rows, which 2 heads cannot share"):
-        gguf.unpermuted(file, "blk.0.attn_k.weight", np.zeros((6, 4)), 2)
+        unpermuted(file, "blk.0.attn_k.weight", np.zeros((6, 4)), 2)
 
 
 # -- its tokenizer ---------------------------------------------------------------------------------
@@ -375,7 +378,7 @@ def export(here, monkeypatch, capsys):
 
 def in_their_layout(path):
     """Hugging Face's name -> tensor of the made-up LLaMA, q and k row by row."""
-    file = gguf.GGUF(path)
+    file = GGUF(path)
     tensors = {}
     for name in file.tensors:
         tensor = file.tensor(name)
@@ -384,7 +387,7 @@ def in_their_layout(path):
             for head in range(len(tensor) // 64):
                 order += [64 * head + i for i in (*range(0, 64, 2), *range(1, 64, 2))]
             tensor = tensor[order]
-        tensors[gguf.hugging_face_name(name)] = torch.from_numpy(tensor)
+        tensors[hugging_face_name(name)] = torch.from_numpy(tensor)
     return tensors
 
 

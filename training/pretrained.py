@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from base.errors import BadInput, first_few, printable
 from base.files import exists, is_file, read_bytes, read_json
+from base.gguf import GGUF
 from config import ModelOptions
 from data.named_tokenizer import pretrained_tokenizer
 from data.sources import smollm2, smollm2_path
@@ -31,7 +32,7 @@ from data.tokenizer import same_tokens
 from mixers import mechanism_of
 from model import GPTConfig, model_config
 from training import checkpoint
-from training.gguf import GGUF, llama_config, llama_tensors
+from training.gguf import llama_config, llama_tensors
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "smollm2")  # which are fetched
 REMEDY = "fetch the folder again"
@@ -139,7 +140,7 @@ def is_pretrained(init_from):
 def is_gguf(init_from):
     if init_from == "smollm2":
         return not exists(init_from)
-    return init_from.endswith(".gguf") and not exists(Path(init_from) / "checkpoints")
+    return Path(init_from).suffix == ".gguf" and not exists(Path(init_from) / "checkpoints")
 
 
 def open_gguf(init_from):
