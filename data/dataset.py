@@ -17,7 +17,7 @@ from base.command_line import nearest
 from base.errors import BadInput
 from base.files import exists, is_file, read_json, shown
 from data.files import DATA, check_name, clean_up, locked, old_of
-from data.tasks import RECALL_SETS, write_recall_set
+from data.tasks import RECALL_SETS, check_version, write_recall_set
 from data.tokenizer import char_tokenizer, load_tokenizer
 
 SCAN = 2**22  # tokens checked at a time, so that a large file never sits in memory
@@ -31,6 +31,7 @@ def load_dataset(name, block_size, holdout=0.0):
     if not exists(folder / "meta.json"):
         prepare(folder)
     meta = read_meta(folder)
+    check_version(name, meta)
     if "row_length" in meta:
         dataset = open_rows(folder, meta, block_size)
     else:

@@ -7,16 +7,18 @@ tokens and targets are (n, length). targets[i, t] is the answer due when tokens[
 read, and 0 where none is due: token 0 pads rows and is never an answer. What sets a difficulty
 (length, pairs, ...) is a cell, and accuracy is counted cell by cell.
 """
+import math
 from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
 
-from base.errors import BadInput
+from base.errors import BadInput, printable
 from data.files import SPLITS, check_ours, write_folder
 from data.tokenizer import NumberTokenizer
 
 SEED = 2024
+MADE_BY = "data.prepare"
 ROWS_AT_ONCE = 4096
 
 
@@ -32,10 +34,13 @@ def mqar(rng, n, vocab_size, length, pairs, power=0.01):
 
     Keys are 1 .. V/2 - 1 and values V/2 .. V - 1, without repetition in a row. Behind the pairs
     every second place can hold a question; the i-th of them is chosen with a weight of
-    i^(power - 1), so that most gaps are short; they are drawn for one pair after the other, as in
-    the reference, so that a place alone says a little about its pair (tests/test_tasks.py). The
-    places left over hold any token but the row's keys: in the reference code they may be keys,
-    with another answer beside.
+    i^(power - 1), so that most gaps are short. The places left over hold any token but the row's
+    keys.
+
+    Two deviations from the reference code: there the first pair has the first draw of a place, and
+    so on, so that a place alone says something about its pair (enough for 0.16 of the answers at
+    64 tokens; here which pair is asked for where is a random order); and there the places left over
+    may hold keys too, with another answer beside.
     """
     half = vocab_size // 2
     start = 2 * pairs  # of the questions
@@ -62,7 +67,8 @@ def mqar(rng, n, vocab_size, length, pairs, power=0.01):
     places = (length - start) // 2
     weights = np.arange(1, places + 1) ** (power - 1)
     order = (rng.exponential(size=(n, places)) / weights).argsort(1)
-    asked = start + 2 * order[:, :pairs]  # (n, pairs): where the key of each pair is asked for
+    # (n, pairs): where the key of each pair is asked for
+    asked = start + 2 * rng.permuted(order[:, :pairs], axis=1)
     tokens[row, asked] = keys
     targets = np.zeros((n, length), int)
     targets[row, asked] = values
@@ -84,6 +90,64 @@ def induction(rng, n, vocab_size, length):
     tokens[:, -1] = 1
     targets = np.zeros((n, length), int)
     targets[:, -1] = tokens[row, trigger + 1]
+    return tokens, targets
+
+
+def induction_all(rng, n, vocab_size, length, questions):
+    """Induction without a trigger of its own: every symbol is one. The row begins with
+    length - questions different symbols, 1 .. V - 1; then some of them follow in a random order,
+    each once, and the symbol that followed it before is due. The last of the first part has none
+    and is not asked for. With length=8 and questions=3:
+
+        tokens    7  4  1  9  2  4  9  1
+        targets   .  .  .  .  .  1  2  9
+
+    So a state must hold all pairs of neighbours, and what was a value is a key.
+    """
+    row = np.arange(n)[:, None]
+    body = length - questions
+    if questions >= body or body >= vocab_size:
+        raise BadInput(f"induction_all: {questions} questions on {body} different symbols need "
+                       f"fewer questions and a vocabulary above {body}, not {vocab_size}")
+    symbols = distinct(rng, n, body, 1, vocab_size)
+    asked = distinct(rng, n, questions, 0, body - 1)
+    targets = np.zeros((n, length), int)
+    targets[:, body:] = symbols[row, asked + 1]
+    return np.concatenate([symbols, symbols[row, asked]], axis=1), targets
+
+
+def overwrite(rng, n, vocab_size, length, keys, writes):
+    """Overwriting: pairs of a key and a value as in mqar, but keys come again with other values;
+    then each key once, in a random order, when the value it was last given is due. With
+    vocab_size=16, length=10, keys=2 and writes=4:
+
+        tokens    3 12  5  9  3 14  3 10  5  3     (3 -> 12, then 14, then 10)
+        targets   .  .  .  .  .  .  .  .  9 10
+
+    Keys are 1 .. V/2 - 1 and values V/2 .. V - 1, none of which is written twice in a row. Of the
+    writes one is for each key and the others for random ones, shuffled; length is
+    2 writes + keys."""
+    half = vocab_size // 2
+    if keys > writes or max(keys, writes) >= half or length != 2 * writes + keys:
+        raise BadInput(f"overwrite: {writes} writes to {keys} keys need as many keys at most, a "
+                       f"vocabulary above {2 * writes + 1} and rows of {2 * writes + keys} tokens, "
+                       f"not {vocab_size} and {length}")
+    row = np.arange(n)[:, None]
+    own = distinct(rng, n, keys, 1, half)
+    again = rng.integers(keys, size=(n, writes - keys))
+    each = np.broadcast_to(np.arange(keys), (n, keys))
+    written = rng.permuted(np.concatenate([each, again], axis=1), axis=1)  # (n, writes): which key
+    values = distinct(rng, n, writes, half, vocab_size)
+    last = np.zeros((n, keys), int)
+    for i in range(writes):
+        last[row[:, 0], written[:, i]] = values[:, i]
+    asked = rng.permuted(each, axis=1)
+    tokens = np.zeros((n, length), int)
+    tokens[:, 0:2 * writes:2] = own[row, written]
+    tokens[:, 1:2 * writes:2] = values
+    tokens[:, 2 * writes:] = own[row, asked]
+    targets = np.zeros((n, length), int)
+    targets[:, 2 * writes:] = last[row, asked]
     return tokens, targets
 
 
@@ -147,6 +211,33 @@ def parity(rng, n, vocab_size, length, asked_from):
     return 1 + bits, targets
 
 
+# of three things: as they were, with two of them swapped, turned
+ORDERS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1)]
+PRODUCT = np.array([[ORDERS.index(tuple(a[i] for i in b)) for b in ORDERS] for a in ORDERS])
+
+
+def s3(rng, n, vocab_size, length, asked_from, moves):
+    """The word problem of S3, the orders of three things (as a task Liu et al. 2022, arXiv
+    2210.10749; Merrill et al. 2024, 2404.08819): they change places, and how they stand is due.
+
+    Token p puts at place i what stood at place ORDERS[p - 1][i]: 1 leaves all as it is, 2, 3 and 4
+    swap two, and if moves=6 (or else 4) 5 and 6 turn all three. After each token from the
+    asked_from-th on (counted from 1) the order of now is due, by its number in ORDERS. With
+    asked_from=2:
+
+        tokens    2  3  5  1  4
+        targets   .  6  1  1  4     (0 2 1, then 2 0 1, then 0 1 2, the same, then 2 1 0)
+    """
+    tokens = rng.integers(1, 1 + moves, (n, length))
+    targets = np.zeros((n, length), int)
+    now = np.zeros(n, int)
+    for t in range(length):
+        now = PRODUCT[now, tokens[:, t] - 1]
+        if t + 1 >= asked_from:
+            targets[:, t] = 1 + now
+    return tokens, targets
+
+
 def distinct(rng, n, k, low, high):
     """(n, k) integers from low .. high - 1, no two in a row equal."""
     drawn = np.empty((n, k), int)
@@ -169,6 +260,7 @@ class RecallSet:
     train: list
     val: list
     test: list
+    version: int = 1  # one more when the same cells are drawn anew
 
 
 def alike(rows, cells):
@@ -191,12 +283,22 @@ COPYING_PAPER = [dict(length=256, symbols=16)]
 PASSKEY = [dict(length=length, depth=depth) for length in (64, 128) for depth in (0, 25, 50, 75)]
 PARITY = [dict(length=16, asked_from=1), dict(length=32, asked_from=17)]
 PARITY_LONGER = [dict(length=64, asked_from=33), dict(length=128, asked_from=65)]
+INDUCTION_ALL = [dict(length=symbols + 8, questions=8) for symbols in (12, 24, 48)]
+OVERWRITE = [dict(length=2 * writes + 8, keys=8, writes=writes) for writes in (8, 16, 24)]
+S3 = [dict(length=16, asked_from=1, moves=moves) for moves in (4, 6)]
+S3_LONGER = [dict(length=32, asked_from=17, moves=moves) for moves in (4, 6)]
 
 RECALL_SETS = {
     # those of a laptop's size
-    "mqar": RecallSet(mqar, 64, alike(20_000, MQAR), alike(500, MQAR), alike(1000, MQAR)),
+    "mqar": RecallSet(
+        mqar, 64, alike(20_000, MQAR), alike(500, MQAR), alike(1000, MQAR), version=2),
     "induction": RecallSet(
         induction, 32, alike(20_000, INDUCTION), alike(500, INDUCTION), alike(1000, INDUCTION)),
+    "induction_all": RecallSet(
+        induction_all, 64, alike(20_000, INDUCTION_ALL), alike(500, INDUCTION_ALL),
+        alike(1000, INDUCTION_ALL)),
+    "overwrite": RecallSet(
+        overwrite, 64, alike(20_000, OVERWRITE), alike(500, OVERWRITE), alike(1000, OVERWRITE)),
     "copying": RecallSet(
         copying, 32, alike(20_000, COPYING), alike(500, COPYING), alike(1000, COPYING)),
     "passkey": RecallSet(
@@ -205,6 +307,9 @@ RECALL_SETS = {
     "parity": RecallSet(
         parity, 3, [(50_000, dict(length=32, asked_from=1))],
         alike(500, PARITY), alike(1000, PARITY + PARITY_LONGER)),
+    # trained on 16 tokens and tested on 32, of which the second 16 count
+    "s3": RecallSet(
+        s3, 7, alike(50_000, S3), alike(500, S3), alike(1000, S3 + S3_LONGER)),
 
     # as zoology measures it now: as many rows of each difficulty to train and to test as in its
     # mqar_example_configs/original_mqar_configs.py; the rows to validate, apart from both, are ours
@@ -213,7 +318,7 @@ RECALL_SETS = {
         mqar_cells((100_000, 64, 4), (20_000, 128, 8), (20_000, 256, 16), (20_000, 256, 32),
                    (20_000, 256, 64)),
         mqar_cells(*MQAR_PAPER),
-        mqar_cells(*MQAR_PAPER, (1000, 512, 128), (1000, 1024, 256))),
+        mqar_cells(*MQAR_PAPER, (1000, 512, 128), (1000, 1024, 256)), version=2),
     # as Gu and Dao 2023 (arXiv 2312.00752) have them; tests up to 16 times as long
     "induction_paper": RecallSet(
         induction, 16, [(100_000, dict(length=256))], [(1000, dict(length=256))],
@@ -274,7 +379,7 @@ def cells_of(sizes):
     return cells
 
 
-def write_task(folder, task, vocab_size, made_by, train, val, test):
+def write_task(folder, task, vocab_size, made_by, train, val, test, version=1):
     """Write data/<name>, a folder, with `task` above; see RecallSet. Rows are padded to the longest
     of their split.
 
@@ -291,13 +396,76 @@ def write_task(folder, task, vocab_size, made_by, train, val, test):
     for split in SPLITS:
         meta[f"{split}_tokens"] = arrays[f"{split}.bin"].size
     meta["cells"] = {"train": cells_of(train), "val": cells_of(val), "test": cells_of(test)}
-    meta |= {"tokenizer": tokenizer.name, "seed": SEED, "made_by": made_by}
+    meta |= {"tokenizer": tokenizer.name, "seed": SEED, "version": version, "made_by": made_by}
     write_folder(folder, arrays, tokenizer, meta)
 
 
 def write_recall_set(folder):
     """Write data/<name>, a folder named like an entry of RECALL_SETS."""
-    made_by = "data.prepare"
-    check_ours(folder, made_by)  # before rows are drawn, which takes seconds
+    check_ours(folder, MADE_BY)  # before rows are drawn, which takes seconds
     made = RECALL_SETS[folder.name]
-    write_task(folder, made.task, made.vocab_size, made_by, made.train, made.val, made.test)
+    write_task(folder, made.task, made.vocab_size, MADE_BY, made.train, made.val, made.test,
+               made.version)
+
+
+def check_version(name, meta):
+    """BadInput if meta.json says that data/<name>, one of RECALL_SETS, was drawn by an earlier
+    version of its task."""
+    if name not in RECALL_SETS or meta.get("made_by") not in (MADE_BY, f"data/{name}/prepare.py"):
+        return
+    found, version = meta.get("version", 1), RECALL_SETS[name].version
+    if found != version:
+        raise BadInput(f"data/{name} was drawn by version {printable(str(found)[:20])} of its "
+                       f"task, this is {version}; prepare it again: python -m data.prepare {name}")
+
+
+# What needs no recall ----------------------------------------------------------------------------
+
+def guesses(name):
+    """{kind of guess: (accuracy, loss in nats per answer)} on the test split of an entry of
+    RECALL_SETS.
+
+    "guess": any of the task's answers. "any value of the row" and "any value of its key", where a
+    row has several: one of those."""
+    made = RECALL_SETS[name]
+    total, sums = 0, {}
+    for rows, cell in made.test:
+        answers, kinds = GUESSES[made.task](made.vocab_size, **cell)
+        total += rows * answers
+        for kind, chances in kinds.items():
+            accuracy, loss = sums.get(kind, (0, 0))
+            for choices, chance in chances.items():
+                accuracy += rows * answers * chance / choices
+                loss += rows * answers * chance * math.log(choices)
+            sums[kind] = accuracy, loss
+    return {kind: (accuracy / total, loss / total) for kind, (accuracy, loss) in sums.items()}
+
+
+def alone(choices, answers=1):
+    return answers, {"guess": {choices: 1}}
+
+
+def mqar_guesses(vocab_size, length, pairs):
+    return pairs, {"guess": {vocab_size - vocab_size // 2: 1}, "any value of the row": {pairs: 1}}
+
+
+def overwrite_guesses(vocab_size, length, keys, writes):
+    others = writes - keys  # each is to any key
+    of_a_key = {}           # {1 + k: chance that k of the others are to that key}
+    for k in range(others + 1):
+        of_a_key[1 + k] = math.comb(others, k) * (keys - 1) ** (others - k) / keys ** others
+    return keys, {"guess": {vocab_size - vocab_size // 2: 1}, "any value of the row": {writes: 1},
+                  "any value of its key": of_a_key}
+
+
+# of vocab_size and cell: how many answers a row has, and {kind of guess: {choices: its chance}}
+GUESSES = {
+    mqar: mqar_guesses,
+    overwrite: overwrite_guesses,
+    induction: lambda vocab_size, length: alone(vocab_size - 2),
+    induction_all: lambda vocab_size, length, questions: alone(vocab_size - 1, questions),
+    copying: lambda vocab_size, length, symbols: alone(vocab_size - 3, symbols),
+    passkey: lambda vocab_size, length, depth: alone(10, 5),
+    parity: lambda vocab_size, length, asked_from: alone(2, length - asked_from + 1),
+    s3: lambda vocab_size, length, asked_from, moves: alone(6, length - asked_from + 1),
+}

@@ -1,10 +1,9 @@
-"""The Pelican paper's experiment: its recipes, what counting reaches, and the command that trains
-and draws the four cells."""
+"""The Pelican paper's experiment: its recipes, and the command that trains and draws the four
+cells."""
 import math
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Script, metrics
@@ -12,68 +11,9 @@ from conftest import ROOT, Script, metrics
 from base.command_line import parse_options
 from config import Options
 from tools import pelican_figure
-from tools.ngrams import Counts, D, K, counted_losses
 from tools.records import holds_run, read_records, write_records
 from tools.score import scores_of
 from tools.sweep_runs import Run
-
-# -- counting -------------------------------------------------------------------------------------
-
-def slow_losses(train, tokens, V, d, k):
-    """The formulas of tools/ngrams.py as they stand there, one token after the other."""
-    train, tokens = list(map(int, train)), list(map(int, tokens))
-    unigram = bigram = 0.0
-    pairs = list(zip(train, train[1:]))
-    for a, b in zip(tokens, tokens[1:]):
-        p = (train.count(b) + d) / (len(train) + d * V)
-        n_a = sum(first == a for first, _ in pairs)
-        unigram -= math.log(p)
-        bigram -= math.log((pairs.count((a, b)) + k * p) / (n_a + k))
-    return unigram / (len(tokens) - 1), bigram / (len(tokens) - 1)
-
-
-def test_counting_is_that_of_the_slow_formulas():
-    rng = np.random.default_rng(0)
-    # one of 24 symbols never occurs, some only in the end
-    tokens = rng.zipf(1.6, size=600).clip(max=23).astype(np.uint16) - 1
-    train, val, V = tokens[:400], tokens[400:], 24
-    unigram, d, bigram, k = counted_losses(train, val, V)
-    assert (unigram, bigram) == pytest.approx(slow_losses(train, val, V, d, k), rel=1e-12)
-    # d and k are the best of the grid on the last tenth of train
-    def unigram_loss(d):
-        return slow_losses(train[:360], train[360:], V, d, 1)[0]
-
-    def bigram_loss(k):
-        return slow_losses(train[:360], train[360:], V, d, k)[1]
-    assert d == min(D, key=unigram_loss)
-    assert k == min(K, key=bigram_loss)
-
-
-def test_counting_in_closed_form():
-    chain = np.array([0, 1] * 500 + [0], dtype=np.uint16)  # each symbol says the next
-    unigram, _, bigram, _ = counted_losses(chain, chain, 2)
-    assert unigram == pytest.approx(math.log(2), abs=1e-5) and bigram < 1e-3
-    even = np.random.default_rng(1).integers(8, size=40000)  # no symbol says anything
-    unigram, _, bigram, k = counted_losses(even[:30000], even[30000:], 8)
-    assert unigram == pytest.approx(math.log(8), abs=2e-3)
-    assert bigram == pytest.approx(math.log(8), abs=4e-3) and k >= 512
-
-
-def test_probabilities_sum_to_one_over_a_large_vocabulary():
-    V = 50257
-    counts = Counts(np.array([1, 50256, 1, 3, 50256, 0, 1]), V)
-    b = np.arange(V)
-    for a in (0, 1, 2, 50256):  # 2 never occurs
-        p = (counts.pair(np.full(V, a), b) + 4 * counts.unigram(b, 0.5)) / (counts.first[a] + 4)
-        assert p.sum() == pytest.approx(1, abs=1e-9)
-
-
-def test_tiny_shakespeare_has_the_known_losses(shakespeare_char):
-    from data import load_dataset
-    data = load_dataset("shakespeare_char", 64)
-    unigram, _, bigram, _ = counted_losses(data.train, data.val, data.vocab_size)
-    assert unigram == pytest.approx(3.347, abs=0.001) and bigram == pytest.approx(2.482, abs=0.005)
-
 
 # -- the recipes ----------------------------------------------------------------------------------
 

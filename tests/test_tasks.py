@@ -43,6 +43,24 @@ def solve_induction(read, vocab_size, length):
     return read[read.index(1) + 1] if read.count(1) == 2 else 0
 
 
+def solve_induction_all(read, vocab_size, length, questions):
+    return read[read.index(read[-1]) + 1] if len(read) > length - questions else 0
+
+
+def solve_overwrite(read, vocab_size, length, keys, writes):
+    written = dict(zip(read[0:2 * writes:2], read[1:2 * writes:2]))  # the last one wins
+    return written[read[-1]] if len(read) > 2 * writes else 0
+
+
+def solve_s3(read, vocab_size, length, asked_from, moves):
+    things = "abc"
+    orders = [things, "acb", "bac", "cba", "bca", "cab"]
+    for token in read:
+        order = orders[token - 1]
+        things = "".join(things["abc".index(letter)] for letter in order)
+    return 1 + orders.index(things) if len(read) >= asked_from else 0
+
+
 def solve_copying(read, vocab_size, length, symbols):
     return [token for token in read if token > 2][len(read) - 1 - read.index(1)] if 1 in read else 0
 
@@ -61,12 +79,19 @@ CELLS = [
     (tasks.mqar, solve_mqar, dict(vocab_size=18, length=33, pairs=8)),
     (tasks.induction, solve_induction, dict(vocab_size=32, length=64)),
     (tasks.induction, solve_induction, dict(vocab_size=4, length=3)),
+    (tasks.induction_all, solve_induction_all, dict(vocab_size=64, length=56, questions=8)),
+    (tasks.induction_all, solve_induction_all, dict(vocab_size=5, length=6, questions=2)),
+    (tasks.overwrite, solve_overwrite, dict(vocab_size=64, length=60, keys=4, writes=28)),
+    (tasks.overwrite, solve_overwrite, dict(vocab_size=18, length=24, keys=8, writes=8)),
+    (tasks.overwrite, solve_overwrite, dict(vocab_size=18, length=17, keys=1, writes=8)),
     (tasks.copying, solve_copying, dict(vocab_size=32, length=16, symbols=8)),
     (tasks.copying, solve_copying, dict(vocab_size=5, length=40, symbols=7)),
     (tasks.passkey, solve_passkey, dict(vocab_size=32, length=64, depth=0)),
     (tasks.passkey, solve_passkey, dict(vocab_size=32, length=32, depth=75)),
     (tasks.parity, solve_parity, dict(vocab_size=3, length=32, asked_from=1)),
     (tasks.parity, solve_parity, dict(vocab_size=3, length=32, asked_from=17)),
+    (tasks.s3, solve_s3, dict(vocab_size=7, length=32, asked_from=1, moves=4)),
+    (tasks.s3, solve_s3, dict(vocab_size=7, length=32, asked_from=17, moves=6)),
 ]
 IDS = [f"{task.__name__}-{i}" for i, (task, _, _) in enumerate(CELLS)]
 
@@ -91,8 +116,11 @@ def test_a_seed_gives_the_same_rows_and_another_seed_others(task, solve, cell):
 EXAMPLES = [
     (tasks.mqar, solve_mqar, dict(vocab_size=16, length=12, pairs=2)),
     (tasks.induction, solve_induction, dict(vocab_size=16, length=8)),
+    (tasks.induction_all, solve_induction_all, dict(vocab_size=16, length=8, questions=3)),
+    (tasks.overwrite, solve_overwrite, dict(vocab_size=16, length=10, keys=2, writes=4)),
     (tasks.copying, solve_copying, dict(vocab_size=16, length=10, symbols=3)),
     (tasks.parity, solve_parity, dict(vocab_size=3, length=6, asked_from=3)),
+    (tasks.s3, solve_s3, dict(vocab_size=7, length=5, asked_from=2, moves=6)),
 ]
 
 
@@ -143,22 +171,116 @@ def test_passkeys_stand_at_their_depth(depth):
     assert (tokens == 1).sum() == 2000 and set(starts) == set(expected)
 
 
+def asked_pairs(pairs, n, seed=0):
+    """How often the i-th pair is asked for at a place: (length, pairs), of n rows of 64 tokens."""
+    tokens, targets = draw(tasks.mqar, n=n, seed=seed, vocab_size=64, length=64, pairs=pairs)
+    row, place = np.nonzero(targets)
+    pair = (tokens[row, 1:2 * pairs:2] == targets[row, place][:, None]).argmax(1)
+    counts = np.zeros((64, pairs))
+    np.add.at(counts, (place, pair), 1)
+    return counts
+
+
+@pytest.mark.parametrize("pairs", [4, 16])
+def test_an_mqar_place_says_nothing_of_its_pair(pairs):
+    """Chi-square of each place's pairs against even ones. As the reference code draws them, the
+    first pair in the first place above all, it is 19 and 460 times what chance leaves."""
+    counts = asked_pairs(pairs, n=20000)
+    counts = counts[counts.sum(1) > 100]
+    expected = counts.sum(1, keepdims=True) / pairs
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(counts) * (pairs - 1)
+    assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
+
+
 def test_what_mqar_needs_no_recall_for():
-    """The figure of guessing in docs/results.md: the value most often due at that place. (Any of
-    the row's is right in 3 of 28 answers.)"""
+    """The figures of guessing: any of the row's values, and the value most often due at that place,
+    which is no better now."""
     right = answers = 0
     for pairs in (4, 8, 16):
-        tokens, targets = draw(tasks.mqar, n=4000, vocab_size=64, length=64, pairs=pairs)
-        row, place = np.nonzero(targets)
-        values = tokens[row, 1:2 * pairs:2]
-        due = targets[row, place][:, None]
-        pair = (values == due).argmax(1)  # the one asked for
-        count = np.zeros((64, pairs))
-        np.add.at(count, (place, pair), 1)
-        right += count.max(1).sum()
-        answers += len(row)
+        often = asked_pairs(pairs, n=4000).argmax(1)
+        fresh = asked_pairs(pairs, n=4000, seed=1)
+        right += fresh[np.arange(64), often].sum()
+        answers += fresh.sum()
     assert answers == 4000 * (4 + 8 + 16)
-    assert right / answers == pytest.approx(0.16, abs=5e-3)
+    accuracy, _ = tasks.guesses("mqar")["any value of the row"]
+    assert accuracy == 3 / 28
+    assert right / answers == pytest.approx(accuracy, abs=3e-3)
+
+
+def guessed(name, candidates):
+    """The accuracy and loss of an even guess among candidates(row, t, cell), a list, of answers of
+    small draws of a test split's cells."""
+    right, loss = [], []
+    made = tasks.RECALL_SETS[name]
+    for _, cell in made.test:
+        tokens, targets = draw(made.task, n=300, vocab_size=made.vocab_size, **cell)
+        for row, due in zip(tokens.tolist(), targets.tolist()):
+            for t in np.flatnonzero(due):
+                some = candidates(row, t, cell)
+                right.append(some.count(due[t]) / len(some))
+                loss.append(-math.log(right[-1]))
+    return sum(right) / len(right), sum(loss) / len(loss)
+
+
+def test_guesses_at_overwritten_values():
+    def of_the_row(row, t, cell):
+        return row[1:2 * cell["writes"]:2]
+
+    def of_its_key(row, t, cell):
+        return [row[i + 1] for i in range(0, 2 * cell["writes"], 2) if row[i] == row[t]]
+    exact = tasks.guesses("overwrite")
+    assert exact["any value of the row"] == pytest.approx(guessed("overwrite", of_the_row))
+    drawn = guessed("overwrite", of_its_key)
+    assert exact["any value of its key"] == pytest.approx(drawn, rel=0.03)
+
+
+@pytest.mark.parametrize("name", tasks.RECALL_SETS)
+def test_a_guess_is_one_of_all_answers_there_are(name):
+    made = tasks.RECALL_SETS[name]
+    answers = set()
+    for _, cell in made.test:
+        _, targets = draw(made.task, n=20000 // cell["length"], vocab_size=made.vocab_size, **cell)
+        answers |= set(np.unique(targets)) - {0}
+    accuracy, loss = tasks.guesses(name)["guess"]
+    assert loss == pytest.approx(math.log(1 / accuracy))
+    if made.vocab_size < 100:  # or else few of them come up in a test
+        assert 1 / accuracy == pytest.approx(len(answers))
+
+
+def test_induction_of_any_symbol_asks_every_place_but_the_last():
+    cell = dict(vocab_size=64, length=20, questions=8)
+    tokens, targets = draw(tasks.induction_all, n=2000, **cell)
+    body, asked = tokens[:, :12], tokens[:, 12:]
+    assert all(len(set(row)) == 12 for row in body) and all(len(set(row)) == 8 for row in asked)
+    places = (body[:, :, None] == asked[:, None]).argmax(1)  # (2000, 8)
+    counts = np.bincount(places.ravel(), minlength=12)
+    assert counts[11] == 0 and (abs(counts[:11] - 16000 / 11) < 5 * math.sqrt(16000 / 11)).all()
+    assert (targets[:, 12:] == np.take_along_axis(body, places + 1, 1)).all()
+
+
+def test_overwritten_keys_are_any_and_their_values_differ():
+    cell = dict(vocab_size=64, length=60, keys=4, writes=28)
+    tokens, _ = draw(tasks.overwrite, n=1000, **cell)
+    keys, values, asked = tokens[:, 0:56:2], tokens[:, 1:56:2], tokens[:, 56:]
+    assert keys.max() < 32 <= values.min()
+    for written, given, questions in zip(keys, values, asked):
+        assert set(written) == set(questions) and len(set(questions)) == 4
+        assert len(set(given)) == 28
+    # which question is about the last key written: any, alike
+    place = (asked == keys[:, -1:]).argmax(1)
+    assert (abs(np.bincount(place) - 250) < 5 * math.sqrt(250)).all()
+
+
+def test_the_products_of_s3_are_a_group_s():
+    """Each row and column holds every order once, the first changes nothing, swaps undo
+    themselves, and brackets do not matter; but which of two comes first does."""
+    P = tasks.PRODUCT
+    for line in (*P, *P.T):
+        assert sorted(line) == [0, 1, 2, 3, 4, 5]
+    assert list(P[0]) == list(P[:, 0]) == [0, 1, 2, 3, 4, 5]
+    assert list(P.diagonal()) == [0, 0, 0, 0, 5, 4]
+    assert np.array_equal(P[P], P[:, P]) and not np.array_equal(P, P.T)
 
 
 def test_what_copying_needs_no_recall_for():
@@ -181,6 +303,17 @@ def test_mqar_needs_room_for_its_pairs():
     for cell in (dict(vocab_size=18, length=64, pairs=9), dict(vocab_size=64, length=30, pairs=8)):
         with pytest.raises(BadInput, match="need a vocabulary above"):
             draw(tasks.mqar, **cell)
+
+
+@pytest.mark.parametrize("task, cell", [
+    (tasks.induction_all, dict(vocab_size=12, length=20, questions=8)),
+    (tasks.induction_all, dict(vocab_size=64, length=20, questions=10)),
+    (tasks.overwrite, dict(vocab_size=64, length=12, keys=5, writes=4)),
+    (tasks.overwrite, dict(vocab_size=18, length=22, keys=4, writes=9)),
+    (tasks.overwrite, dict(vocab_size=64, length=13, keys=4, writes=4))])
+def test_the_others_too(task, cell):
+    with pytest.raises(BadInput, match=f"{task.__name__}: .* need .* a vocabulary above"):
+        draw(task, **cell)
 
 
 # -- the files ------------------------------------------------------------------------------------
@@ -235,10 +368,13 @@ def test_no_row_to_validate_or_to_test_is_trained_on(name, load):
             assert not beginnings & (val | test)
 
 
-SHA256 = {  # of all .bin files, as the seven prepare.py wrote them that the table replaced
+SHA256 = {  # of all .bin files; whoever changes rows raises the version of their set
+    "induction_all": "70b9699d4277ba10623063eef77cde839d9230eadb4f9552e6809170815a6d45",
+    "overwrite": "2c94ca8fd1a53441a8796c1d1b59241073fdc96ea2bd9e8171b41297f625d88e",
+    "s3": "8cccd7f8421e1a0e8e3937df5447e773c1337772fe7a42b32d33f7a49d4bb72a",
     "copying": "4a50c14e09c004b0c8239dcabf6b2ecaeadd8c0c6ee9394ae1515d5acd69e879",
     "induction": "27564f258f97ed9b16735107919be7e848c99904a31dadd7d685a9c64fa0c190",
-    "mqar": "61061b1cdd8b62b88d09578e809ef6a1a47c3b1f2526b98ade91819dce46d723",
+    "mqar": "7874f7ddf7e18effc0aeebdbdcfd5fff27459bb746cf714a5213199f64cdeba9",
     "parity": "b2a1e1f704980a20ee6968d256f7a3076ce02d1b20200919dec82537fb99a24b",
     "passkey": "821a92c742df8a69b9f4e13be596010121fea8a392ff72aaaceca7323eea3e4b",
 }
@@ -277,6 +413,27 @@ def test_prepared_by_hand_and_again(load, prepared):
                           ("../mqar", "'../mqar' cannot name a data set")):
         with pytest.raises(BadInput, match=message):
             prepare.main([name])
+
+
+def test_a_set_of_an_earlier_version_is_not_taken_for_the_present_one(load):
+    """It has the same name and sizes, and other rows."""
+    path = load("mqar").folder / "meta.json"
+    whole = path.read_bytes()
+    meta = json.loads(whole)
+    assert meta["version"] == tasks.RECALL_SETS["mqar"].version == 2
+    for made_by, version in (("data.prepare", 1), ("data/mqar/prepare.py", None),
+                             ("data.prepare", "2\x1b[0m")):
+        path.write_text(json.dumps(meta | {"made_by": made_by, "version": version}))
+        with pytest.raises(BadInput, match="data/mqar was drawn by version .* this is 2; prepare it"
+                                           " again: python -m data.prepare mqar$") as error:
+            load("mqar")
+        assert "\x1b" not in str(error.value)
+    del meta["version"]  # as all were before
+    path.write_text(json.dumps(meta))
+    with pytest.raises(BadInput, match="drawn by version 1 of its task"):
+        load("mqar")
+    path.write_bytes(whole)
+    load("mqar")
 
 
 def test_a_damaged_recall_set_says_how_to_prepare_it(data):
