@@ -38,8 +38,8 @@ def tokenizer_named(name, folder, training_texts, vocab_size=None):
         return train_bpe(training_texts, size)
     tokenizer = pretrained_tokenizer(name)
     if tokenizer is None:
-        raise BadInput(f"--tokenizer={name}: no such tokenizer and no file with one; have "
-                       f"{', '.join(NAMES)}, or name a tokenizer.json or .gguf")
+        raise BadInput(f"--tokenizer={name}: no such tokenizer and no file with one; --help lists "
+                       "those by name, or name a tokenizer.json or .gguf")
     return tokenizer
 
 

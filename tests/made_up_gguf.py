@@ -92,6 +92,8 @@ def add_tokenizer(writer):
     writer.add_token_list(tokens())
     writer.add_token_types([3 if token in EXTRA[:1] else 1 for token in tokens()])
     writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(3)
+    writer.add_eos_token_id(256)
 
 
 # The slow reading ---------------------------------------------------------------------------------

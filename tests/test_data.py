@@ -821,7 +821,7 @@ def test_bad_texts(content, message, data, monkeypatch, tmp_path):
     ("--input=huge --name=mine", "huge has .* bytes, at most 1,073,741,824 are read"),
     (f"--input={'x' * 300} --name=mine", "cannot read x*: File name too long"),
     ("--input=my.txt", "--name"),
-    ("--input=my.txt --name=mine --tokenizer=word", "'word'"),
+    ("--input=my.txt --name=mine --tokenizer=word", "--tokenizer=word: no such"),
     ("--input=my.txt --name=mine --tokens=char", "--tokens")])
 def test_bad_options(arguments, message, data, monkeypatch, tmp_path):
     for name, meta in (("theirs", "{}"), ("broken", "{")):

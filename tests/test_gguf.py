@@ -2,6 +2,7 @@
 line, and the real file where it is at hand."""
 import hashlib
 import io
+import json
 import math
 import os
 import random
@@ -400,6 +401,8 @@ def test_a_gguf_goes_out_bit_for_bit(kind, tied, export, tmp_path):
     notice = (folder / "NOTICE").read_text()
     assert "licence: apache-2.0" in notice and f"from F32, {kind} to float32" in notice
     assert hashlib.sha256(path.read_bytes()).hexdigest() in notice and "unchanged" in notice
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (3, 256)
     idx = torch.randint(len(made_up_gguf.tokens()), (1, 20))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():

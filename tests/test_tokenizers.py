@@ -207,7 +207,7 @@ def test_bpe_is_made_from_the_training_part_alone(prepare, here):
     ("bpe", 2**30, "to 1,048,576"),
     ("char", 300, "goes with --tokenizer=bpe"),
     ("bytes", 300, "goes with --tokenizer=bpe"),
-    ("bpee", None, "no such tokenizer and no file with one; have bytes, gpt2, bpe, smollm2"),
+    ("bpee", None, "--tokenizer=bpee: no such tokenizer and no file with one"),
     ("", None, "no such tokenizer"),
     ("x" * 5000, None, "no such tokenizer"),
 ])

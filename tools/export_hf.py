@@ -15,6 +15,7 @@ import shutil
 import sys
 import uuid
 from pathlib import Path
+from typing import Any, NamedTuple, Optional
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +26,8 @@ from base.errors import BadInput, exit_on_bad_input
 from base.files import exists, sync, writing
 from base.options import checked, option
 from data.named_tokenizer import pretrained_tokenizer
-from data.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, printable_bytes
+from data.tokenizer import (
+    END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer, printable_bytes)
 from mixers import layer_mixers
 from model import GPT, model_config
 from training import checkpoint, pretrained
@@ -59,14 +61,14 @@ def check_expressible(config):
                        f"transformers; have {', '.join(have)}")
 
 
-def hf_config(config, end_of_text):
-    """The content of config.json; end_of_text: a token's id or None."""
+def hf_config(config, ends):
+    """The content of config.json; ends: the ids of the tokens before and behind a text, or
+    None."""
     values = {name: getattr(config, ours) for name, ours in FIELDS[config.arch].items()}
     name_of = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     values[ACTIVATION_FIELD[config.arch]] = name_of[config.mlp_activation]
     values["model_type"] = config.arch
-    values["bos_token_id"] = end_of_text
-    values["eos_token_id"] = end_of_text
+    values["bos_token_id"], values["eos_token_id"] = ends
     values["dtype"] = "float32"
     if config.arch == "gpt2":
         values["architectures"] = ["GPT2LMHeadModel"]
@@ -175,22 +177,33 @@ def write_folder(to, files, tensors):
         shutil.rmtree(aside, ignore_errors=True)
 
 
+class Source(NamedTuple):
+    """What is written: a run or a GGUF."""
+    path: str | Path
+    model: GPT
+    tokenizer: Any              # None: a GGUF without one
+    ends: tuple[Any, Any]       # ids of the tokens before and behind a text, or None
+    origin: Optional[str]       # the pretrained model that the weights go back to
+
+
 def read_run(options):
-    """A run's (folder, model, tokenizer, the pretrained model that it goes back to or None)."""
     run = checkpoint.load(options.out_dir, options.checkpoint)
     check_expressible(model_config(run.config, run.folder / "config.json"))
-    return run.folder, checkpoint.build_model(run), run.tokenizer, pretrained.origin(run.config)
+    end = getattr(run.tokenizer, "special_tokens", {}).get(END_OF_TEXT)
+    return Source(run.folder, checkpoint.build_model(run), run.tokenizer, (end, end),
+                  pretrained.origin(run.config))
 
 
 def read_gguf(init_from):
-    """The same of a GGUF file."""
     if not pretrained.is_gguf(init_from):
         raise BadInput(f"--init_from={init_from} is no GGUF; name smollm2 or a .gguf, or a run "
                        "with --out_dir")
     config = pretrained.read_config(init_from)
     model = GPT(config).eval()
     checkpoint.load_model(model, pretrained.read_weights(init_from, config), init_from)
-    return init_from, model, pretrained_tokenizer(init_from), init_from
+    values = pretrained.open_gguf(init_from).values
+    ends = tuple(values.get(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos"))
+    return Source(init_from, model, pretrained_tokenizer(init_from), ends, init_from)
 
 
 @exit_on_bad_input("export_hf.py")
@@ -203,20 +216,18 @@ def main():
     to = Path(os.path.abspath(options.to))
     with writing(to):
         refuse_used(to)
-    read = read_gguf(options.init_from) if options.init_from else read_run(options)
-    source, model, tokenizer, origin = read
-    end_of_text = getattr(tokenizer, "special_tokens", {}).get(END_OF_TEXT)
-    files = tokenizer_files(tokenizer)
-    has_tokenizer = bool(files)
-    if origin:
-        files |= pretrained.notices(origin, trained=not options.init_from)
-    files["config.json"] = json.dumps(hf_config(model.config, end_of_text), indent=1) + "\n"
+    source = read_gguf(options.init_from) if options.init_from else read_run(options)
+    files = tokenizer_files(source.tokenizer)
+    if source.origin:
+        files |= pretrained.notices(source.origin, trained=not options.init_from)
+    config = hf_config(source.model.config, source.ends)
+    files["config.json"] = json.dumps(config, indent=1) + "\n"
     with torch.no_grad():
-        write_folder(to, files, hf_tensors(model))
-    print(f"{source} -> {options.to}: {', '.join([*files, 'model.safetensors'])}")
-    if not has_tokenizer:
-        print("no tokenizer: transformers has none for characters or bytes; what token i is says "
-              f"{source}/tokenizer.json")
+        write_folder(to, files, hf_tensors(source.model))
+    print(f"{source.path} -> {options.to}: {', '.join([*files, 'model.safetensors'])}")
+    if isinstance(source.tokenizer, CharTokenizer):
+        print("no tokenizer: transformers has none for characters; token i is character i of the "
+              f"alphabet in {source.path}/tokenizer.json")
 
 
 if __name__ == "__main__":
