@@ -10,17 +10,22 @@ from array import array
 
 from tokenizers import Tokenizer
 
-BYTES = 2**32          # of address space, for the library and the vocabulary
+BYTES = 2**31          # of address space, for the library and the vocabulary
 BYTES_PER_BYTE = 1000  # of a text, for its tokens, their offsets and the like
+
+
+def limit_memory(n_bytes):
+    if sys.platform != "linux":  # others refuse it or take no notice
+        return
+    _, highest = resource.getrlimit(resource.RLIMIT_AS)
+    if highest == resource.RLIM_INFINITY or n_bytes < highest:
+        resource.setrlimit(resource.RLIMIT_AS, (n_bytes, highest))
 
 
 def main():
     request = json.loads(sys.stdin.buffer.readline())
     lengths = request["lengths"]
-    most = BYTES + BYTES_PER_BYTE * sum(lengths)
-    _, highest = resource.getrlimit(resource.RLIMIT_AS)
-    if highest == resource.RLIM_INFINITY or most < highest:
-        resource.setrlimit(resource.RLIMIT_AS, (most, highest))
+    limit_memory(BYTES + BYTES_PER_BYTE * sum(lengths))
     tokenizer = Tokenizer.from_str(json.dumps(request["tokenizer"]))
     tokenizer.no_truncation()
     tokenizer.no_padding()

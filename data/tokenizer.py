@@ -26,8 +26,8 @@ PROMPT_BYTES = 2**24  # of a prompt's file
 END_OF_TEXT = "<|endoftext|>"
 
 ENCODE = Path(__file__).with_name("encode.py")
-ENCODE_SECONDS = 30  # for the process of an encoding, and for its text at a tenth of usual speed:
-ENCODE_BYTES_PER_SECOND = 100_000
+ENCODE_SECONDS = 30  # for the process of an encoding, and for its text at 1/50 of the usual speed:
+ENCODE_BYTES_PER_SECOND = 20_000
 
 # GPT-2's rule for cutting text into words before merging, in the form that tiktoken gives it: the
 # same words, less backtracking. No other is run: one from a received file may take for ever.

@@ -92,7 +92,7 @@ def split_by(pattern):
 
 
 @pytest.mark.parametrize("n, seconds, naming", [
-    (17, 1, "is not done with 36,001 bytes of text after 1 s; its pattern may never end"),
+    (17, 0, "is not done with 36,001 bytes of text after 2 s; its pattern may never end"),
     (60, 60, "fails: .*retry-limit"),  # the library's own limit, of a single match
 ])
 def test_a_pattern_that_never_ends_is_stopped(n, seconds, naming, bpe, monkeypatch):
@@ -111,6 +111,14 @@ def test_a_process_that_does_not_end_is_ended(bpe, monkeypatch, tmp_path):
     monkeypatch.setattr(tokenizer, "ENCODE_SECONDS", 0.2)
     with pytest.raises(BadInput, match="is not done with 1 bytes of text after 0 s"):
         bpe.encode("a")
+
+
+def test_a_tokenizer_that_wants_too_much_memory(bpe):
+    """A character becomes 10^10 of them."""
+    step = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 100}
+    grown = changed(bpe, normalizer={"type": "Sequence", "normalizers": [step] * 5})
+    with pytest.raises(BadInput, match="the tokenizer fails"):
+        bpe_of_file(grown, "x", "y").encode("x")
 
 
 @pytest.mark.parametrize("parts, naming", [
