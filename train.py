@@ -34,6 +34,7 @@ from training.leaks import check_builders, find_leak
 from training.machine import Machine, refuse_what_cannot_fit
 from training.metrics import Metrics, check_wandb
 from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from training.pace import Pace
 from training.parallel import World, join, synchronise_gradients
 from training.report import describe, show_result
 from training.run_folder import (
@@ -236,6 +237,7 @@ class Training:
         self.started = time.perf_counter() - seconds
         self.last_log = time.perf_counter()
         self.last_tokens = self.tokens
+        self.pace = Pace(self.say, device)
 
     def update(self, caught):
         """One step of the optimiser. Returns whether a process has `caught` a signal by then."""
@@ -262,6 +264,7 @@ class Training:
         self.step += 1
         self.tokens += x.numel()
         self.bar.update()
+        self.pace.step()
         return bool(stopping)
 
     def log(self, **values):
@@ -300,6 +303,7 @@ class Training:
             self.say(f"accuracy    {result.cells()}")
         self.save(result.loss)
         self.last_log += time.perf_counter() - started  # tokens_per_s is of training alone
+        self.pace.restart()
 
     def say(self, line):
         """Prints a line above the progress bar."""

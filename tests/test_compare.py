@@ -1,10 +1,13 @@
-"""tools/compare.py and score.py on real runs; the statistics against values known otherwise."""
+"""tools/compare.py and score.py on real runs, and compare.py on records made up for it."""
 import csv
 import json
 import math
 import os
+import re
 import shutil
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -14,11 +17,13 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, metrics, one_line, run
 from scipy import stats
 
+from config import Options
 from mixers import MIXERS, load_mixer_file
-from tools import compare, records
+from model import model_config
+from tools import compare, compare_table, records
 from tools import score as scoring
-from tools.compare_verdicts import holm, judge
 from tools.score import STRIDE, score
+from tools.verdicts import judge
 from training import checkpoint
 
 SHORT = [word for word in TINY if not word.startswith("--learning_rate")]
@@ -31,8 +36,8 @@ def swept(home, tmp_path_factory):
     """A sweep of two mixers and two seeds, with wandb; what it said is in swept.log beside it."""
     folder = tmp_path_factory.mktemp("sweeps") / "swept"
     done = run(home, "-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--keep_last=1",
-               "--mixers=softmax,pelican", "--learning_rates=3e-2", "--seeds=2", "--wandb_log",
-               f"--out_dir={folder}", env=ALONE, timeout=300)
+               "--mixers=softmax,pelican", "--learning_rate=3e-2", "--seeds=2", "--wandb_log",
+               "--keep_checkpoints", f"--out_dir={folder}", env=ALONE, timeout=900)
     assert done.returncode == 0, done
     folder.with_suffix(".log").write_text(done.stdout)
     return folder
@@ -188,8 +193,11 @@ def compared(home, swept):
 def test_the_table_has_what_the_runs_have(swept, compared):
     with open(swept / "compare" / "table.csv") as file:
         lines = {line["mixer"]: line for line in csv.DictReader(file)}
-    assert set(lines) == {"softmax", "pelican"}
-    for mixer, line in lines.items():
+    assert [name for name in lines if lines[name]["word"] != "no model"] == sorted(
+        ("softmax", "pelican"), key=lambda name: float(lines[name]["loss"]))
+    assert float(lines["unigram"]["loss"]) < math.log(28)
+    for mixer in ("softmax", "pelican"):
+        line = lines[mixer]
         runs = [swept / f"{mixer}-lr0.03-seed{seed}" for seed in (1, 2)]
         losses = [scores(run)["report"]["loss"] for run in runs]
         assert float(line["loss"]) == pytest.approx(mean(losses))
@@ -200,7 +208,15 @@ def test_the_table_has_what_the_runs_have(swept, compared):
         assert int(line["state_bytes"]) == model.state_bytes(16, torch.float32)
         assert float(line["peak_bytes"]) > 2**27
         assert f"{mean(losses):.4f}" in compared
-    assert lines["softmax"]["verdict"] == "baseline"
+    assert lines["softmax"]["word"] == "baseline"
+    losses = {}  # the text makes one block
+    for mixer in ("softmax", "pelican"):
+        runs = {seed: swept / f"{mixer}-lr0.03-seed{seed}" for seed in (1, 2)}
+        losses[mixer] = {seed: [scores(run)["report"]["loss"]] for seed, run in runs.items()}
+    line = lines["pelican"]
+    found = judge(losses, "softmax", float(line["margin"]))["pelican"]
+    assert (line["word"], line["blocks"]) == (found.word, "1")
+    assert float(line["difference_low"]) == pytest.approx(found.difference_low)
     assert (swept / "compare" / "table.md").read_text() in compared
     for name in ("verdicts.png", "loss.png", "state.png", "position.png"):
         assert (swept / "compare" / name).read_bytes().startswith(b"\x89PNG")
@@ -217,7 +233,7 @@ def test_the_records_alone_give_the_same_table(home, swept, compared):
 
 def test_single_runs_compare_too_and_what_is_not_equal_is_said(home, swept, bare):
     a = swept / "softmax-lr0.03-seed1"
-    b = changed(bare / "softmax-lr0.03-seed2", bare / "b", learning_rate=0.01)
+    b = changed(bare / "softmax-lr0.03-seed1", bare / "b", learning_rate=0.01)
     done = run(home, "-m", "tools.compare", a, b, "--baseline=softmax learning_rate=0.03",
                f"--out_dir={bare / 'two'}")
     assert done.returncode == 0 and "one seed" in done.stdout, done
@@ -279,45 +295,245 @@ def changed(source, folder, file="config.json", **values):
     return folder
 
 
-def test_holms_adjustment():
-    """The example of Holm's procedure by hand: 0.01 x 4, 0.02 x 3, 0.03 x 2 (below the one before
-    it, so as that), 0.9 x 1."""
-    assert holm({"c": 0.03, "a": 0.01, "d": 0.9, "b": 0.02}) == pytest.approx(
-        {"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.9})
-    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+# -- records made up --------------------------------------------------------------------------
+
+MODEL = asdict(Options(n_layer=1, n_head=2, n_embd=8, block_size=4, max_iters=2, dtype="float32",
+                       learning_rate=0.01, lr_decay_iters=2, min_lr=0.001, dataset="made_up"))
+MODEL |= asdict(model_config(MODEL | {"vocab_size": 9}, "test"))
+ROWS = [{"iter": step, "val_loss": 2.0 / step, "flops": 1e3 * step, "seconds": float(step)}
+        for step in (1, 2)]
+BYTES = 1.5  # a token
+LINES = {"unigram": 3.0, "5-grams": 1.65}
 
 
-def welch(a, b):
-    """p of Welch's test from its definition."""
-    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
-    freedom = (va + vb)**2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return 2 * stats.t.sf(abs(np.mean(a) - np.mean(b)) / math.sqrt(va + vb), freedom)
+def part(loss, accuracy=None):
+    bpb = loss / math.log(2) / BYTES if accuracy is None else None
+    return {"loss": loss, "bpb": bpb, "accuracy": accuracy}
 
 
-def test_verdicts_are_welchs_with_holms_correction():
-    losses = {"base": [1.00, 1.01, 0.99], "low": [0.90, 0.91, 0.895], "same": [1.00, 1.02, 0.99],
-              "high": [1.2, 1.3, 1.25], "lone": [0.5]}
-    found = judge(losses, "base")
-    assert {label: verdict.verdict for label, verdict in found.items()} == {
-        "base": "baseline", "low": "better", "same": "inside the seed noise", "high": "worse",
-        "lone": "one seed"}
-    several = ("low", "same", "high")
-    adjusted = holm({label: welch(losses[label], losses["base"]) for label in several})
-    assert {label: found[label].p for label in several} == pytest.approx(adjusted)
-    low = found["low"]
-    assert low.difference_low < low.difference < low.difference_high < 0
+def made_up(mixer, seed, blocks=None, accuracy=None, loss=None, **options):
+    """A Record: of a text with these losses of its blocks, or of a recall task."""
+    loss = mean(blocks) if blocks else loss
+    of_scores = {
+        "weights": "0", "vocab_size": 9, "iter": 2, "report": part(loss, accuracy),
+        "select": None if accuracy is None else part(loss, accuracy),
+        "by_position": None if accuracy is not None else [1.9, 1.8, 1.7, 1.6],
+        "by_block": blocks, "by_cell": None if accuracy is None else {"pairs=1": accuracy}}
+    config = MODEL | {"mixer": mixer, "seed": seed, "vocab_size": 9} | options
+    name = f"{mixer}-lr{config['learning_rate']:g}-seed{seed}"
+    return records.Record(name, Path("unused"), config, ROWS, of_scores)
 
 
-def test_chance_alone_is_rarely_called_a_difference():
-    """13 mixers that are all the baseline: in at most one table of twenty any of them is said to
-    differ."""
-    draw = np.random.default_rng(0)
-    wrong = 0
-    for _ in range(300):
-        losses = {str(i): draw.normal(1.8, 0.01, 5).tolist() for i in range(14)}
-        words = {verdict.verdict for verdict in judge(losses, "0").values()}
-        wrong += bool(words & {"better", "worse"})
-    assert wrong / 300 < 0.08  # 0.05, and two and a half standard deviations of 300 draws
+def tuning(mixer, rate, loss):
+    record = made_up(mixer, 0, loss=loss, learning_rate=rate, min_lr=rate / 10, holdout=0.1)
+    record.scores |= {"select": part(loss), "report": None, "by_position": None}
+    return record
+
+
+def diverge(record):
+    """As a sweep records a run whose loss was not finite."""
+    record.scores |= {"diverged": True, "report": part(math.log(9)), "by_position": None,
+                      "by_block": None, "iter": 1}
+    record.metrics = []
+
+
+def of_blocks(mixer, above, seeds=5, draw=0):
+    """Records of a text in six blocks, with losses around 1.7 + above."""
+    drawn = np.random.default_rng([draw, *mixer.encode()])
+    losses = 1.7 + above + drawn.normal(0, 0.002, (seeds, 6))
+    return [made_up(mixer, 1 + s, row.tolist()) for s, row in enumerate(losses)]
+
+
+@pytest.fixture
+def compare_these(tmp_path, monkeypatch, capsys):
+    """compare_these(records, *options): (lines of table.csv by mixer, what was printed). Draws
+    nothing, which takes long."""
+    monkeypatch.setattr(compare_table, "reference_lines", lambda config, scores: LINES)
+    monkeypatch.setattr(compare.plots, "draw", lambda *arguments: [])
+
+    def call(some, *options):
+        folder = tmp_path / "some"
+        shutil.rmtree(folder, ignore_errors=True)
+        records.write_records(folder, some)
+        monkeypatch.setattr(sys, "argv", ["compare", str(folder), "--device=cpu", *options])
+        compare.main()
+        with open(folder / "compare" / "table.csv") as file:
+            return {line["mixer"]: line for line in csv.DictReader(file)}, capsys.readouterr().out
+    return call
+
+
+def test_the_verdicts_are_of_pairs_and_blocks_and_the_margin_is_in_bytes(compare_these):
+    some = (of_blocks("softmax", 0) + of_blocks("lln", -0.1) + of_blocks("linear", 0.005)
+            + of_blocks("ssa", 0.5) + of_blocks("performer", 0.3, seeds=1))
+    lines, out = compare_these(some)
+    words = {name: line["word"] for name, line in lines.items()}
+    assert words == {"softmax": "baseline", "lln": "better", "linear": "worse", "ssa": "worse",
+                     "performer": "one seed", "unigram": "no model", "5-grams": "no model"}
+    margin = 0.03 * math.log(2) * BYTES
+    losses = {}
+    for record in some:
+        of_mixer = losses.setdefault(record.config["mixer"], {})
+        of_mixer[record.config["seed"]] = record.scores["by_block"]
+    for name, verdict in judge(losses, "softmax", margin).items():
+        line = lines[name]
+        assert float(line["margin"]) == pytest.approx(margin)
+        assert float(line["difference"]) == pytest.approx(verdict.difference)
+        if verdict.difference_low is not None:
+            assert float(line["difference_low"]) == pytest.approx(verdict.difference_low)
+    assert "worse, within the margin" in out and lines["linear"]["within_margin"] == "True"
+    assert f"equivalent: within 0.03 bits per byte, {margin:.4f} nats" in out
+    assert "over seeds and 6 blocks of text, with an error of 0.05 for all 4 comparisons" in out
+    lines, _ = compare_these(some, "--margin_bpb=2")
+    assert lines["ssa"]["within_margin"] == "True" and float(lines["ssa"]["margin"]) > 2
+
+
+def test_an_undecided_line_says_what_is_missing(compare_these):
+    near = of_blocks("lln", 0.02, seeds=3)
+    for record, above in zip(near, (-0.03, 0.0, 0.04)):
+        record.scores["by_block"] = [loss + above for loss in record.scores["by_block"]]
+    lines, out = compare_these(of_blocks("softmax", 0, seeds=4) + near)
+    assert lines["lln"]["word"] == "undecided" and "seeds" in lines["lln"]["missing"]
+    assert f"undecided: {lines['lln']['missing']}" in out and lines["lln"]["paired_seeds"] == "3"
+
+
+def test_what_needs_no_model_stands_at_the_end(compare_these):
+    lines, out = compare_these(of_blocks("softmax", 0) + of_blocks("lln", -0.1))
+    assert list(lines) == ["lln", "softmax", "unigram", "5-grams"]
+    baseline = float(lines["softmax"]["loss"])
+    for name, loss in LINES.items():
+        assert float(lines[name]["loss"]) == loss
+        assert float(lines[name]["bpb"]) == pytest.approx(loss / math.log(2) / BYTES)
+        [row] = [row for row in out.splitlines() if row.startswith(f"| {name} ")]
+        assert f" {loss:.4f} | " in row and f" {loss - baseline:+.4f} | no model" in row
+
+
+def test_a_run_that_diverged_counts_as_an_even_guess(compare_these):
+    some = of_blocks("softmax", 0) + of_blocks("lln", -0.1) + of_blocks("ssa", -0.1)
+    without, _ = compare_these(some)
+    diverge(some[7])
+    lines, out = compare_these(some)
+    assert "with the loss of an even guess: lln 1 of 5" in out
+    assert without["lln"]["word"] == "better"
+    losses = [record.scores["report"]["loss"] for record in some[5:10]]
+    assert max(losses) == math.log(9) and float(lines["lln"]["loss"]) == pytest.approx(mean(losses))
+    assert lines["lln"]["word"] == "undecided" and lines["lln"]["seeds"] == "5"
+    assert lines["ssa"] == without["ssa"]
+    for record in some[5:10]:
+        diverge(record)
+    lines, _ = compare_these(some)
+    assert lines["lln"]["word"] == "worse" and float(lines["lln"]["loss"]) == math.log(9)
+
+
+def test_a_recall_task_has_no_margin_and_is_solved_by_some_seeds(compare_these):
+    some = []
+    for mixer, accuracies in (("softmax", (0.99, 0.95, 0.9499)), ("lln", (0.1, 0.1, 0.1))):
+        for seed, accuracy in enumerate(accuracies, start=1):
+            some.append(made_up(mixer, seed, loss=1 - accuracy + seed / 1000, accuracy=accuracy))
+    lines, out = compare_these(some)
+    assert lines["softmax"]["solved"] == "2" and lines["lln"]["solved"] == "0"
+    assert lines["lln"]["margin"] == "" and lines["lln"]["word"] == "worse"
+    assert "| 2/3 |" in re.sub(" +", " ", out) and "| 0/3 |" in re.sub(" +", " ", out)
+    assert "over seeds alone, with" in out and "equivalent" not in out
+    chose = [made_up("lln", 0, loss=0.5, accuracy=0.5, learning_rate=rate) for rate in (0.1, 0.2)]
+    assert compare_these(some + chose)[0] == lines
+
+
+def test_older_records_are_judged_over_seeds_alone(compare_these):
+    some = of_blocks("softmax", 0) + of_blocks("lln", -0.1)
+    for record in some:
+        del record.scores["by_block"]
+        record.scores["select"] = part(1.0)
+    lines, out = compare_these(some)
+    pairs = stats.ttest_rel([r.scores["report"]["loss"] for r in some[5:]],
+                            [r.scores["report"]["loss"] for r in some[:5]])
+    low, high = pairs.confidence_interval(0.95)
+    assert float(lines["lln"]["difference_low"]) == pytest.approx(low)
+    assert "over seeds alone, the text is not counted" in out and lines["lln"]["blocks"] == "1"
+
+
+def test_scores_of_other_text_are_not_compared(compare_these, capsys):
+    some = of_blocks("softmax", 0) + of_blocks("lln", -0.1)
+    del some[3].scores["by_block"]
+    with pytest.raises(SystemExit):
+        compare_these(some)
+    assert "different parts of the validation text" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare_these([tuning("softmax", 0.1, 2.0)])
+    assert "only some to choose options by" in capsys.readouterr().err
+
+
+def test_notes_name_seeds_that_the_baseline_lacks_and_blocks_that_go_together(compare_these):
+    some = of_blocks("softmax", 0, seeds=3) + of_blocks("lln", -0.1)
+    for record in some[3:]:
+        slope = np.linspace(-0.1, 0.1, 6)
+        record.scores["by_block"] = (slope + record.scores["by_block"]).tolist()
+    _, out = compare_these(some)
+    assert "the difference is of the seeds that softmax has too: lln 3 of 5" in out
+    assert "differ alike" not in out  # six blocks are too few to say
+    for record in some:
+        record.scores["by_block"] = np.repeat(record.scores["by_block"], 4).tolist()
+    _, out = compare_these(some)
+    assert "by more than chance: lln +0." in out
+
+
+# -- pictures -----------------------------------------------------------------------------------
+
+DRAW = compare.plots.draw
+
+
+@pytest.fixture
+def drawn(compare_these, monkeypatch):
+    """{name of a file: its Figure}, of what compare_these draws from now on."""
+    monkeypatch.setattr(compare.plots, "draw", DRAW)
+    figures = {}
+
+    def save(path, figure):
+        figures[path.name] = figure
+        return path
+    monkeypatch.setattr(compare.plots, "save", save)
+    return figures
+
+
+def legend_of(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_every_picture_says_of_what_it_is_and_shows_what_needs_no_model(compare_these, drawn):
+    compare_these(of_blocks("softmax", 0) + of_blocks("lln", -0.1))
+    assert set(drawn) == {"verdicts.png", "loss.png", "state.png", "position.png"}
+    for name, figure in drawn.items():
+        title = figure.get_suptitle() or figure.axes[0].get_title()
+        assert title == "made_up, 2 steps, 5 seeds", name
+    for name in ("verdicts.png", "loss.png", "position.png"):
+        figure = drawn[name]
+        [unigram, grams] = [text for text in legend_of(figure) if "gram" in text]
+        assert unigram.startswith("unigram 3.000") and grams.startswith("5-grams 1.650"), name
+        shown = {line.get_label(): line for line in figure.axes[0].get_lines()}
+        across = "get_xdata" if name == "verdicts.png" else "get_ydata"
+        ends = getattr(shown[grams], across)()
+        assert list(ends) == [1.65, 1.65] and "not in the picture" not in grams
+    assert "not in the picture" in legend_of(drawn["verdicts.png"])[0]
+    right = [text.get_text() for text in drawn["verdicts.png"].axes[1].get_yticklabels()]
+    assert right[0].endswith(" better") and right[1] == "baseline"
+    for name in ("loss.png", "position.png"):
+        colours = {line.get_label(): line.get_color() for line in drawn[name].axes[0].get_lines()}
+        assert colours["softmax"] == "black" != colours["lln"]
+
+
+def test_the_rates_are_drawn_with_the_chosen_one_ringed(compare_these, drawn):
+    chose = [tuning("softmax", rate, loss) for rate, loss in ((0.1, 2.0), (0.2, 1.8), (0.4, 1.9))]
+    chose += [tuning("lln", rate, loss) for rate, loss in ((0.2, 1.6), (0.1, 1.7), (0.4, 9.0))]
+    chose[-1].scores["diverged"] = True
+    lines, _ = compare_these(of_blocks("softmax", 0) + of_blocks("lln", -0.1) + chose)
+    assert list(lines) == ["lln", "softmax", "unigram", "5-grams"]
+    [ax] = drawn["rates.png"].axes
+    marks = {}
+    for line in ax.get_lines():
+        points = list(zip(np.atleast_1d(line.get_xdata()), np.atleast_1d(line.get_ydata())))
+        marks.setdefault(line.get_marker(), []).append(points)
+    assert ax.get_xscale() == "log" and legend_of(drawn["rates.png"]) == ["lln", "softmax"]
+    assert marks["."] == [[(0.1, 1.7), (0.2, 1.6)], [(0.1, 2.0), (0.2, 1.8), (0.4, 1.9)]]
+    assert marks["o"] == [[(0.2, 1.6)], [(0.2, 1.8)]] and marks["x"] == [[(0.4, 1)]]
 
 
 # -- wandb --------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from conftest import ROOT, copy_repository
 
 from data import load_dataset
 from mixers import MIXERS
-from tools import compare
-from tools.compare_verdicts import judge
+from tools import compare, compare_table
 from tools.records import read_records
+from tools.verdicts import MARGIN_BPB, judge
 
 SHORTER = {  # a word of a command: what is added to it
     "train.py": "--max_iters=2 --eval_tokens=3000",
@@ -85,14 +85,15 @@ def arms(name):
 
 
 @pytest.mark.parametrize("first_cell, name", [
-    ("mixer", "shakespeare"), ("stronger start", "shakespeare_strong"),
+    ("mixer", "shakespeare_nanogpt"), ("stronger start", "shakespeare_strong"),
     ("longer recipe", "shakespeare_long")])
 def test_the_results_are_those_of_the_records(first_cell, name):
     of_records = arms(name)
-    verdicts = compare.judge_arms(of_records, "softmax")
+    margin = compare.margin_of(of_records, "softmax", MARGIN_BPB)
+    verdicts = compare.judge_arms(of_records, "softmax", margin)
     cells = {}
     for arm in of_records:
-        cells[arm.label] = compare.cells(compare.line_of(arm, verdicts[arm.label]))
+        cells[arm.label] = compare_table.cells(compare.line_of(arm, verdicts[arm.label], margin))
     [rows] = tables(first_cell)
     assert {row[first_cell] for row in rows} == set(cells)
     for row in rows:
@@ -112,19 +113,22 @@ def test_the_recall_table_is_that_of_the_records():
 
 
 @pytest.mark.parametrize("name, baseline, label", [
-    ("shakespeare", "softmax", "causal_max"), ("shakespeare_strong", "softmax", "causal_max"),
+    ("shakespeare_strong", "softmax", "causal_max"),
     ("shakespeare_strong", "softmax", "gated_deltanet"), ("shakespeare_strong", "softmax", "lln"),
-    ("shakespeare_strong", "softmax", "lln_diag"), ("shakespeare", "softmax", "pelican"),
-    ("shakespeare", "softmax", "lln"),
-    ("shakespeare", "softmax", "ssa"), ("shakespeare", "causal_max", "causal_max_context"),
-    ("shakespeare", "lln", "linear"), ("shakespeare", "lln", "performer"),
+    ("shakespeare_strong", "softmax", "lln_diag"),
+    ("shakespeare_nanogpt", "softmax", "causal_max"), ("shakespeare_nanogpt", "softmax", "pelican"),
+    ("shakespeare_nanogpt", "softmax", "lln"), ("shakespeare_nanogpt", "softmax", "ssa"),
+    ("shakespeare_nanogpt", "causal_max", "causal_max_context"),
+    ("shakespeare_nanogpt", "lln", "linear"), ("shakespeare_nanogpt", "lln", "performer"),
     ("shakespeare_leak", "causal_max", "causal_max_leak")])
 def test_the_differences_in_the_text_are_those_of_the_records(name, baseline, label):
-    """Each stands there with its interval; the leak is compared with the mixer that has none."""
+    """Each stands there with its interval, that of all comparisons with the baseline; the leak is
+    compared with the mixer that has none."""
     losses = {}
-    for folder in {name, "shakespeare" if name.endswith("leak") else name}:
+    for folder in {name, "shakespeare_nanogpt" if name.endswith("leak") else name}:
         for record in read_records(ROOT / "results" / folder):
-            losses.setdefault(record.config["mixer"], []).append(record.scores["report"]["loss"])
+            of_mixer = losses.setdefault(record.config["mixer"], {})
+            of_mixer[record.config["seed"]] = [record.scores["report"]["loss"]]
     found = judge(losses, baseline)[label]
     words = f"{found.difference:+.3f} [{found.difference_low:+.3f}, {found.difference_high:+.3f}]"
     assert words in TEXT, words

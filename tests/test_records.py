@@ -28,7 +28,8 @@ METRICS = [
 ]
 PART = {"loss": 1.4, "bpb": 2.0, "accuracy": None}
 SCORES = {"weights": "0", "vocab_size": 9, "iter": 2, "select": PART, "report": PART,
-          "by_position": [1.9, 1.8, 1.7, 1.6], "by_cell": None}
+          "by_position": [1.9, 1.8, 1.7, 1.6], "by_cell": None, "first_losses": [2.2, 2.1],
+          "diverged": False}
 
 # JSON, and what is none, as texts that stand in the place of a value
 HOSTILE = ["null", "true", '"text"', '"\\ud800"', '"\\u001b[31m\\n"', "[]", "[1, null]", "{}",

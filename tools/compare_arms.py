@@ -11,6 +11,7 @@ from training.run_folder import NOT_OPTIONS
 MUST_AGREE = ("dataset", "block_size", "eval_tokens")  # or the losses are not of the same thing
 # what says nothing of how a run was trained, or is compared in another way
 NOT_COMPARED = ASIDE | NOT_OPTIONS | {"mixer", "seed"}
+OF_THE_RATE = {"learning_rate", "min_lr"}  # the second follows from the first
 
 
 @dataclass
@@ -29,12 +30,27 @@ class Arm:
     def leaks(self):
         return bool(self.config.get("allow_leak"))
 
+    @property
+    def diverged(self):
+        """How many of its runs did: they count with the loss of an even guess."""
+        return sum(is_diverged(record) for record in self.records)
+
+    @property
+    def steady(self):
+        """The first of its records that did not diverge, or the first."""
+        return next((record for record in self.records if not is_diverged(record)),
+                    self.records[0])
+
     def reported(self, key):
         """That figure on the report data, one for each seed."""
         return [record.scores["report"][key] for record in self.records]
 
     def final_val_losses(self):
-        return [last_val_loss(record.metrics) for record in self.records]
+        return [final_val_loss(record) for record in self.records]
+
+    def block_losses(self, blocks):
+        """{seed: losses of so many blocks of text, in nats}."""
+        return {seed_of(record): block_losses(record, blocks) for record in self.records}
 
     def measured(self, key, choose):
         """The median over the seeds of choose(that figure of all rows of a run), or None."""
@@ -46,8 +62,43 @@ class Arm:
         return median(of_runs) if of_runs else None
 
 
-def last_val_loss(metrics):
-    return [row["val_loss"] for row in metrics if row.get("val_loss") is not None][-1]
+def is_diverged(record):
+    return bool(record.scores.get("diverged"))
+
+
+def is_tuning(record):
+    """Whether a scored run was made to choose options by: of a text, with a slice held out of
+    training; of a recall task, with seed 0."""
+    is_recall = (record.scores["report"] or {}).get("accuracy") is not None
+    return is_held_out(record) or (is_recall and seed_of(record) == 0)
+
+
+def is_held_out(record):
+    return record.config.get("holdout", 0) > 0
+
+
+def final_val_loss(record):
+    if is_diverged(record):
+        return record.scores["report"]["loss"]
+    return [row["val_loss"] for row in record.metrics if row.get("val_loss") is not None][-1]
+
+
+def block_losses(record, blocks):
+    """The losses of so many blocks of text, in nats; blocks 1: the report loss alone."""
+    if blocks == 1 or is_diverged(record):
+        return [record.scores["report"]["loss"]] * blocks
+    return record.scores["by_block"]
+
+
+def block_count(records):
+    """How many blocks of text the runs were scored on; 1 if these are not known: of a recall task,
+    or scored by an earlier version. BadInput if they are not the same for all."""
+    counts = {len(record.scores.get("by_block") or ()) for record in records
+              if not is_diverged(record)}
+    if len(counts) > 1:
+        raise BadInput("the runs were scored on different parts of the validation text (earlier "
+                       "versions took its second half): compare those of one version")
+    return max({1} | counts)
 
 
 def setting(record, option_name):
@@ -60,26 +111,40 @@ def arms_of(records):
     the same thing, or a run is there twice."""
     unequal = unequal_options(records)
     check_alike(records, unequal)
-    arms = []
-    for record in records:
-        mixer = record.config["mixer"]
-        settings = {name: setting(record, name) for name in unequal}
-        for arm in arms:
-            if (arm.mixer, arm.settings) == (mixer, settings):
-                arm.records.append(record)
-                break
-        else:
-            arms.append(Arm(mixer, settings, [record]))
-    arms.sort(key=mixer_and_settings)
+    arms = grouped(records, unequal)
     for arm in arms:
-        arm.label = label_of(arm, arms)
         arm.records.sort(key=seed_of)
         check_seeds(arm.records)
     return arms
 
 
-def mixer_and_settings(arm):
-    return arm.mixer, list(arm.settings.values())
+def tuning_arms_of(records):
+    """Tuning runs by mixer and options other than the learning rate, a list of Arm, sorted; the
+    records of each by learning rate."""
+    if not records:
+        return []
+    unequal = [name for name in unequal_options(records) if name not in OF_THE_RATE]
+    arms = grouped(records, unequal)
+    for arm in arms:
+        arm.records.sort(key=rate_of)
+    return arms
+
+
+def grouped(records, unequal):
+    """The runs by mixer and the options named `unequal`, a sorted list of Arm with labels."""
+    arms = {}
+    for record in records:
+        settings = {name: setting(record, name) for name in unequal}
+        key = record.config["mixer"], *settings.values()
+        arms.setdefault(key, Arm(record.config["mixer"], settings, [])).records.append(record)
+    arms = [arms[key] for key in sorted(arms)]
+    for arm in arms:
+        arm.label = label_of(arm, arms)
+    return arms
+
+
+def rate_of(record):
+    return record.config["learning_rate"]
 
 
 def seed_of(record):
@@ -105,8 +170,10 @@ def check_alike(records, unequal):
             raise BadInput(f"the runs differ in {name} ({values}): "
                            "their losses are not of the same thing")
     check_data_alike(records)
-    cells = {frozenset(record.scores["by_cell"] or ()) for record in records}
-    positions = {len(record.scores["by_position"] or ()) for record in records}
+    block_count(records)
+    scored = [record for record in records if not is_diverged(record)]
+    cells = {frozenset(record.scores["by_cell"] or ()) for record in scored}
+    positions = {len(record.scores["by_position"] or ()) for record in scored}
     if len(cells) > 1 or len(positions) > 1:
         raise BadInput("the runs were scored on rows of different lengths, as learned positions "
                        "end at block_size: compare those with learned positions apart from those "

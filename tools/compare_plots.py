@@ -1,5 +1,4 @@
-"""The plots of tools/compare.py as PNG files. What is drawn comes as `groups`, {label: the Records
-of its seeds}, best first, and `lines`, their TableLines in the same order."""
+"""The plots of tools/compare.py as PNG files."""
 from dataclasses import dataclass
 from statistics import median
 
@@ -8,35 +7,66 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from base.errors import printable
+from tools.compare_arms import is_diverged, rate_of
 from tools.inspect_plots import save
+from tools.verdicts import in_words
 
 AXES = {
     "iter": "steps",
     "flops": "training FLOPs",
     "seconds": "seconds of training and evaluation",
 }
-COLOURS = {"baseline": "black", "better": "#2a7f4f", "worse": "#b5432a"}  # of verdicts
-GREY = "0.55"   # of all other verdicts
+BASELINE = "black"
+COLOURS = {"baseline": BASELINE, "better": "#2a7f4f", "worse": "#b5432a",
+           "equivalent": "#3b6fb6"}  # of verdicts
+GREY = "0.55"   # of all other verdicts, and of what needs no model
 STYLES = ("-", "--", ":", "-.")
 POSITIONS = 24  # bins of the context, growing with the position
 
 
-def draw(folder, groups, lines):
-    """Writes the plots that there is something to show in; yields their paths."""
-    looks = {label: look_of(number) for number, label in enumerate(groups)}
-    yield save(folder / "verdicts.png", verdict_plot(groups, lines))
-    yield save(folder / "loss.png", loss_curves(groups, looks))
-    with_state = [line for line in lines if line.state_bytes is not None]
+@dataclass
+class View:
+    """What is drawn."""
+    title: str
+    groups: dict       # {label: the Records of its seeds}, best first
+    lines: list        # their TableLines, in the same order
+    references: list   # of Reference
+    baseline: str      # its label
+
+
+def draw(folder, view, tuning=()):
+    """Writes the plots that there is something to show in; yields their paths. tuning: the Arms of
+    the runs that options were chosen by."""
+    looks = looks_of(view.groups, view.baseline)
+    yield save(folder / "verdicts.png", verdict_plot(view))
+    yield save(folder / "loss.png", loss_curves(view, looks))
+    with_state = [line for line in view.lines if line.state_bytes is not None]
     if with_state:
-        yield save(folder / "state.png", loss_over_state(with_state, looks))
-    records = [record for of_label in groups.values() for record in of_label]
-    if all(record.scores["by_position"] for record in records):
-        yield save(folder / "position.png", loss_over_position(groups, looks))
+        yield save(folder / "state.png", loss_over_state(view.title, with_state, looks))
+    trained = {label: not_diverged(records) for label, records in view.groups.items()}
+    if all(r.scores["by_position"] for records in trained.values() for r in records):
+        yield save(folder / "position.png", loss_over_position(view, looks))
+    if tuning:
+        labels = [*view.groups, *(arm.label for arm in tuning if arm.label not in view.groups)]
+        yield save(folder / "rates.png",
+                   loss_over_rate(view.title, tuning, looks_of(labels, view.baseline)))
+
+
+def not_diverged(records):
+    return [record for record in records if not is_diverged(record)]
 
 
 def plain(text):
     """A label as it is to be read: no control characters, and no formula between dollar signs."""
     return printable(text).replace("$", r"\$")
+
+
+def looks_of(labels, baseline):
+    """{label: colour and style of its line}; the baseline's is black."""
+    others = [label for label in labels if label != baseline]
+    looks = {label: look_of(number) for number, label in enumerate(others)}
+    looks[baseline] = {"color": BASELINE, "linestyle": "-"}
+    return looks
 
 
 def look_of(number):
@@ -55,57 +85,102 @@ def band(ax, x, curves, label, look):
     ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
+def near(references, low, high):
+    """Those that can be shown beside what lies from low to high, without squeezing it to less than
+    half."""
+    reach = high - low
+    return [r for r in references if low - reach <= r.loss <= high + reach]
+
+
+def draw_references(line, references, shown):
+    """What needs no model, by `line`, ax.axhline or ax.axvline; those not among `shown` are named
+    in the legend alone."""
+    for reference, style in zip(references, STYLES[1:] * len(references)):
+        beyond = "" if reference in shown else ", not in the picture"
+        line(reference.loss if reference in shown else np.nan, color=GREY, linestyle=style,
+             linewidth=1, label=f"{plain(reference.name)} {reference.loss:.3f}{beyond}", zorder=1)
+
+
 # The pictures ---------------------------------------------------------------------------------
 
-def verdict_plot(groups, lines):
-    figure = Figure(figsize=(8, 0.8 + 0.3 * len(lines)), layout="constrained")
+def verdict_plot(view):
+    lines = view.lines
+    figure = Figure(figsize=(9, 1.3 + 0.3 * len(lines)), layout="constrained")
     ax = figure.subplots()
-    for row, line in enumerate(lines):
-        losses = [record.scores["report"]["loss"] for record in groups[line.mixer]]
+    of_lines = [[record.scores["report"]["loss"] for record in view.groups[line.mixer]]
+                for line in lines]
+    low, high = min(map(min, of_lines)), max(map(max, of_lines))
+    shown = near(view.references, low, high)
+    ends = [low, high, *(reference.loss for reference in shown)]
+    room = 0.06 * (max(ends) - min(ends)) or 0.01  # intervals that are wider are cut off
+    ax.set_xlim(min(ends) - room, max(ends) + room)
+    for row, (line, losses) in enumerate(zip(lines, of_lines)):
         draw_verdict(ax, row, line, losses)
-    ax.set_yticks(range(len(lines)), [plain(line.mixer) for line in lines])
-    ax.set_ylim(len(lines) - 0.5, -0.5)
-    ax.margins(x=0.25)
+    draw_references(ax.axvline, view.references, shown)
+    right = ax.twinx()
+    for side, texts in ((ax, [plain(line.mixer) for line in lines]),
+                        (right, [beside(line) for line in lines])):
+        side.set_yticks(range(len(lines)), texts)
+        side.set_ylim(len(lines) - 0.5, -0.5)
+    for text, line in zip(right.get_yticklabels(), lines):
+        text.set_color(colour_of(line))
+    right.tick_params(length=0)
+    ax.set_title(plain(view.title), fontsize=10)
     ax.set_xlabel("loss on the report data, nats per target: "
                   "each seed, and the mean's 95 % interval")
     ax.grid(axis="x", alpha=0.3)
     ax.set_axisbelow(True)
+    if view.references:
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                      fontsize=8, frameon=False)
     return figure
 
 
+def colour_of(line):
+    return COLOURS.get(line.word, GREY)
+
+
+def beside(line):
+    """What stands at the right end of a row."""
+    if line.word == "baseline":
+        return line.word
+    return f"{line.difference:+.3f} {in_words(line)}"
+
+
 def draw_verdict(ax, row, line, losses):
-    """A row: the seeds' losses, their mean's interval, and the verdict in words."""
-    colour = COLOURS.get(line.verdict, GREY)
+    """A row: the seeds' losses, and their mean's interval."""
+    colour = colour_of(line)
     half = line.loss_interval or 0
-    if line.verdict == "baseline" and half:
+    if line.word == "baseline" and half:
         ax.axvspan(line.loss - half, line.loss + half, color="0.9", zorder=0)
     ax.errorbar(line.loss, row, xerr=line.loss_interval, fmt="none", color=colour, capsize=3,
                 zorder=2)
     ax.plot(losses, [row] * len(losses), "o", color=colour, markersize=4, alpha=0.6, zorder=3)
-    if line.verdict != "baseline":
-        right = max(*losses, line.loss + half)
-        ax.annotate(f"  {line.difference:+.3f} {line.verdict}", (right, row), xytext=(4, 0),
-                    textcoords="offset points", va="center", fontsize=8, color=colour)
 
 
-def loss_curves(groups, looks):
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+def loss_curves(view, looks):
+    """Runs that diverged have no end to draw."""
+    figure = Figure(figsize=(15, 4.9), layout="constrained")
     axes = figure.subplots(1, len(AXES), sharey=True)
     for ax, (key, name) in zip(axes, AXES.items()):
-        for label, records in groups.items():
-            curves = [validation_curve(record.metrics, key) for record in records]
-            steps = sorted(set.intersection(*map(set, curves)))  # where all seeds were evaluated
+        for label, records in view.groups.items():
+            curves = [validation_curve(r.metrics, key) for r in not_diverged(records)]
+            steps = set.intersection(*map(set, curves)) if curves else ()
             if not steps:  # a mixer without a FLOP formula has none
                 continue
+            steps = sorted(steps)  # where all seeds were evaluated
             x = [median(curve[step].x for curve in curves) for step in steps]
             losses = [[curve[step].loss for step in steps] for curve in curves]
             band(ax, x, losses, label, looks[label])
         ax.set_xlabel(name)
         ax.grid(alpha=0.3)
+    shown = near(view.references, *axes[0].get_ylim())
+    for ax in axes:
+        draw_references(ax.axhline, view.references, shown)
     axes[0].set_ylabel("validation loss, nats per target")
-    seeds = sorted({len(records) for records in groups.values()})
+    figure.suptitle(plain(view.title), fontsize=11)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8,
-                  title=f"best first, {'-'.join(map(str, seeds))} seeds", title_fontsize=8)
+                  title="best first", title_fontsize=8)
     return figure
 
 
@@ -132,7 +207,7 @@ class Point:
     names: list
 
 
-def loss_over_state(lines, looks):
+def loss_over_state(title, lines, looks):
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     ax = figure.subplots()
     for line in lines:
@@ -141,6 +216,7 @@ def loss_over_state(lines, looks):
     for point in labelled_points(lines):
         ax.annotate(", ".join(map(plain, point.names)), (point.state_bytes, point.loss),
                     xytext=(5, 4), textcoords="offset points", fontsize=8)
+    ax.set_title(plain(title), fontsize=10)
     sizes = [line.state_bytes for line in lines if line.state_bytes > 0]
     ax.set_xscale("symlog", linthresh=min(sizes, default=1))
     ax.set_xlabel("bytes of state of one sequence at the end of the context")
@@ -167,10 +243,13 @@ def state_and_loss(line):
     return line.state_bytes, line.loss
 
 
-def loss_over_position(groups, looks):
+def loss_over_position(view, looks):
     figure = Figure(figsize=(9, 5), layout="constrained")
     ax = figure.subplots()
-    for label, records in groups.items():
+    for label, records in view.groups.items():
+        records = not_diverged(records)
+        if not records:
+            continue
         curves = np.array([record.scores["by_position"] for record in records], dtype=float)
         edges = position_edges(curves.shape[1])
         x, losses = [], []
@@ -179,6 +258,8 @@ def loss_over_position(groups, looks):
             losses.append(curves[:, first:last].mean(axis=1))
         band(ax, x, np.transpose(losses), label, looks[label])
     ax.set_xscale("log")
+    draw_references(ax.axhline, view.references, near(view.references, *ax.get_ylim()))
+    ax.set_title(plain(view.title), fontsize=10)
     ax.set_xlabel("position in the context, from 1")
     ax.set_ylabel("loss on the report data, nats per token")
     ax.grid(alpha=0.3)
@@ -190,3 +271,31 @@ def position_edges(T):
     """Where the bins of T positions begin, and T: each about as much longer than the one before."""
     edges = np.round(np.geomspace(1, T + 1, POSITIONS + 1)).astype(int)
     return np.unique(edges) - 1
+
+
+def loss_over_rate(title, arms, looks):
+    """Of the runs that chose: each arm's losses, the lowest ringed. A run that diverged is a cross
+    at the upper edge: its loss is that of an even guess, far above."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    ax = figure.subplots()
+    for arm in arms:
+        look = looks[arm.label]
+        kept = not_diverged(arm.records)
+        for record in arm.records:
+            if record not in kept:
+                ax.plot(rate_of(record), 1, "x", markersize=9, color=look["color"],
+                        transform=ax.get_xaxis_transform(), clip_on=False)
+        rates = [rate_of(record) for record in kept]
+        losses = [record.scores["select"]["loss"] for record in kept]
+        ax.plot(rates, losses, label=plain(arm.label), linewidth=1.4, marker=".", **look)
+        if losses:
+            best = int(np.argmin(losses))
+            ax.plot(rates[best], losses[best], "o", markersize=10, color=look["color"],
+                    markerfacecolor="none")
+    ax.set_xscale("log")
+    ax.set_title(f"{plain(title)}: what chose the rates", fontsize=10)
+    ax.set_xlabel("learning rate; the chosen ones are ringed, runs that diverged crossed")
+    ax.set_ylabel("loss on the data to choose by, nats per target")
+    ax.grid(alpha=0.3, which="both")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure

@@ -58,6 +58,7 @@ class RunConfig(Lenient):
     dataset: str
     block_size: Annotated[int, Field(ge=1, lt=2**31)]
     eval_tokens: Count
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     n_layer: Annotated[int, Field(ge=1, lt=2**16)] = 1  # each has an entry in lists
     allow_leak: bool = False
 

@@ -15,7 +15,12 @@ Each is {"loss": nats per target, "bpb": bits per byte or null, "accuracy": shar
 or null}. Beside them stand, of a text's report, "by_position", the loss in nats at each of the T
 positions of the windows, and "by_block", that of each of its blocks of about 2,000 bytes, all of
 as many windows (or one more); of a recall task "by_cell", the report's accuracy per difficulty;
-"iter" and "vocab_size" of the model; and "weights", the checksum of what was scored.
+"iter" and "vocab_size" of the model; "weights", the checksum of what was scored; and
+"first_losses", which tell what code trained it (see tools/numerics.py), or null.
+
+A run whose loss became infinite or NaN counts as the worst there is, it is not dropped: with
+--diverged all its losses are those of an even guess, log(vocab_size), "iter" is where it should
+have ended, and "diverged" is true.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
@@ -36,6 +41,7 @@ from base.options import checked, option
 from config import Options
 from data import load_dataset
 from mixers import load_mixer_file
+from tools.numerics import first_losses
 from training import checkpoint
 from training.device import choose_device
 from training.run_folder import check_data
@@ -56,6 +62,8 @@ class ScoreOptions:
         "no future to see; takes longer")
     other_data: bool = option(
         False, "score although the data set of that name has changed since the training")
+    diverged: bool = option(
+        False, "the loss became infinite or NaN: score the run as the worst, an even guess")
 
 
 # scores.json ----------------------------------------------------------------------------------
@@ -87,6 +95,8 @@ class Scores(Lenient):
     by_position: Optional[Annotated[list[Optional[Measured]], Field(min_length=1)]]
     by_block: Optional[Annotated[list[Measured], Field(min_length=1)]] = None
     by_cell: Optional[dict[str, Optional[Measured]]]
+    first_losses: Optional[list[Measured]] = None
+    diverged: bool = False
 
 
 def weights_of(folder):
@@ -196,21 +206,27 @@ def load_scored(out_dir, device, other_data=False):
     """A run's newest checkpoint, as Scored. BadInput if there is none, its data are not here, or
     are others than it was trained on, unless other_data insists."""
     saved, weights = read_newest(out_dir)
-    known = {f.name for f in fields(Options)}
-    try:
-        options = Options(**{name: saved.config[name] for name in known & saved.config.keys()})
-    except ValidationError as error:
-        raise BadInput(f"{saved.folder}/config.json is damaged: {one_line(error)}; "
-                       f"{checkpoint.REMEDY}") from error
-    if options.dtype not in DTYPES:
-        raise BadInput(f"{saved.folder}/config.json is damaged: dtype {options.dtype} is not what "
-                       f"a run was trained in; {checkpoint.REMEDY}")
+    options = options_of(saved.config, saved.folder)
     model = checkpoint.build_model(saved).to(device)
     data = load_dataset(options.dataset, options.block_size, options.holdout)
     check_data(saved, data, insist=other_data)
     dtype = DTYPES[options.dtype]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     return Scored(saved, weights, model, data, options, autocast)
+
+
+def options_of(config, folder):
+    """The Options in the config.json of a run or checkpoint. BadInput if it is damaged."""
+    known = {f.name for f in fields(Options)}
+    try:
+        options = Options(**{name: config[name] for name in known & config.keys()})
+    except ValidationError as error:
+        raise BadInput(f"{folder}/config.json is damaged: {one_line(error)}; "
+                       f"{checkpoint.REMEDY}") from error
+    if options.dtype not in DTYPES:
+        raise BadInput(f"{folder}/config.json is damaged: dtype {options.dtype} is not what "
+                       f"a run was trained in; {checkpoint.REMEDY}")
+    return options
 
 
 def batches(data, options):
@@ -247,55 +263,78 @@ def block_losses(losses, T, bytes_per_token):
     return [float(block.mean()) for block in np.array_split(losses, blocks)]
 
 
-def longest_row(scored):
+def longest_row(data, options):
     """The most positions that a batch of the data may have."""
-    if scored.is_text:
-        return scored.options.block_size
-    sizes = scored.data.sizes["val"] + scored.data.sizes["test"]
+    if data.bytes_per_token is not None:
+        return options.block_size
+    sizes = data.sizes["val"] + data.sizes["test"]
     return max(length for _, length, _ in sizes)
 
 
-@torch.no_grad()
 def score(out_dir, device, other_data=False):
     """The scores of a run's newest checkpoint (dict, see above)."""
     scored = load_scored(out_dir, device, other_data)
-    data = scored.data
-    if not scored.is_text and "test" not in data.cells:
+
+    def logits_of(x):
+        with scored.autocast:
+            return scored.model(x.to(device))[0]
+
+    result = measured(scored.data, scored.options, logits_of)
+    for part in ("select", "report"):
+        if result[part] and not math.isfinite(result[part]["loss"]):
+            raise BadInput(f"{scored.checkpoint.folder}: its loss on the {part} data is "
+                           f"{result[part]['loss']}; there is nothing to compare, leave it out")
+    return result | {"weights": scored.weights, "iter": scored.checkpoint.trainer["iter"]}
+
+
+def score_diverged(out_dir):
+    """The scores of a run whose loss became infinite or NaN (dict, see above)."""
+    out_dir = Path(out_dir)
+    options = options_of(read_json(out_dir / "config.json", checkpoint.REMEDY), out_dir)
+    data = load_dataset(options.dataset, options.block_size, options.holdout)
+
+    def even(x):
+        return torch.zeros(*x.shape, data.vocab_size)
+
+    newest = newest_checkpoint(out_dir)
+    weights = newest and weights_of(newest)
+    result = measured(data, options, even)
+    return result | {"weights": weights, "iter": options.max_iters, "diverged": True}
+
+
+@torch.no_grad()
+def measured(data, options, logits_of):
+    """The scores, but for "weights" and "iter", of logits_of: tokens (B, T) -> logits (B, T, V)."""
+    is_text = data.bytes_per_token is not None
+    if not is_text and "test" not in data.cells:
         raise BadInput(f"data/{data.name} has no test split to report on; prepare it with one")
-    T = longest_row(scored)
+    T = longest_row(data, options)
     sums = {}     # "select" or "report" -> Sums
     cells = {}    # name of a difficulty -> Sums
     windows = []  # mean loss of each, of a text
-    for part, x, y, cell in batches(data, scored.options):
-        x, y = x.to(device), y.to(device)
-        with scored.autocast:
-            logits, _ = scored.model(x)
+    for part, x, y, cell in batches(data, options):
+        logits = logits_of(x)
+        y = y.to(logits.device)
         losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(),
                                  ignore_index=-1, reduction="none").view_as(y)
         values = losses, logits.argmax(-1) == y, y != -1
         sums.setdefault(part, Sums(T)).add(*values)
-        if scored.is_text and x.size(1) == T:  # what is left over at the end makes no window
+        if is_text and x.size(1) == T:  # what is left over at the end makes no window
             windows += losses.double().mean(1).tolist()
-        elif not scored.is_text and part == "report":
+        elif not is_text and part == "report":
             name = data.cells["test"][cell]
             cells.setdefault(name, Sums(T)).add(*values)
-    for part in sums:
-        loss = sums[part].mean_loss()
-        if not math.isfinite(loss):
-            raise BadInput(f"{scored.checkpoint.folder}: its loss on the {part} data is {loss}; "
-                           "there is nothing to compare, leave it out")
     parts = {part: sums[part].part(data.bytes_per_token) for part in sums}
     result = {
-        "weights": scored.weights,
         "vocab_size": data.vocab_size,
-        "iter": scored.checkpoint.trainer["iter"],
         "select": parts.get("select"),
         "report": parts.get("report"),
         "by_position": None,
         "by_block": None,
         "by_cell": None,
+        "first_losses": first_losses(options),
     }
-    if not scored.is_text:
+    if not is_text:
         result["by_cell"] = {name: cell.accuracy() for name, cell in cells.items()}
     elif result["report"]:
         result["by_position"] = sums["report"].by_position()
@@ -325,11 +364,11 @@ def last_position_loss(out_dir, device, other_data=False):
     return torch.cat(losses).mean().item()
 
 
-def scores_of(out_dir, device, other_data=False):
+def scores_of(out_dir, device, other_data=False, diverged=False):
     """The scores of a run, made and written if they are not there."""
-    scores = read_scores(out_dir)
+    scores = None if diverged else read_scores(out_dir)
     if scores is None:
-        scores = score(out_dir, device, other_data)
+        scores = score_diverged(out_dir) if diverged else score(out_dir, device, other_data)
         write_json(Path(out_dir) / "scores.json", scores)
     return scores
 
@@ -343,7 +382,7 @@ def main():
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
     device = choose_device(options.device)
-    scores = scores_of(options.out_dir, device, options.other_data)
+    scores = scores_of(options.out_dir, device, options.other_data, options.diverged)
     for name in ("select", "report"):
         part = scores[name]
         if part is None:

@@ -4,13 +4,16 @@
     for run, error in carry_out([run for run in runs if not run.finished()], at_once=2): ...
 
 Every run is a train.py of its own in run.folder, then its scores (see tools/score.py); what they
-print goes to the .log file beside the folder. An interrupted run goes on from its checkpoint. A
+print goes to the .log file beside the folder. One that diverges is scored as the worst. Checkpoints
+that are not to be kept go once there are scores. An interrupted run goes on from its checkpoint. A
 run that another process is at, one whose sweep was killed say, is waited for. What is started
 here ends with this process (see tools/sweep_child.py).
 """
 import contextlib
 import fcntl
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,13 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from base.errors import BadInput, printable
 from base.files import exists, read_json, writing
 from config import Options, filled_in
-from tools.records import Sweep, holds_run
+from tools.records import holds_run
 from tools.score import read_scores
+from training.checkpoint import remove_all
 from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ASIDE = {"out_dir", "device", "threads", "eval_interval", "keep_last", "log_interval",
          "wandb_log", "wandb_project", "wandb_run_name", *OF_ONE_COMMAND}
 IN_USE = "in use by another process"  # what train_and_score returns then
+DIVERGED = re.compile(r"step \d+: .* is not finite")  # how train.py ends then
 stopping = threading.Event()  # set by a signal: all processes are told to end, no more are started
 
 
@@ -43,6 +48,7 @@ stopping = threading.Event()  # set by a signal: all processes are told to end, 
 class Run:
     folder: str
     arguments: tuple  # of train.py, without --out_dir and --resume
+    keep_checkpoints: bool = True
 
     def command(self):
         return ["train.py", *self.arguments, f"--out_dir={self.folder}"]
@@ -111,24 +117,6 @@ def shortened(value):
     """A value from a file, as a message may show it."""
     text = printable(str(value))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-# sweep.json ---------------------------------------------------------------------------------------
-
-class SweepFile(Sweep):
-    """All of it: which runs to compare are there, are missing, have failed, and of what sweep."""
-    config: Optional[str] = None
-    mixers: list[str] = []
-    learning_rates: list[float] = []
-    seeds: int = 0
-    match: Optional[str] = None
-    chosen: dict[str, float] = {}  # mixer -> learning rate
-
-
-def read_sweep_file(folder):
-    """The SweepFile of a folder. BadInput if it is damaged."""
-    path = Path(folder) / "sweep.json"
-    return read_json(path, "run the same tools.sweep once more", SweepFile)
 
 
 # Carrying runs out --------------------------------------------------------------------------------
@@ -207,18 +195,26 @@ def train_and_score(run, threads=None, group=None):
     with locked_log(run) as log:
         if log is None:
             return IN_USE
-        for command in (train, score):
-            status = run_child(command, env, log)
-            if stopping.is_set():
-                return "interrupted"
-            if status != 0 and is_locked(Path(run.folder) / "lock"):
-                return IN_USE  # a train.py by hand has it
-            if status < 0:
-                return (f"killed by signal {-status}, for want of memory perhaps; "
-                        f"see {run.folder}.log")
-            if status > 0:
-                return last_line(f"{run.folder}.log") or f"exit status {status}"
-    return None
+        error = carry_out_child([*train, "--then", *score], run, env, log)
+        if error and DIVERGED.search(error):
+            error = carry_out_child([*score, "--diverged"], run, env, log)
+        if error is None and not run.keep_checkpoints:
+            remove_all([Path(run.folder) / "checkpoints"])
+    return error and error[-300:]
+
+
+def carry_out_child(command, run, env, log):
+    """None, IN_USE, or what went wrong in one line, of a command of ours on a run."""
+    status = run_child(command, env, log)
+    if stopping.is_set():
+        return "interrupted"
+    if status == 0:
+        return None
+    if is_locked(Path(run.folder) / "lock"):
+        return IN_USE  # a train.py by hand has it
+    if status < 0:
+        return f"killed by signal {-status}, for want of memory perhaps; see {run.folder}.log"
+    return last_line(f"{run.folder}.log") or f"exit status {status}"
 
 
 def run_child(command, env, log):
@@ -227,22 +223,20 @@ def run_child(command, env, log):
     process = subprocess.Popen(
         [sys.executable, ROOT / "tools/sweep_child.py", *command],
         env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
-    with process.stdin:
-        try:
-            while process.poll() is None and not stopping.wait(0.1):
-                pass
-        finally:  # stopped, here or as a job of the cluster
-            if process.poll() is None:
-                process.terminate()  # train.py saves a checkpoint
-                process.wait()
+    try:
+        while process.poll() is None and not stopping.wait(0.1):
+            pass
+    finally:  # also if we are stopped, here or as a job of the cluster
+        process.stdin.close()  # train.py saves a checkpoint
+        process.wait()
     return process.returncode
 
 
 def last_line(path):
-    """The end of the last line with something in it, or None."""
+    """The last line with something in it, or None."""
     lines = Path(path).read_text(errors="replace").splitlines()
     written = [line for line in lines if line.strip()]
-    return printable(written[-1][-300:]) if written else None
+    return printable(written[-1]) if written else None
 
 
 def cluster(name, folder, settings):
@@ -269,11 +263,12 @@ def cluster(name, folder, settings):
     return executor
 
 
-def carry_out(runs, at_once=1, executor=None, group=None):
+def carry_out(runs, at_once=1, executor=None, group=None, until=math.inf):
     """Yields (run, error or None) as they end. executor: a cluster's, which gets all of them at
     once; otherwise at_once run here at a time, with a thread each if that is more than one. A run
-    in use by another process is waited for, after the others. A signal stops all of them, with a
-    checkpoint each, and raises KeyboardInterrupt."""
+    in use by another process is waited for, after the others. From `until` on, a time.monotonic(),
+    none is started. A signal stops all of them, with a checkpoint each, and raises
+    KeyboardInterrupt."""
     waiting = list(runs)
     slots = len(waiting) if executor else at_once
     # more threads than cores would wait for each other
@@ -282,15 +277,9 @@ def carry_out(runs, at_once=1, executor=None, group=None):
     jobs, told = {}, set()
     try:
         while waiting or jobs:
-            for run in list(waiting):
-                if len(jobs) == slots:
-                    break
-                if is_in_use(run):
-                    if run not in told:
-                        print(f"{run.folder} is {IN_USE}: waiting for it, "
-                              "the others go first", flush=True)
-                    told.add(run)
-                    continue
+            if time.monotonic() >= until:
+                waiting.clear()
+            for run in startable(waiting, slots - len(jobs), told):
                 waiting.remove(run)
                 jobs[run] = submit(pool, run, threads, group)
             for run in [run for run, job in jobs.items() if job.done()]:
@@ -309,6 +298,21 @@ def carry_out(runs, at_once=1, executor=None, group=None):
     finally:
         if not executor:
             pool.shutdown(cancel_futures=True)  # returns when the last one has saved
+
+
+def startable(waiting, at_most, told):
+    """The first at_most of the waiting runs that no other process is at; of those that one is at,
+    a line each, unless they are among `told`."""
+    found = []
+    for run in waiting:
+        if len(found) == at_most:
+            break
+        if not is_in_use(run):
+            found.append(run)
+        elif run not in told:
+            print(f"{run.folder} is {IN_USE}: waiting for it, the others go first", flush=True)
+            told.add(run)
+    return found
 
 
 def submit(pool, run, threads, group):

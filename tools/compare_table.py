@@ -1,0 +1,316 @@
+"""The table of tools/compare.py: a line for each arm, what puts their losses into their place, and
+what stands below."""
+import csv
+import io
+from dataclasses import asdict, dataclass, fields
+from statistics import mean, median
+from typing import Optional
+
+import torch
+
+from base.errors import BadInput, printable
+from mixers import has_effect
+from model import GPT, model_config
+from tools.ngrams import reference_lines
+from tools.records import is_records_file
+from tools.score import DTYPES
+from tools.verdicts import ALPHA, in_words, interval, margin_in_nats
+
+LARGEST = 2**31  # parameters of a model that is built to be counted
+SOLVED = 0.95    # the accuracy from which on a seed has solved a recall task
+
+
+# The lines ------------------------------------------------------------------------------------
+
+@dataclass
+class TableLine:
+    """An arm's figures, as table.csv has them: medians of what a machine does, means of losses (in
+    nats) and half the widths of their 95 % intervals over the seeds. None: there is none."""
+    mixer: str
+    seeds: int
+    learning_rate: float
+    parameters: int
+    state_bytes: Optional[int]
+    flops_per_token: Optional[float]
+    tokens_per_s: Optional[float]
+    peak_bytes: Optional[float]
+    steps: int
+    val_loss: float
+    val_loss_interval: Optional[float]
+    loss: float
+    loss_interval: Optional[float]
+    bpb: Optional[float]
+    bpb_interval: Optional[float]
+    accuracy: Optional[float]
+    accuracy_interval: Optional[float]
+    solved: Optional[int]      # seeds, of a recall task
+    difference: float          # of the seeds that the baseline has too
+    difference_low: Optional[float]
+    difference_high: Optional[float]
+    margin: Optional[float]    # in nats; None: of a recall task
+    word: str                  # of its Verdict, like what follows
+    within_margin: bool
+    missing: Optional[str]
+    paired_seeds: int
+    blocks: int
+
+
+def line_of(arm, verdict, margin=None):
+    """The TableLine of an Arm and its Verdict; the margin in nats that it was judged by."""
+    config = model_config_of(arm.records[0])
+    model = build(config, arm.records[0])
+    val_losses = arm.final_val_losses()
+    losses = arm.reported("loss")
+    bpb, bpb_interval = mean_and_interval(arm.reported("bpb"))
+    accuracies = arm.reported("accuracy")
+    accuracy, accuracy_interval = mean_and_interval(accuracies)
+    return TableLine(
+        mixer=arm.label,
+        seeds=len(arm.records),
+        learning_rate=arm.config["learning_rate"],
+        parameters=sum(p.numel() for p in model.parameters()),
+        state_bytes=model.state_bytes(config.block_size, DTYPES[arm.config["dtype"]]),
+        flops_per_token=model.flops_per_token(config.block_size),
+        tokens_per_s=arm.measured("tokens_per_s", median),
+        peak_bytes=arm.measured("peak_bytes", max),
+        steps=arm.config["max_iters"],
+        val_loss=mean(val_losses),
+        val_loss_interval=interval(val_losses),
+        loss=mean(losses),
+        loss_interval=interval(losses),
+        bpb=bpb,
+        bpb_interval=bpb_interval,
+        accuracy=accuracy,
+        accuracy_interval=accuracy_interval,
+        solved=None if accuracy is None else sum(a >= SOLVED for a in accuracies),
+        difference=verdict.difference,
+        difference_low=verdict.difference_low,
+        difference_high=verdict.difference_high,
+        margin=margin,
+        word=verdict.word,
+        within_margin=verdict.within_margin,
+        missing=verdict.missing,
+        paired_seeds=verdict.seeds,
+        blocks=verdict.blocks,
+    )
+
+
+def model_config_of(record):
+    """The GPTConfig of a run. BadInput if its options do not hold together."""
+    source = record.source
+    if not is_records_file(source):
+        source = source / "config.json"
+    return model_config({**record.config, "vocab_size": record.scores["vocab_size"]}, source)
+
+
+def build(config, record):
+    """A model of a run's sizes, to be counted. BadInput if they are out of all proportion."""
+    C, V = config.n_embd, config.vocab_size
+    features = (config.performer_features or 0) + config.linformer_segment * config.linformer_slots
+    layer = 4 * C * C + 3 * C * config.ffn_hidden + features * C
+    if (2 * V + config.block_size) * C + config.n_layer * max(layer, 2**10) > LARGEST:
+        raise BadInput(f"{record}: a model of these sizes has more than {LARGEST:,} parameters, "
+                       "and is not built to be compared; leave it out")
+    with torch.random.fork_rng():
+        return GPT(config)
+
+
+def mean_and_interval(values):
+    """(None, None) if one is missing."""
+    if None in values:
+        return None, None
+    return mean(values), interval(values)
+
+
+@dataclass
+class Reference:
+    """What is reached without a model, on the same data: by counting, or by guessing."""
+    name: str
+    loss: float            # nats per target
+    bpb: Optional[float]
+    difference: float      # from the baseline's mean report loss
+
+
+def references_of(arm):
+    """The References that an Arm, the baseline, and all that is compared with it are seen
+    against."""
+    record = arm.steady
+    nats_per_bit = margin_in_nats(1.0, record.scores)
+    baseline = mean(arm.reported("loss"))
+    found = []
+    for name, loss in reference_lines(record.config, record.scores).items():
+        bpb = loss / nats_per_bit if nats_per_bit else None
+        found.append(Reference(name, loss, bpb, loss - baseline))
+    return found
+
+
+# In words -------------------------------------------------------------------------------------
+
+def cells(line):
+    """A TableLine in words, {column: text}."""
+    difference = f"{line.difference:+.4f}"
+    if line.difference_low is not None:
+        difference += f" [{line.difference_low:+.4f}, {line.difference_high:+.4f}]"
+    return {
+        "mixer": printable(line.mixer),
+        "seeds": str(line.seeds),
+        "lr": f"{line.learning_rate:g}",
+        "parameters": f"{line.parameters:,}",
+        "state bytes": in_units(line.state_bytes, ",.0f"),
+        "MFLOP/token": in_units(line.flops_per_token, ",.2f", 1e6),
+        "tokens/s": in_units(line.tokens_per_s, ",.0f"),
+        "peak MiB": in_units(line.peak_bytes, ",.0f", 2**20),
+        "val loss": with_interval(line.val_loss, line.val_loss_interval),
+        "report loss": with_interval(line.loss, line.loss_interval),
+        "bits/byte": with_interval(line.bpb, line.bpb_interval),
+        "accuracy": with_interval(line.accuracy, line.accuracy_interval),
+        "solved": "n/a" if line.solved is None else f"{line.solved}/{line.seeds}",
+        "minus baseline": difference,
+        "verdict": in_words(line),
+    }
+
+
+def reference_cells(reference):
+    """A Reference in words, {column: text} of the columns that it has."""
+    return {
+        "mixer": printable(reference.name),
+        "report loss": f"{reference.loss:.4f}",
+        "bits/byte": in_units(reference.bpb, ".4f"),
+        "minus baseline": f"{reference.difference:+.4f}",
+        "verdict": "no model",
+    }
+
+
+def in_units(value, form, unit=1):
+    return "n/a" if value is None else format(value / unit, form)
+
+
+def with_interval(value, half_width):
+    if value is None:
+        return "n/a"
+    return f"{value:.4f}" if half_width is None else f"{value:.4f} ± {half_width:.4f}"
+
+
+def columns_of(lines, references=()):
+    """The table by columns, {name: its texts from the header down}, each padded to one width; the
+    second text is Markdown's rule. Columns that say nothing are left out."""
+    rows = [cells(line) for line in lines]
+    below = [reference_cells(reference) for reference in references]
+    columns = {}
+    for name in rows[0]:
+        texts = [row[name] for row in rows]
+        if set(texts) == {"n/a"}:
+            continue
+        texts += [row.get(name, "") for row in below]
+        width = max(map(len, [name, *texts]))
+        if name in ("mixer", "verdict"):
+            padded = [text.ljust(width) for text in [name, *texts]]
+            rule = "-" * width
+        else:
+            padded = [text.rjust(width) for text in [name, *texts]]
+            rule = "-" * (width - 1) + ":"
+        columns[name] = [padded[0], rule, *padded[1:]]
+    return columns
+
+
+def table(lines, references=()):
+    """The TableLines, then the References, as a Markdown table, aligned."""
+    return markdown(columns_of(lines, references).values())
+
+
+def markdown(columns):
+    return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
+
+
+def table_for_terminal(lines, width, references=()):
+    """The table in as many parts, one below the other, as it takes to fit into `width` characters;
+    each begins with the mixer."""
+    mixer, *columns = columns_of(lines, references).values()
+    parts, part = [], [mixer]
+    for column in columns:
+        if len(part) > 1 and sum(len(c[0]) + 3 for c in [*part, column]) + 1 > width:
+            parts.append(part)
+            part = [mixer]
+        part.append(column)
+    parts.append(part)
+    return "\n\n".join(map(markdown, parts))
+
+
+def csv_of(lines, references=()):
+    """The bytes of table.csv: names as they are; a Reference has the word "no model"."""
+    content = io.StringIO()
+    writer = csv.DictWriter(content, [f.name for f in fields(TableLine)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(line) for line in lines)
+    for reference in references:
+        row = {"mixer": reference.name, "loss": reference.loss, "bpb": reference.bpb,
+               "difference": reference.difference, "word": "no model"}
+        writer.writerow(row)
+    return content.getvalue().encode(errors="backslashreplace")
+
+
+# Below the table ------------------------------------------------------------------------------
+
+def notes(arms, verdicts, baseline, margin_bpb, margin):
+    """What stands below the table, a list of lines. margin: margin_bpb in nats; None: of a recall
+    task."""
+    found = [how_it_was_judged(arms, verdicts, baseline, is_text=margin is not None)]
+    if margin is not None:
+        found.append(f"equivalent: within {margin_bpb:g} bits per byte, {margin:.4f} nats")
+    found.append("tokens/s, peak MiB and seconds are as the machine was then; "
+                 "for speed see bench.py")
+    for name in arms[0].settings:
+        found.append(f"not equal: {name} is {values_in_words(arms, name)}")
+    return [printable(note) for note in found + what_to_know(arms, verdicts, baseline)]
+
+
+def how_it_was_judged(arms, verdicts, baseline, is_text):
+    compared = [label for label in verdicts if label != baseline]
+    m = sum(verdicts[label].word != "leaks" for label in compared)
+    blocks = max([verdicts[label].blocks for label in compared], default=1)
+    over = "over seeds alone"
+    if blocks > 1:
+        over = f"over seeds and {blocks} blocks of text"
+    elif is_text:
+        over = "over seeds alone, the text is not counted"
+    steps = in_range([arm.config["max_iters"] for arm in arms])
+    shared = f" for all {m} comparisons together" if m > 1 else ""
+    return (f"{steps} steps; each seed against that of {baseline}, {over}, "
+            f"with an error of {ALPHA:g}{shared}, for one look")
+
+
+def in_range(counts):
+    """5, or 3 to 5, of a list of numbers."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def what_to_know(arms, verdicts, baseline):
+    """The notes on arms whose figures need one."""
+    found = []
+    together = [f"{label} {verdict.autocorrelation:+.2f}" for label, verdict in verdicts.items()
+                if verdict.blocks_go_together]
+    if together:
+        found.append("neighbouring blocks of text differ alike (+: the interval is too narrow) or "
+                     f"oppositely (-), by more than chance: {', '.join(together)}")
+    alone = [f"{arm.label} {verdicts[arm.label].seeds} of {len(arm.records)}" for arm in arms
+             if verdicts[arm.label].seeds < len(arm.records)]
+    if alone:
+        found.append(f"the difference is of the seeds that {baseline} has too: {', '.join(alone)}")
+    diverged = [f"{arm.label} {arm.diverged} of {len(arm.records)}" for arm in arms if arm.diverged]
+    if diverged:
+        found.append(f"runs that diverged count with the loss of an even guess: "
+                     f"{', '.join(diverged)}")
+    leaking = [arm.label for arm in arms if arm.leaks]
+    if leaking:
+        found.append("trained with --allow_leak, losses may not be compared: " + ", ".join(leaking))
+    return found
+
+
+def values_in_words(arms, option_name):
+    """Which arms have which value of an option; those on which it has no effect are left out."""
+    labels = {}
+    for arm in arms:
+        if has_effect(option_name, arm.mixer, arm.config.get("n_layer", 1)):
+            labels.setdefault(arm.settings[option_name], []).append(arm.label)
+    return "; ".join(f"{value} for {', '.join(those)}" for value, those in labels.items())
