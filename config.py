@@ -87,7 +87,7 @@ class DataOptions:
         0.0, "share of a text's training split, at its end, that is left out of training and "
         "evaluated on in place of val: to choose options by", ge=0, lt=1)
     eval_split: Literal["val", "test"] = option(
-        "val", "what --eval_only evaluates on; recall tasks have a test split")
+        "val", "what --eval_only evaluates on; recall tasks and books have a test split")
     eval_interval: int = option(
         250, "optimiser steps between evaluations, each with a checkpoint", ge=1)
     eval_tokens: int = option(
@@ -130,7 +130,8 @@ class RunOptions:
     eval_only: bool = option(False, "only evaluate the newest checkpoint in out_dir")
     init_from: Optional[str] = option(
         None, "start from the weights of this run folder, of gpt2, gpt2-medium, gpt2-large, "
-        "gpt2-xl, or of a Hugging Face folder (GPT-2, LLaMA)", min_length=1)
+        "gpt2-xl, smollm2, of a Hugging Face folder (GPT-2, LLaMA) or of a LLaMA's .gguf",
+        min_length=1)
     train_only: Literal["all", "mixer_new"] = option(
         "all", "all parameters, or only those that the weights of init_from lack: the mixer's new "
         "ones")

@@ -69,6 +69,8 @@ def how_to_prepare(name):
         return f"prepare it again: python data/{name}/prepare.py"
     if name in RECALL_SETS:
         return f"prepare it again: python -m data.prepare {name}"
+    if name.startswith("books_"):
+        return f"prepare it again: python data/books/prepare.py --name={name} --tokenizer=..."
     return f"prepare it again: python -m data.text --input FILE --name {name}"
 
 
@@ -148,6 +150,8 @@ class Meta(BaseModel):
 
 class TextMeta(Meta):
     val_bytes: Count
+    test_tokens: Optional[Count] = None
+    test_bytes: Optional[Count] = None
     alphabet: Optional[str] = None
 
 
@@ -236,6 +240,10 @@ class Dataset:
         self.cells = {"val": [None]}  # a text is of one difficulty
         self.train = self.open("train.bin", meta["train_tokens"])
         self.val = self.open("val.bin", meta["val_tokens"])
+        if meta.get("test_tokens") and meta.get("test_bytes"):
+            self.cells["test"] = [None]
+            self.test = self.open("test.bin", meta["test_tokens"])
+            self.test_bytes_per_token = meta["test_bytes"] / meta["test_tokens"]
 
     def set_up(self, folder, meta):
         self.folder = folder
@@ -291,18 +299,22 @@ class Dataset:
         return x, y
 
     def val_batches(self, block_size, rows, max_tokens=None):
-        """The validation split as consecutive windows: x and y, both int64 (B, T), B <= rows.
+        """The windows of the validation split."""
+        return self.windows(self.val, block_size, rows, max_tokens)
+
+    def windows(self, tokens, block_size, rows, max_tokens=None):
+        """Tokens (n,) as consecutive windows: x and y, both int64 (B, T), B <= rows.
 
         Every token but the first is a target exactly once; what is left over at the end comes as a
         last (1, rest) window. If that is more than max_tokens targets: max_tokens // block_size
         windows (at least one), evenly spread, always the same.
         """
-        n_targets = len(self.val) - 1
+        n_targets = len(tokens) - 1
         full, rest = divmod(n_targets, block_size)
         whole = max_tokens is None or n_targets <= max_tokens
         take = full if whole else min(full, max(1, max_tokens // block_size))
         starts = np.arange(take) * full // take * block_size
-        tokens = self.val.view(np.ndarray)
+        tokens = tokens.view(np.ndarray)
         for i in range(0, take, rows):
             positions = starts[i:i + rows, None] + np.arange(block_size + 1)
             window = torch.from_numpy(tokens[positions].astype(np.int64))  # (B, T + 1)
@@ -314,7 +326,8 @@ class Dataset:
     def eval_batches(self, split, block_size, rows, max_tokens=None):
         """What an evaluation on a split reads: yields x, y and the number of their difficulty
         cell."""
-        for x, y in self.val_batches(block_size, rows, max_tokens):
+        tokens = self.test if split == "test" else self.val
+        for x, y in self.windows(tokens, block_size, rows, max_tokens):
             yield x, y, 0
 
 

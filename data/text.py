@@ -2,7 +2,11 @@
 the rest to validate.
 
 Run: python -m data.text --input my.txt --name mine --tokenizer=char
+     python -m data.text --input my.txt --name mine --tokenizer=bpe --vocab_size=4096
 Then: python train.py --dataset=mine
+
+For a pretrained model the text takes the model's own tokenizer: --tokenizer=smollm2, or
+--tokenizer=MODEL.gguf, or --tokenizer=FOLDER/tokenizer.json.
 """
 from pathlib import Path
 
@@ -10,7 +14,8 @@ from base.command_line import Parser
 from base.errors import BadInput, exit_on_bad_input
 from base.files import read_bytes
 from data.files import DATA, check_name, check_ours, write_text_dataset
-from data.sources import gpt2, sha256_of
+from data.named_tokenizer import NAMES, add_tokenizer_options, tokenizer_named
+from data.sources import sha256_of
 from data.tasks import RECALL_SETS
 from data.tokenizer import char_tokenizer_of
 
@@ -37,8 +42,7 @@ def main():
                     allow_abbrev=False)
     parser.add_argument("--input", required=True, metavar="FILE", help="the text, UTF-8")
     parser.add_argument("--name", required=True, help="of the data set: it is written to data/NAME")
-    parser.add_argument("--tokenizer", choices=("char", "gpt2"), default="char",
-                        help="[default: char]")
+    add_tokenizer_options(parser, ("char", *NAMES), "char")
     options = parser.parse_args()
 
     check_name(options.name)
@@ -48,7 +52,11 @@ def main():
     check_ours(folder, MADE_BY)
     content = read_bytes(Path(options.input), TEXT_BYTES, "give a plain UTF-8 text")
     text = decode_text(options.input, content)
-    tokenizer = gpt2(folder) if options.tokenizer == "gpt2" else char_tokenizer_of(text)
+    if options.tokenizer == "char" and options.vocab_size is None:
+        tokenizer = char_tokenizer_of(text)
+    else:
+        tokenizer = tokenizer_named(options.tokenizer, folder, [text[:int(len(text) * 0.9)]],
+                                    options.vocab_size)
     write_text_dataset(folder, text, tokenizer, sha256_of(content), MADE_BY)
 
 

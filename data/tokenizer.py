@@ -1,4 +1,5 @@
-"""The tokenizers: characters, GPT-2's BPE and, for recall tasks, plain numbers.
+"""The tokenizers: characters, bytes, GPT-2's BPE, other byte-level BPE and, for recall tasks, plain
+numbers.
 
 Each saves itself as one JSON file that needs no other and no network.
 
@@ -10,16 +11,23 @@ import functools
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, Optional
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from base.errors import BadInput
 from base.files import read_bytes, read_json, shown
 
 PROMPT_BYTES = 2**24  # of a prompt's file
+END_OF_TEXT = "<|endoftext|>"
+
+ENCODE = Path(__file__).with_name("encode.py")
+ENCODE_SECONDS = 30  # for the process of an encoding, and for its text at 1/50 of the usual speed:
+ENCODE_BYTES_PER_SECOND = 20_000
 
 # GPT-2's rule for cutting text into words before merging, in the form that tiktoken gives it: the
 # same words, less backtracking. No other is run: one from a received file may take for ever.
@@ -103,6 +111,98 @@ class GPT2Tokenizer:
                            "special_tokens": self.special_tokens, "tokens": tokens})
 
 
+class ByteTokenizer:
+    """One token per byte of UTF-8; 0, which no text has, ends a document."""
+    name = "bytes"
+    vocab_size = 256
+    special_tokens = {END_OF_TEXT: 0}
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def encode_to_numpy(self, text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+
+    def decode(self, ids):
+        """Text; bytes that are no whole UTF-8 character become U+FFFD."""
+        return bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids):
+        return bytes(ids)
+
+    def to_json(self):
+        return json.dumps({"tokenizer": self.name})
+
+
+class BPETokenizer:
+    """Byte-level BPE as Hugging Face's tokenizer.json describes it: token i is the bytes tokens[i].
+
+    Encoding runs in a process of its own, data/encode.py: a received file may carry a pattern that
+    never ends. Decoding only joins tokens. See bpe_of_file."""
+    name = "bpe"
+
+    def __init__(self, file, tokens, special_tokens):
+        self.file = file                      # the content of tokenizer.json
+        self.tokens = tokens                  # list of bytes, the special ones' too
+        self.special_tokens = special_tokens  # {text: id}
+        self.vocab_size = len(tokens)
+
+    def encode(self, text):
+        """Token ids, a list; special tokens in a text are text like any other. BadInput as for
+        encode_documents."""
+        return self.encode_to_numpy(text).tolist()
+
+    def encode_to_numpy(self, text):
+        """Token ids, uint32 (n,), for long texts."""
+        return self.encode_documents([text])[0]
+
+    def encode_documents(self, texts):
+        """The token ids of each text, uint32 arrays, from one process. BadInput if that takes too
+        long, or if the tokens do not spell the texts."""
+        contents = [text.encode() for text in texts]
+        documents = encode_apart(self.file, contents)
+        for content, ids in zip(contents, documents):
+            known = not len(ids) or ids.max() < self.vocab_size
+            if not known or self.decode_bytes(ids.tolist()) != content:
+                raise BadInput("the tokenizer does not give its text back: it changes or drops "
+                               "some characters, and bits per byte would mean nothing; "
+                               "choose another tokenizer")
+        return documents
+
+    def decode(self, ids):
+        """Text; bytes that are no whole UTF-8 character become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids):
+        return b"".join([self.tokens[i] for i in ids])
+
+    def to_json(self):
+        return json.dumps({"tokenizer": self.name, "file": self.file})
+
+
+def encode_apart(file, contents):
+    """The token ids, uint32 arrays, of texts (UTF-8) by a tokenizer.json, from a process that is
+    ended when it takes too long: BadInput."""
+    n_bytes = sum(map(len, contents))
+    request = {"tokenizer": file, "lengths": list(map(len, contents))}
+    limit = ENCODE_SECONDS + n_bytes / ENCODE_BYTES_PER_SECOND
+    remedy = "choose another tokenizer"
+    try:
+        done = subprocess.run([sys.executable, "-P", ENCODE],
+                              input=b"".join([json.dumps(request).encode(), b"\n", *contents]),
+                              capture_output=True, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise BadInput(f"the tokenizer is not done with {n_bytes:,} bytes of text after "
+                       f"{limit:.0f} s; its pattern may never end; {remedy}") from error
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = lines[-1] if lines else f"its process ended with status {done.returncode}"
+        raise BadInput(f"the tokenizer fails: {reason[:300]}; {remedy}")
+    counts, _, ids = done.stdout.partition(b"\n")
+    counts = json.loads(counts)
+    return np.split(np.frombuffer(ids, np.uint32), np.cumsum(counts)[:-1])
+
+
 class NumberTokenizer:
     """For sets that are no text: token i is written as the number i and a space."""
     name = "numbers"
@@ -155,6 +255,38 @@ def gpt2_tokenizer(vocab_bpe):
     return GPT2Tokenizer(tokens, {"<|endoftext|>": len(tokens)})
 
 
+def same_tokens(one, other):
+    """Whether token i is the same bytes in two tokenizers for each i."""
+    if one.vocab_size != other.vocab_size:
+        return False
+    ids = range(one.vocab_size)
+    return all(one.decode_bytes([i]) == other.decode_bytes([i]) for i in ids)
+
+
+def end_of_text(tokenizer):
+    """The id of the token that stands behind a document. BadInput if the tokenizer has none."""
+    for name in (END_OF_TEXT, "<|end_of_text|>", "</s>"):
+        if name in tokenizer.special_tokens:
+            return tokenizer.special_tokens[name]
+    raise BadInput(f"the tokenizer has no special token {END_OF_TEXT} to end a text with; "
+                   "choose another one")
+
+
+def train_bpe(texts, vocab_size):
+    """A BPETokenizer of the most frequent merges in texts: the 256 bytes, the end of a text and up
+    to vocab_size - 257 merges. Words are cut as GPT-2 cuts them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    lines = (line for text in texts for line in text.splitlines(keepends=True))
+    tokenizer.train_from_iterator(lines, trainer)
+    return bpe_of_file(json.loads(tokenizer.to_str()), "the new tokenizer", "try another text")
+
+
 # Reading them back -------------------------------------------------------------------------------
 
 class CharFile(BaseModel):
@@ -163,6 +295,33 @@ class CharFile(BaseModel):
 
 class NumberFile(BaseModel):
     vocab_size: Annotated[int, Field(ge=1, le=2**32)]
+
+
+class BPEFile(BaseModel):
+    file: dict
+
+
+class BPEModel(BaseModel):
+    """What we read of the `model` in a tokenizer.json."""
+    type: Literal["BPE"]
+    vocab: dict[str, Annotated[int, Field(ge=0, lt=2**24)]]
+
+
+class AddedToken(BaseModel):
+    id: Annotated[int, Field(ge=0, lt=2**24)]
+    content: Annotated[str, Field(min_length=1)]
+    special: bool = False
+
+
+class Decoder(BaseModel):
+    type: Literal["ByteLevel"]
+
+
+class HuggingFaceFile(BaseModel):
+    """What we read of a tokenizer.json; the library `tokenizers` reads the rest."""
+    model: BPEModel
+    decoder: Decoder
+    added_tokens: Optional[list[AddedToken]] = None
 
 
 class GPT2File(BaseModel):
@@ -180,10 +339,54 @@ def load_tokenizer(path):
         return char_tokenizer(read_json(path, remedy, CharFile).alphabet, path, remedy)
     if kind == "numbers":
         return NumberTokenizer(read_json(path, remedy, NumberFile).vocab_size)
+    if kind == "bytes":
+        return ByteTokenizer()
     if kind == "gpt2":
         return gpt2_of_file(read_json(path, remedy, GPT2File), path, remedy)
-    raise BadInput(f"{shown(path)} names the tokenizer {kind!r}; have char, gpt2, numbers; "
-                   f"{remedy}")
+    if kind == "bpe":
+        return bpe_of_file(read_json(path, remedy, BPEFile).file, shown(path), remedy)
+    raise BadInput(f"{shown(path)} names the tokenizer {kind!r}; have char, bytes, gpt2, bpe, "
+                   f"numbers; {remedy}")
+
+
+def received_tokenizer(path):
+    """The tokenizer of a tokenizer.json of Hugging Face's: byte-level BPE. BadInput for any
+    other."""
+    remedy = "give a tokenizer.json of Hugging Face's with byte-level BPE, such as GPT-2's"
+    tokenizer = bpe_of_file(read_json(path, remedy), shown(path), remedy)
+    try:
+        tokenizer.encode("Whether the library reads it, and how long a sentence takes.\n")
+    except BadInput as error:
+        raise BadInput(f"{shown(path)}: {error}") from error
+    return tokenizer
+
+
+def bpe_of_file(file, source, remedy):
+    """The BPETokenizer of a tokenizer.json's content, a dict, that comes from `source`. BadInput if
+    it is no byte-level BPE, or damaged. Nothing in it is run."""
+    try:
+        read = TypeAdapter(HuggingFaceFile).validate_python(file, strict=True)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(map(str, detail["loc"]))[:100]
+        raise BadInput(f"{source}: {where}: {detail['msg']}; {remedy}") from error
+    added = {token.content: token for token in read.added_tokens or []}
+    ids = read.model.vocab | {content: token.id for content, token in added.items()}
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise BadInput(f"{source}: the ids of its {len(ids):,} tokens are not 0 to "
+                       f"{len(ids) - 1:,}; {remedy}")
+    byte_of = {character: byte for byte, character in printable_bytes().items()}
+    tokens = [b""] * len(ids)
+    for text, i in ids.items():
+        if text in added:
+            tokens[i] = text.encode(errors="replace")
+        elif text and byte_of.keys() >= set(text):
+            tokens[i] = bytes(byte_of[c] for c in text)
+        else:
+            raise BadInput(f"{source}: the token {text[:50]!r} is no bytes in GPT-2's letters; "
+                           f"{remedy}")
+    special = {content: token.id for content, token in added.items() if token.special}
+    return BPETokenizer(file, tokens, special)
 
 
 def char_tokenizer(alphabet, path, remedy):

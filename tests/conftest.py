@@ -24,7 +24,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "*.tmp", "__pycache__")
+CODE = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "*.gguf", "*.gz", "*.tmp",
+                              "__pycache__")
 
 TINY = [
     "--dataset=letters", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16",

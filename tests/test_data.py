@@ -76,7 +76,8 @@ def data(monkeypatch, tmp_path):
 def clone(tmp_path):
     """The repository's code for data in a folder of its own, for processes."""
     folder = tmp_path / "clone"
-    code = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "__pycache__")
+    code = shutil.ignore_patterns("*.bin", "*.json", "*.txt", "*.bpe", "*.gguf", "*.gz",
+                                  "__pycache__")
     shutil.copytree(ROOT / "data", folder / "data", ignore=code)
     shutil.copytree(ROOT / "base", folder / "base", ignore=code)
     return folder
@@ -820,7 +821,7 @@ def test_bad_texts(content, message, data, monkeypatch, tmp_path):
     ("--input=huge --name=mine", "huge has .* bytes, at most 1,073,741,824 are read"),
     (f"--input={'x' * 300} --name=mine", "cannot read x*: File name too long"),
     ("--input=my.txt", "--name"),
-    ("--input=my.txt --name=mine --tokenizer=word", "'word'"),
+    ("--input=my.txt --name=mine --tokenizer=word", "--tokenizer=word: no such"),
     ("--input=my.txt --name=mine --tokens=char", "--tokens")])
 def test_bad_options(arguments, message, data, monkeypatch, tmp_path):
     for name, meta in (("theirs", "{}"), ("broken", "{")):

@@ -1,11 +1,12 @@
-"""Writes a run as a Hugging Face folder, in seconds.
+"""Writes a run, or a GGUF as it came, as a Hugging Face folder, in seconds.
 
     python -m tools.export_hf --out_dir=out/shakespeare_softmax --to=out/hf
-    AutoModelForCausalLM.from_pretrained("out/hf")   transformers' GPT-2 or LLaMA, the run's logits
+    python -m tools.export_hf --init_from=smollm2 --to=out/smollm2_hf
+    AutoModelForCausalLM.from_pretrained("out/hf")   transformers' GPT-2 or LLaMA, the same logits
 
-GPT-2's BPE goes with it as transformers' tokenizer files; for characters transformers has none.
+BPE goes with it as transformers' tokenizer files; for characters and bytes transformers has none.
 Only attention by softmax can be said in these formats. A head temperature and a factorised
-embedding are multiplied in.
+embedding are multiplied in. Where weights started from a pretrained model, a NOTICE says so.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import json
@@ -14,6 +15,7 @@ import shutil
 import sys
 import uuid
 from pathlib import Path
+from typing import Any, NamedTuple, Optional
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +25,12 @@ from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input
 from base.files import exists, sync, writing
 from base.options import checked, option
-from data.tokenizer import GPT2Tokenizer, printable_bytes
+from data.named_tokenizer import pretrained_tokenizer
+from data.tokenizer import (
+    END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer, printable_bytes)
 from mixers import layer_mixers
-from model import model_config
-from training import checkpoint
+from model import GPT, model_config
+from training import checkpoint, pretrained
 from training.pretrained import ACTIVATION_FIELD, ACTIVATIONS, FIELDS, PREFIX, layers
 
 
@@ -35,6 +39,7 @@ class ExportOptions:
     out_dir: str = option("", "the run's folder")
     checkpoint: str = option("newest", "newest, best, or the name of a folder in "
                                        "out_dir/checkpoints")
+    init_from: str = option("", "in place of a run: smollm2 or the path of a .gguf")
     to: str = option("", "the folder to write, which must not exist or be empty")
 
 
@@ -57,14 +62,14 @@ def check_expressible(config):
                        f"transformers; have {', '.join(have)}")
 
 
-def hf_config(config, end_of_text):
-    """The content of config.json; end_of_text: a token's id or None."""
+def hf_config(config, ends):
+    """The content of config.json; ends: the ids of the tokens before and behind a text, or
+    None."""
     values = {name: getattr(config, ours) for name, ours in FIELDS[config.arch].items()}
     name_of = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     values[ACTIVATION_FIELD[config.arch]] = name_of[config.mlp_activation]
     values["model_type"] = config.arch
-    values["bos_token_id"] = end_of_text
-    values["eos_token_id"] = end_of_text
+    values["bos_token_id"], values["eos_token_id"] = ends
     values["dtype"] = "float32"
     if config.arch == "gpt2":
         values["architectures"] = ["GPT2LMHeadModel"]
@@ -121,7 +126,15 @@ def bpe_merges(tokens):
 
 
 def tokenizer_files(tokenizer):
-    """name -> text of the files from which transformers builds GPT-2's tokenizer."""
+    """name -> text of the files from which transformers builds the tokenizer; none where it has no
+    such."""
+    if isinstance(tokenizer, BPETokenizer):
+        return {"tokenizer.json": json.dumps(tokenizer.file, ensure_ascii=False),
+                "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})}
+    return gpt2_files(tokenizer) if isinstance(tokenizer, GPT2Tokenizer) else {}
+
+
+def gpt2_files(tokenizer):
     letter = printable_bytes()
 
     def spell(token):
@@ -165,32 +178,57 @@ def write_folder(to, files, tensors):
         shutil.rmtree(aside, ignore_errors=True)
 
 
+class Source(NamedTuple):
+    """What is written: a run or a GGUF."""
+    path: str | Path
+    model: GPT
+    tokenizer: Any              # None: a GGUF without one
+    ends: tuple[Any, Any]       # ids of the tokens before and behind a text, or None
+    origin: Optional[str]       # the pretrained model that the weights go back to
+
+
+def read_run(options):
+    run = checkpoint.load(options.out_dir, options.checkpoint)
+    check_expressible(model_config(run.config, run.folder / "config.json"))
+    end = getattr(run.tokenizer, "special_tokens", {}).get(END_OF_TEXT)
+    return Source(run.folder, checkpoint.build_model(run), run.tokenizer, (end, end),
+                  pretrained.origin(run.config))
+
+
+def read_gguf(init_from):
+    if not pretrained.is_gguf(init_from):
+        raise BadInput(f"--init_from={init_from} is no GGUF; name smollm2 or a .gguf, or a run "
+                       "with --out_dir")
+    config = pretrained.read_config(init_from)
+    model = GPT(config).eval()
+    checkpoint.load_model(model, pretrained.read_weights(init_from, config), init_from)
+    values = pretrained.open_gguf(init_from).values
+    ends = tuple(values.get(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos"))
+    return Source(init_from, model, pretrained_tokenizer(init_from), ends, init_from)
+
+
 @exit_on_bad_input("export_hf.py")
 def main():
     options, *_ = parse_options(ExportOptions, sys.argv[1:], __doc__.splitlines()[0],
                                 with_config_file=False)
-    if not options.out_dir or not options.to:
-        raise BadInput("which run, and where to? --out_dir=out/shakespeare_softmax --to=out/hf")
+    if not options.to or bool(options.out_dir) == bool(options.init_from):
+        raise BadInput("which run, and where to? --out_dir=out/shakespeare_softmax --to=out/hf; "
+                       "or which GGUF: --init_from=smollm2 --to=out/hf")
     to = Path(os.path.abspath(options.to))
     with writing(to):
         refuse_used(to)
-    run = checkpoint.load(options.out_dir, options.checkpoint)
-    config = model_config(run.config, run.folder / "config.json")
-    check_expressible(config)
-    model = checkpoint.build_model(run)
-    end_of_text = None
-    files = {}
-    is_bpe = isinstance(run.tokenizer, GPT2Tokenizer)
-    if is_bpe:
-        end_of_text = run.tokenizer.special_tokens.get("<|endoftext|>")
-        files = tokenizer_files(run.tokenizer)
-    files["config.json"] = json.dumps(hf_config(config, end_of_text), indent=1) + "\n"
+    source = read_gguf(options.init_from) if options.init_from else read_run(options)
+    files = tokenizer_files(source.tokenizer)
+    if source.origin:
+        files |= pretrained.notices(source.origin, trained=not options.init_from)
+    config = hf_config(source.model.config, source.ends)
+    files["config.json"] = json.dumps(config, indent=1) + "\n"
     with torch.no_grad():
-        write_folder(to, files, hf_tensors(model))
-    print(f"{run.folder} -> {options.to}: {', '.join([*files, 'model.safetensors'])}")
-    if not is_bpe:
+        write_folder(to, files, hf_tensors(source.model))
+    print(f"{source.path} -> {options.to}: {', '.join([*files, 'model.safetensors'])}")
+    if isinstance(source.tokenizer, CharTokenizer):
         print("no tokenizer: transformers has none for characters; token i is character i of the "
-              f"alphabet in {run.folder / 'tokenizer.json'}")
+              f"alphabet in {source.path}/tokenizer.json")
 
 
 if __name__ == "__main__":

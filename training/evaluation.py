@@ -76,7 +76,8 @@ def evaluate(model, data, options, machine, split="val"):
                        "so there is no loss; prepare it again")
     loss /= targets
     if is_text:
-        return Evaluation(loss, loss / math.log(2) / data.bytes_per_token, None, None)
+        a_token = data.test_bytes_per_token if split == "test" else data.bytes_per_token
+        return Evaluation(loss, loss / math.log(2) / a_token, None, None)
     by_cell = {}
     for name, (_, cell_targets, cell_right) in zip(data.cells[split], sums.tolist()):
         by_cell[name] = cell_right / cell_targets if cell_targets else None

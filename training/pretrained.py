@@ -1,14 +1,19 @@
-"""Pretrained models: the weights of Hugging Face's GPT-2 and LLaMA, from safetensors.
+"""Pretrained models: the weights of Hugging Face's GPT-2 and LLaMA from safetensors, LLaMA's from
+GGUF.
 
     python train.py --init_from=gpt2 --dataset=shakespeare --max_iters=0
         GPT-2, fetched (0.5 GB), and its validation loss
     python train.py --init_from=my/llama --mixer=ssa --dataset=mine
         a local folder: config.json, model.safetensors
+    python -m data.text --input=my.txt --name=mine --tokenizer=smollm2
+    python train.py --init_from=smollm2 --dataset=mine
+        SmolLM2-135M-Instruct, fetched (93 MB), on a text in its own tokens; MODEL.gguf likewise
 
-The model options come from the folder's config.json; what it asks for and we lack is refused,
-never left out.
+The model options come from the folder's config.json or the GGUF's header; what it asks for and we
+lack is refused, never left out. A data set has to be in the tokens of the model.
 """
 import json
+import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,14 +22,19 @@ from typing import Optional
 import torch
 from pydantic import BaseModel, ConfigDict, create_model
 
-from base.errors import BadInput, first_few
-from base.files import exists, is_file, read_json
+from base.errors import BadInput, first_few, printable
+from base.files import exists, is_file, read_bytes, read_json
+from base.gguf import GGUF
 from config import ModelOptions
+from data.named_tokenizer import pretrained_tokenizer
+from data.sources import smollm2, smollm2_path
+from data.tokenizer import same_tokens
 from mixers import mechanism_of
 from model import GPTConfig, model_config
 from training import checkpoint
+from training.gguf import llama_config, llama_tensors
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "smollm2")  # which are fetched
 REMEDY = "fetch the folder again"
 
 # config.json's name -> our option
@@ -114,10 +124,10 @@ def layers(config):
 
 
 def is_pretrained(init_from):
-    """Whether init_from names one of GPT-2's sizes or a folder of Hugging Face's; otherwise it is a
-    run folder."""
+    """Whether init_from names one of NAMES, a GGUF file or a folder of Hugging Face's; otherwise it
+    is a run folder."""
     folder = Path(init_from)
-    if init_from in NAMES and not exists(folder):
+    if init_from in NAMES and not exists(folder) or is_gguf(init_from):
         return True
     if exists(folder / "checkpoints"):
         return False
@@ -125,6 +135,16 @@ def is_pretrained(init_from):
         if exists(folder / weights) or exists(folder / f"{weights}.index.json"):
             return True
     return False
+
+
+def is_gguf(init_from):
+    if init_from == "smollm2":
+        return not exists(init_from)
+    return Path(init_from).suffix == ".gguf" and not exists(Path(init_from) / "checkpoints")
+
+
+def open_gguf(init_from):
+    return GGUF(smollm2() if init_from == "smollm2" else init_from)
 
 
 def local_path(init_from, name):
@@ -145,13 +165,30 @@ def local_path(init_from, name):
 # config.json --------------------------------------------------------------------------------------
 
 def read_config(init_from):
-    """The GPTConfig that a pretrained model's config.json describes. BadInput for what we do not
-    implement, by name."""
+    """The GPTConfig of a pretrained model. BadInput for what we do not implement, by name."""
+    if is_gguf(init_from):
+        file = open_gguf(init_from)
+        config = config_of(file.path, llama_config(file))
+        parameters = sum(math.prod(info.shape) for info in file.tensors.values())
+        refuse_impossible_sizes(file.path, config, parameters, "its tensors")
+        return config
     path = local_path(init_from, "config.json")
     arch = read_json(path, REMEDY).get("model_type")
     if arch not in ("gpt2", "llama"):
         refuse(path, "model_type", arch)
     values = read_json(path, REMEDY, schema(arch)).model_dump(exclude_none=True)
+    config = config_of(path, values | {"model_type": arch})
+    files = [file for file in path.parent.glob("*.safetensors") if is_file(file)]
+    if files:  # with a byte or more for each parameter
+        n_bytes = sum(file.stat().st_size for file in files)
+        refuse_impossible_sizes(path, config, n_bytes, "the files of weights beside it")
+    return config
+
+
+def config_of(path, values):
+    """The GPTConfig that config.json's content describes. path: of the file that says so. BadInput
+    for what we do not implement, by name."""
+    arch = values["model_type"]
     ours = {option: values[name] for name, option in FIELDS[arch].items() if name in values}
     missing = [name for name, option in FIELDS[arch].items() if option in REQUIRED - ours.keys()]
     if missing:
@@ -174,7 +211,6 @@ def read_config(init_from):
     for name, value in values.items():
         if name not in known and not HARMLESS.fullmatch(name) and value not in (False, [], {}):
             refuse(path, name, value)
-    refuse_impossible_sizes(path, config)
     return config
 
 
@@ -211,15 +247,13 @@ def rope_base(path, values):
     return base
 
 
-def refuse_impossible_sizes(path, config):
-    """BadInput if the model cannot be that of the files beside its config.json, which have a byte
-    or more for each parameter: a model far beyond them is never built."""
-    files = [file for file in path.parent.glob("*.safetensors") if is_file(file)]
-    size = sum(file.stat().st_size for file in files)
+def refuse_impossible_sizes(path, config, most, where):
+    """BadInput if the model has more parameters than its weights can hold, which is `most`: a model
+    far beyond them is never built."""
     parameters = checkpoint.least_parameters(config)
-    if files and parameters > size:
-        raise BadInput(f"{path} describes a model of {parameters:,} parameters or more, the files "
-                       f"of weights beside it have {size:,} bytes; {REMEDY}")
+    if parameters > most:
+        raise BadInput(f"{path} describes a model of {parameters:,} parameters or more, {where} "
+                       f"have {most:,}; {REMEDY}")
 
 
 def take_architecture(options, explicit):
@@ -273,6 +307,10 @@ def weight_files(init_from):
 
 def read_tensors(init_from):
     """Hugging Face's name -> tensor."""
+    if is_gguf(init_from):
+        file = open_gguf(init_from)
+        arrays = llama_tensors(file, llama_config(file))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
     tensors = {}
     for path in weight_files(init_from):
         if not is_file(path):
@@ -288,7 +326,7 @@ def read_weights(init_from, config):
     if vocab_size != config.vocab_size:
         raise BadInput(f"--init_from={init_from} has a vocabulary of {vocab_size:,}, the data set "
                        f"one of {config.vocab_size:,}; choose a --dataset prepared with its "
-                       "tokenizer (GPT-2's: shakespeare)")
+                       f"tokenizer ({how_to_tokenize(init_from)})")
     left = {}
     for name, tensor in read_tensors(init_from).items():
         if not BUFFERS.search(name):
@@ -307,6 +345,24 @@ def read_weights(init_from, config):
     if "pos_embed.weight" in ours:
         ours["pos_embed.weight"] = ours["pos_embed.weight"][:config.block_size]
     return ours
+
+
+def how_to_tokenize(init_from):
+    """The command that prepares a text in the model's tokens, or where it brings no tokenizer, the
+    data set in GPT-2's."""
+    if is_gguf(init_from) or is_file(Path(init_from) / "tokenizer.json"):
+        return f"python -m data.text --input FILE --name NAME --tokenizer={init_from}"
+    return "GPT-2's: shakespeare"
+
+
+def check_tokenizer(init_from, data):
+    """BadInput if the data set's tokens mean something else than the pretrained model's, where it
+    brings its tokenizer."""
+    tokenizer = pretrained_tokenizer(init_from)
+    if tokenizer and not same_tokens(tokenizer, data.tokenizer):
+        raise BadInput(f"--init_from={init_from} has another tokenizer than data set {data.name}; "
+                       "choose a --dataset prepared with its tokenizer "
+                       f"({how_to_tokenize(init_from)})")
 
 
 def check_tied_head(init_from, config, tensors):
@@ -333,3 +389,41 @@ def stack(init_from, names, parts, transposed):
         return torch.cat([p.t() if transposed else p for p in parts])
     except RuntimeError as error:
         raise BadInput(f"{wrong}: shapes that do not fit each other; {REMEDY}") from error
+
+
+# Whose weights they are ---------------------------------------------------------------------------
+
+def origin(config):
+    """The pretrained model that a run's weights go back to, as its config.json (dict) and those of
+    the runs before it name it; None if it began at random."""
+    seen = set()
+    name = config.get("init_from")
+    while isinstance(name, str) and name not in seen:
+        if is_pretrained(name) or not is_file(Path(name) / "config.json"):
+            return name
+        seen.add(name)
+        name = read_json(Path(name) / "config.json", REMEDY).get("init_from")
+    return None
+
+
+def notices(init_from, trained):
+    """name -> text of the files that a copy of a pretrained model's weights has to carry. trained:
+    whether they were changed by training. Nothing is fetched for it."""
+    path = smollm2_path() if init_from == "smollm2" else Path(init_from)
+    changes = "trained further with nanomix" if trained else "otherwise unchanged"
+    if not is_gguf(init_from) or not is_file(path):
+        return {"NOTICE": f"These weights started from {init_from}, {changes}. Its licence holds "
+                          "for them too.\n"}
+    file = GGUF(path)
+    told = [printable(str(file.values.get(f"general.{key}", "unknown"))[:200])
+            for key in ("name", "organization", "license")]
+    name, organization, licence = told
+    kinds = sorted({info.quantisation for info in file.tensors.values()})
+    files = {"NOTICE": (
+        f"These weights are those of {name}, of {organization}, licence: {licence},\n"
+        f"from {path.name}, sha256 {checkpoint.sha256(path)}.\n"
+        f"Changes: dequantised from {', '.join(kinds)} to float32, {changes}.\n")}
+    licence_path = path.with_name("LICENSE")
+    if init_from == "smollm2" and is_file(licence_path):
+        files["LICENSE"] = read_bytes(licence_path, 2**20, "remove it").decode(errors="replace")
+    return files

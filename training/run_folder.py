@@ -303,6 +303,7 @@ def start_from(options, model, data):
     train, or None: all. BadInput if they do not fit, or with train_only=mixer_new if they lack
     none."""
     if pretrained.is_pretrained(options.init_from):
+        pretrained.check_tokenizer(options.init_from, data)
         tensors = pretrained.read_weights(options.init_from, model.config)
         new = checkpoint.init_model(model, tensors, options.init_from)
     else:
