@@ -26,21 +26,23 @@ bias = False
 eval_interval = 500
 log_interval = 50
 
-# Positions by rule, not by search: RoPE where softmax weighs keys by q k^T; none where the
-# mechanism's own decay, convolution or rotation tells how far back a token is; otherwise learned
+# Positions by rule, not by search: RoPE for softmax attention, also beside causal reductions, which
+# tell a token from the one before it by themselves; none where a mechanism's own decay, convolution
+# or rotation says how far back a token is; otherwise learned ones
 _rope, _none = dict(pos="rope"), dict(pos="none")
 per_mixer = {
     "softmax": _rope,
     "swa": _rope,
     "ssa": _rope,
     "linformer": _rope | dict(linformer_segment=16),  # of 64 it would be softmax attention
-    "lln_diag": _rope,
     "softmax,causal_max": _rope,
-    "softmax,lln": _rope,
     "gla": _none,
     "retnet": _none,
     "mamba2": _none,
     "deltanet": _none,
     "gated_deltanet": _none,
     "kda": _none,
+    "regla": _none,
+    # tau 0.1 makes a tied head's first loss 23 nats; the paper's head starts at zero
+    "pelican": dict(tie_head=False, zero_init_head=True),
 }
