@@ -461,8 +461,13 @@ def test_a_changed_card_recipe_or_mixer_file_is_a_new_claim(write_card, drawn, c
             assert err.count("\n") == 1
         (repository / name).write_text(kept)
     assert call(path)[0] == 0
-    (repository / "tiny.py").write_text(f"# a comment decides nothing\n{RECIPE}")
-    assert call(path)[0] == 0
+    others = "per_mixer = {'pelican': dict(learning_rate=1.0)}\nlog_interval = 7\n"
+    for same in (f"# a comment decides nothing\n{RECIPE}", RECIPE + others):
+        (repository / "tiny.py").write_text(same)
+        assert call(path)[0] == 0
+    own = "per_mixer = {'softmax': dict(dropout=0.5)}\n"
+    (repository / "tiny.py").write_text(RECIPE + own)
+    assert call(path)[0] == 2
 
 
 def test_the_card_is_registered_before_anything_runs(write_card, drawn, call, claimed):

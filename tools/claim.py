@@ -72,7 +72,7 @@ class Claim:
             "card": self.card.model_dump(),
             "mixer_files": sums,
             "card_sha256": sha256_of(self.card, sums),
-            "recipe_settings": recipe_settings(self.recipe),
+            "recipe_settings": recipe_settings(self.recipe, self.card),
             "registered": git_state(),
             "chosen": {}, "hours": {}, "counting": None, "sizes": {}, "arms": {},
             "outcome": "undecided",

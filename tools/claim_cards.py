@@ -22,6 +22,7 @@ from base.files import ROOT, is_file, read_bytes, shown
 from config import Options
 from mixers import CODE_BYTES, layer_mixers, load_mixer_file
 from tools.compare_arms import MUST_AGREE
+from tools.sweep_runs import ASIDE
 from tools.sweep_tuning import checked_grids
 from tools.verdicts import LOOKS, MARGIN_BPB
 
@@ -257,15 +258,32 @@ def arms_to_run(card_path, card):
     return arms
 
 
-def recipe_settings(path):
-    """What a recipe sets, name -> value, whatever it is called in it. BadInput if it does not
-    run."""
-    settings = {}
-    for name, value in run_config_file(path).items():
-        is_helper = isinstance(value, (types.ModuleType, type)) or callable(value)
-        if not name.startswith("_") and not is_helper:
-            settings[name] = value
+def recipe_settings(path, card):
+    """What a recipe sets for the arms of a card, name -> value, whatever it is called in it: not
+    what the card tunes, what says nothing of the training, or what is of other mixers. BadInput if
+    it does not run."""
+    own = {pattern(options["mixer"]) for options in map(card.options_of, card.arms)}
+    settings = decisive(run_config_file(path), card)
+    per_mixer = settings.pop("per_mixer", {})
+    for mixer, values in per_mixer.items() if isinstance(per_mixer, dict) else ():
+        if pattern(mixer) in own and isinstance(values, dict):
+            settings[f"per_mixer {pattern(mixer)}"] = decisive(values, card)
     return json.loads(json.dumps(settings, sort_keys=True, default=repr_of))
+
+
+def decisive(settings, card):
+    """Of {name: value}, what bears on the runs of a card."""
+    found = {}
+    for name, value in settings.items():
+        is_helper = isinstance(value, (types.ModuleType, type)) or callable(value)
+        if not (name.startswith("_") or is_helper or name in ASIDE or name in card.tune):
+            found[name] = value
+    return found
+
+
+def pattern(mixer):
+    """The one spelling of a mixer or pattern."""
+    return ",".join(name.strip() for name in str(mixer).replace("+", ",").split(","))
 
 
 def mixer_file_sums(card_path, card):
