@@ -119,7 +119,8 @@ def test_a_zero_head_starts_at_the_uniform_distribution():
 
 
 def test_a_low_rank_embedding_has_its_parameters_and_its_scale():
-    model = GPT(GPTConfig(vocab_size=3000, n_embd=128, embed_rank=10, tie_head=False))
+    model = GPT(GPTConfig(vocab_size=3000, n_embd=128, embed_rank=10, tie_head=False,
+                          init_std=0.02))
     assert model.embed[0].weight.shape == (3000, 10)
     assert model.embed[1].weight.shape == (128, 10) and model.embed[1].bias is None
     assert model.parameter_groups()["embedding"] == 3000 * 10 + 128 * 10 + 64 * 128
@@ -141,7 +142,7 @@ def test_behind_a_low_rank_embedding_hidden_states_are_float32_as_behind_a_whole
 
 
 def test_initialisation_is_gpt2s():
-    model = GPT(GPTConfig(vocab_size=500, n_embd=256, n_head=4, n_layer=8))
+    model = GPT(GPTConfig(vocab_size=500, n_embd=256, n_head=4, n_layer=8, init_std=0.02))
     for name, p in model.named_parameters():
         if p.dim() == 2:
             expected = 0.02 / math.sqrt(2 * 8) if "c_proj" in name else 0.02

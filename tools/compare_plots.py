@@ -1,4 +1,5 @@
 """The plots of tools/compare.py as PNG files."""
+import math
 from dataclasses import dataclass
 from statistics import median
 
@@ -110,12 +111,17 @@ def verdict_plot(view):
     of_lines = [[record.scores["report"]["loss"] for record in view.groups[line.mixer]]
                 for line in lines]
     low, high = min(map(min, of_lines)), max(map(max, of_lines))
+    high = min(high, far_above([line.loss for line in lines]))
     shown = near(view.references, low, high)
     ends = [low, high, *(reference.loss for reference in shown)]
     room = 0.06 * (max(ends) - min(ends)) or 0.01  # intervals that are wider are cut off
     ax.set_xlim(min(ends) - room, max(ends) + room)
     for row, (line, losses) in enumerate(zip(lines, of_lines)):
         draw_verdict(ax, row, line, losses)
+        if min(losses) > high:  # it is further to the right
+            ax.annotate(f"{line.loss:.3f} \N{RIGHTWARDS ARROW}", (1, row), (-4, 0),
+                        xycoords=("axes fraction", "data"), textcoords="offset points",
+                        ha="right", va="center", fontsize=8, color=colour_of(line))
     draw_references(ax.axvline, view.references, shown)
     right = ax.twinx()
     for side, texts in ((ax, [plain(line.mixer) for line in lines]),
@@ -134,6 +140,12 @@ def verdict_plot(view):
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2,
                       fontsize=8, frameon=False)
     return figure
+
+
+def far_above(losses):
+    """From which loss on an arm is left out of a picture that it would press flat: four times as
+    far above the median as the lowest is below it."""
+    return float(np.median(losses)) + 4 * (float(np.median(losses)) - min(losses)) + 1e-3
 
 
 def colour_of(line):
@@ -278,9 +290,16 @@ def loss_over_rate(title, arms, looks):
     at the upper edge: its loss is that of an even guess, far above."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     ax = figure.subplots()
+    lowest = {arm.label: min((record.scores["select"]["loss"] for record in
+                              not_diverged(arm.records)), default=math.inf) for arm in arms}
+    limit = far_above([loss for loss in lowest.values() if loss < math.inf] or [0.0])
     for arm in arms:
         look = looks[arm.label]
         kept = not_diverged(arm.records)
+        if limit < lowest[arm.label] < math.inf:
+            text = f"{plain(arm.label)}: {lowest[arm.label]:.3f}, above the picture"
+            ax.plot([], [], label=text, **look)
+            continue
         for record in arm.records:
             if record not in kept:
                 ax.plot(rate_of(record), 1, "x", markersize=9, color=look["color"],
