@@ -266,7 +266,7 @@ def recipe_settings(path, card):
     settings = decisive(run_config_file(path), card)
     per_mixer = settings.pop("per_mixer", {})
     for mixer, values in per_mixer.items() if isinstance(per_mixer, dict) else ():
-        if pattern(mixer) in own and isinstance(values, dict):
+        if pattern(mixer) in own and isinstance(values, dict) and decisive(values, card):
             settings[f"per_mixer {pattern(mixer)}"] = decisive(values, card)
     return json.loads(json.dumps(settings, sort_keys=True, default=repr_of))
 
