@@ -27,13 +27,15 @@ SHORTER = {  # a word of a command: what is added to it
         "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,linformer",
     "tools.sweep": "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,pelican "
                    "--tune= --learning_rate=1e-3",
+    "tools.verdicts": "--tables=20",
     "tools.pelican_figure":
         "--dataset=shakespeare_char --max_iters=1 --batch_size=1 --eval_tokens=1000",
     "bench.py": "--lengths=16,32 --mode=prefill --rounds=1 --seconds=0.01",
 }
 # several trainings or evaluations, however short
 LONG = ("tools.pelican_figure", "leak", "out/strong", "configs/shakespeare_long.py",
-        "--linformer_segment", "tools.sweep", "out/sweeps/shakespeare", "torchrun")
+        "--linformer_segment", "tools.sweep", "out/sweeps/shakespeare", "torchrun",
+        "tools.verdicts", "tools.claim claims")
 TEXT = "\n".join((ROOT / name).read_text()
                  for name in ("README.md", "docs/results.md", "docs/runs.md"))
 

@@ -102,7 +102,8 @@ def update_on_meta(mixer, vocab_size=11, **options):
     except RuntimeError as error:
         ours = []
         for frame in traceback.extract_tb(error.__traceback__):
-            if Path(frame.filename).is_relative_to(ROOT):
+            is_ours = "site-packages" not in frame.filename  # an environment may lie in the clone
+            if is_ours and Path(frame.filename).is_relative_to(ROOT):
                 place = Path(frame.filename).relative_to(ROOT)
                 ours.append(f"{place} {frame.name}")
         return ours[-2:]
