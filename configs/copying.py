@@ -6,6 +6,7 @@ Expect an accuracy of 0.96 on the test split for softmax, 0.90 for lln, 0.03 for
 """
 from configs.mqar import *
 
+optimizer = "adamw"    # as its records were made
 dataset = "copying"
 # selecting among blanks is learned slowly, so more steps of half the size
 batch_size = 64        # 64 x 64 = 4,096 tokens a step

@@ -17,7 +17,8 @@ init_std = 0.1
 block_size = 64    # the length of a row
 batch_size = 128   # 128 x 64 = 8,192 tokens a step
 max_iters = 800
-learning_rate = 2e-3   # to 2e-4 by cosine
+optimizer = "muon"
+learning_rate = 8e-3   # to 8e-4 by cosine
 warmup_iters = 100
 beta2 = 0.99
 weight_decay = 0.1

@@ -7,6 +7,8 @@ state that may change its sign with every token does.
 """
 from configs.mqar import *
 
+optimizer = "adamw"    # as its records were made
+learning_rate = 2e-3
 dataset = "parity"
 block_size = 32    # rows of up to 128 are tested
 pos = "rope"       # learned positions would end at 32

@@ -6,6 +6,8 @@ Expect an accuracy of 0.99 on the test split for softmax and lln, 0.10 (chance) 
 """
 from configs.mqar import *
 
+optimizer = "adamw"    # as its records were made
+learning_rate = 2e-3
 dataset = "passkey"
 block_size = 128
 batch_size = 64

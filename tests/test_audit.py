@@ -210,7 +210,7 @@ def test_a_run_is_audited_as_trained(home, trained):
 
 @pytest.mark.slow
 def test_all_of_ours_pass(home):
-    done = run(home, "-m", "tools.audit", "--mixer=all", timeout=240)
+    done = run(home, "-m", "tools.audit", "--mixer=all", timeout=900)
     assert done.returncode == 0 and done.stderr == "", done
     table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[-len(OURS):]}
     assert table.keys() == set(OURS)

@@ -44,8 +44,9 @@ def given(per_mixer={}, **options):
 
 
 def cell(mode, mixer, length=8, batch=2, **model):
+    tiny = {"n_layer": 1, "n_head": 2, "n_embd": 16}
     return {"mode": mode, "batch": batch, "length": length, "mixer": mixer,
-            "model": model_of(given(n_layer=1, n_head=2, n_embd=16, **model), mixer, length, 31),
+            "model": model_of(given(**tiny | model), mixer, length, 31),
             "device": "cpu", "dtype": "float32", "compile": False}
 
 
