@@ -231,6 +231,17 @@ def test_the_records_alone_give_the_same_table(home, swept, compared):
     assert (again / "table.md").read_text() == (swept / "compare" / "table.md").read_text()
 
 
+def test_a_run_from_before_an_option_has_its_default():
+    """Whichever comes first."""
+    old = made_up("softmax", 1, blocks=[1.7, 1.6])
+    del old.config["conv"], old.config["norm"]
+    new = made_up("softmax", 2, blocks=[1.7, 1.6], conv=None, norm="layer")
+    other = made_up("softmax", 1, blocks=[1.5, 1.6], conv=4, norm="layer")
+    for order in ([old, new, other], [other, old, new], [new, other, old]):
+        labels = {arm.label: len(arm.records) for arm in compare.arms_of(order)}
+        assert labels == {"softmax conv=null": 2, "softmax conv=4": 1}
+
+
 def test_single_runs_compare_too_and_what_is_not_equal_is_said(home, swept, bare):
     a = swept / "softmax-lr0.03-seed1"
     b = changed(bare / "softmax-lr0.03-seed1", bare / "b", learning_rate=0.01)

@@ -1,10 +1,12 @@
 """The runs that tools/compare.py compares, by what they have in common: an arm is a mixer with its
 options, over the seeds."""
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from statistics import median
 
 from base.errors import BadInput
+from config import Options, filled_in
 from tools.sweep_runs import ASIDE
 from training.run_folder import NOT_OPTIONS
 
@@ -102,8 +104,18 @@ def block_count(records):
 
 
 def setting(record, option_name):
-    """An option's value as JSON."""
-    return json.dumps(record.config.get(option_name))
+    """An option's value as JSON; a run from before there was the option has its default."""
+    config = record.config
+    if option_name in config:
+        return json.dumps(config[option_name])
+    arch = "llama" if config.get("arch") == "llama" else "gpt2"
+    return json.dumps(defaults(arch).get(option_name))
+
+
+@cache
+def defaults(arch):
+    """Every option's default, {name: value}."""
+    return asdict(filled_in(Options(arch=arch)))
 
 
 def arms_of(records):
@@ -154,7 +166,7 @@ def seed_of(record):
 def unequal_options(records):
     """The names of the options that are not the same for all."""
     names = []
-    for name in records[0].config:
+    for name in dict.fromkeys(name for record in records for name in record.config):
         if name in NOT_COMPARED:
             continue
         if len({setting(record, name) for record in records}) > 1:
