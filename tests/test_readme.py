@@ -128,6 +128,28 @@ def test_the_differences_of_the_headline_are_those_of_the_records(label):
     assert words in TEXT, words
 
 
+def test_the_table_with_the_convolution_is_that_of_the_records():
+    folders = [ROOT / "results/shakespeare", ROOT / "results/shakespeare_conv"]
+    of_records = compare.arms_of(compare.records_to_compare(folders, torch.device("cpu")))
+    margin = compare.margin_of(of_records, "softmax conv=4", MARGIN_BPB)
+    verdicts = compare.judge_arms(of_records, "softmax conv=4", margin)
+    cells = {arm.label: compare_table.cells(
+        compare.line_of(arm, verdicts[arm.label], margin)) for arm in of_records}
+    [rows] = tables("against softmax with convolution")
+    assert len(rows) == 7
+    for row in rows:
+        label = row.pop("against softmax with convolution")
+        assert row == {column: cells[label][column] for column in row}
+    for label in ("mamba2", "gated_deltanet"):
+        found = verdicts[label]
+        low, high = found.difference_low, found.difference_high
+        assert f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]" in TEXT
+    assert {verdicts[label].word for label in ("gated_deltanet", "deltanet")} == {"worse"}
+    others = set(verdicts) - {row for row in ("softmax conv=4", "swa conv=4", "mamba2")}
+    undecided = {label for label in others if verdicts[label].word != "worse"}
+    assert undecided == {"linformer", "swa conv=null"}
+
+
 def test_the_claims_in_the_readme_have_their_records_words():
     words = re.search(r"Papers' claims there, by card:(.*?)```", TEXT, re.DOTALL).group(1)
     stated = re.findall(r"\*\*(refuted|confirmed|undecided)\*\*", words)
