@@ -46,7 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 import data.dataset
-from base.command_line import read_given
+from base.command_line import one_spelling, read_given
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.files import JSON_BYTES, is_file, parse_json, read_bytes, writing
 from base.options import checked, option
@@ -132,7 +132,7 @@ def mixers_of(options, given):
 
 def model_of(given, mixer, length, vocab_size):
     """All options of a GPTConfig, as a dict, of what was Given."""
-    options = given.options(mixer=mixer.replace("+", ","))
+    options = given.options(mixer=one_spelling(mixer))
     values = {f.name: getattr(options, f.name) for f in fields(ModelOptions)
               if has_effect(f.name, mixer, options.n_layer)}
     values["mixer"] = mixer

@@ -11,7 +11,7 @@ import math
 from dataclasses import fields, replace
 from typing import Literal, Optional
 
-from base.command_line import one_line
+from base.command_line import one_line, one_spelling
 from base.errors import BadInput
 from base.options import checked, option
 from data.dataset import dataset_names
@@ -180,8 +180,8 @@ def fill_in(options):
     ValueError, naming the option, for a model that cannot be."""
     llama = options.arch == "llama"
     C, H = options.n_embd, options.n_head
-    options.mixer = ",".join(layer_mixers(options.mixer))  # one spelling of a pattern
     only_pelican = set(layer_mixers(options.mixer, options.n_layer)) == {"pelican"}
+    options.mixer = one_spelling(options.mixer)
     hidden = math.ceil(8 * C / (3 * 64)) * 64 if llama else 4 * C
     options.bias = otherwise(options.bias, not llama)
     options.pos = otherwise(options.pos, "rope" if llama else "learned")

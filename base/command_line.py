@@ -98,20 +98,26 @@ def run_config_file(path):
         raise BadInput(f"config file {path}: {type(error).__name__}: {error}") from error
 
 
+def settings_among(names):
+    """What a config file sets, name -> value, of all its names: not what it may need besides, which
+    is imports, functions and names with an underscore."""
+    found = {}
+    for name, value in names.items():
+        is_helper = isinstance(value, (types.ModuleType, type)) or callable(value)
+        if not name.startswith("_") and not is_helper:
+            found[name] = value
+    return found
+
+
 def options_among(names, path, cls):
     """The options of cls among a config file's names.
 
     BadInput for a name that is none, or a bad value."""
     known = [f.name for f in fields(cls)]
-    values = {}
-    for name, value in names.items():
-        # what a config may need besides options: imports, functions, names with an underscore
-        is_helper = isinstance(value, (types.ModuleType, type)) or callable(value)
-        if name.startswith("_") or is_helper:
-            continue
+    values = settings_among(names)
+    for name in values:
         if name not in known:
             raise BadInput(f"config file {path}: no option {name!r}{nearest_option(name, known)}")
-        values[name] = value
     try:
         cls(**values)
     except (ValidationError, OverflowError) as error:
@@ -271,6 +277,11 @@ def read_given(cls, argv, description, with_config_file=True, file_class=None, l
     return Given(cls, on_command_line, config_file, in_file, per_mixer)
 
 
+def one_spelling(mixer):
+    """A mixer or a layer pattern as the option mixer has it: softmax,lln of "softmax + lln"."""
+    return ",".join(name.strip() for name in mixer.replace("+", ",").split(","))
+
+
 def per_mixer_among(names, path, cls):
     """Takes per_mixer, {mixer: {option of cls: value}}, out of a config file's names. A pattern is
     spelt as the option mixer is afterwards. BadInput for what is none."""
@@ -286,9 +297,19 @@ def per_mixer_among(names, path, cls):
                            'write per_mixer = {"softmax": dict(learning_rate=3e-3)}')
         if "mixer" in values:
             raise BadInput(f"config file {place}: mixer itself cannot be set there; leave it out")
-        pattern = ",".join(name.strip() for name in mixer.replace("+", ",").split(","))
-        found[pattern] = options_among(values, place, cls)
+        found[one_spelling(mixer)] = options_among(values, place, cls)
     return found
+
+
+def paths_and_options(cls, words, description):
+    """(paths, an instance of cls, names of the options that were given) of a command line on which
+    paths come first. BadInput."""
+    count = 0
+    while count < len(words) and not words[count].startswith("-"):
+        count += 1
+    options, _, given = parse_options(cls, words[count:], f"{description} Folders come first.",
+                                      with_config_file=False)
+    return words[:count], options, given
 
 
 def check_text(words, where=None):

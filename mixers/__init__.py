@@ -45,7 +45,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from base.command_line import nearest, one_line, shortened
+from base.command_line import nearest, one_line, one_spelling, shortened
 from base.errors import BadInput
 from base.files import is_file, read_bytes
 from base.options import checked, declared, replace_options
@@ -165,7 +165,7 @@ def layer_mixers(mixer, n_layer=None):
     mixer: a name, or a pattern `softmax,lln,lln` (also joined by +), layer i taking entry i modulo
     its length; without n_layer, the pattern itself. ValueError with the choices for an unknown
     name."""
-    pattern = [name.strip() for name in mixer.replace("+", ",").split(",")]
+    pattern = one_spelling(mixer).split(",")
     for name in pattern:
         if name not in MIXERS:
             have = ", ".join(sorted(MIXERS))

@@ -201,6 +201,20 @@ class Script:
 
 
 @pytest.fixture
+def refusal(monkeypatch, capsys):
+    """refusal(tool, *arguments): the one line of the main() of a module that ended with status
+    2."""
+    def call(tool, *arguments):
+        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            tool.main()
+        line = capsys.readouterr().err
+        assert exit.value.code == 2 and line.count("\n") == 1, line
+        return line
+    return call
+
+
+@pytest.fixture
 def train(here, monkeypatch, capsys):
     return Script("train", here, monkeypatch, capsys)
 

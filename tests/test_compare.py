@@ -22,6 +22,7 @@ from mixers import MIXERS, load_mixer_file
 from model import model_config
 from tools import compare, compare_table, records
 from tools import score as scoring
+from tools.compare_plots import outlying
 from tools.score import STRIDE, score
 from tools.verdicts import judge
 from training import checkpoint
@@ -68,15 +69,11 @@ def test_a_sweep_that_has_not_ended_shows_no_run_that_chose(home, swept, tmp_pat
 
 
 @pytest.fixture
-def refuses(here, monkeypatch, capsys):
+def refuses(here, refusal):
     """refuses(tool, *arguments): the one line of a command that ended with status 2, and wrote
     nothing but a log."""
     def call(tool, *arguments):
-        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            tool.main()
-        line = capsys.readouterr().err
-        assert exit.value.code == 2 and line.count("\n") == 1, line
+        line = refusal(tool, *arguments)
         assert not list(here.iterdir())
         return line
     return call
@@ -229,6 +226,15 @@ def test_the_records_alone_give_the_same_table(home, swept, compared):
     done = run(home, "-m", "tools.compare", kept, f"--out_dir={again}")
     assert done.returncode == 0, done
     assert (again / "table.md").read_text() == (swept / "compare" / "table.md").read_text()
+
+
+def test_an_arm_far_above_all_others_is_named_at_the_edge():
+    near = {name: [1.5 + i / 100, 1.51 + i / 100] for i, name in enumerate("abcd")}
+    assert outlying(near | {"far": [2.5, 2.6]}) == {"far"}
+    assert outlying(near | {"far": [2.5, 2.6], "farther": [9.0]}) == {"far", "farther"}
+    assert outlying(near | {"e": [1.6, 1.62]}) == set()
+    few = {"a": [1.5], "b": [1.5001], "far": [9.0], "failed": []}
+    assert outlying(few) == set()  # there is room for them, whatever they are
 
 
 def test_a_run_from_before_an_option_has_its_default():

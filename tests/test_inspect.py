@@ -540,17 +540,23 @@ def command(here, monkeypatch, capsys):
     return call
 
 
-def test_report_and_pictures_of_a_mixed_model(command, here, monkeypatch):
-    pattern = "ssa,pelican,linformer,causal_max"
-    model = make(pattern, n_layer=4, n_head=2, linformer_segment=8).float()
-    folder = save_run(here / "mixed", model)
-    drawn = {}
+@pytest.fixture
+def drawn(monkeypatch):
+    """{file name: the Figure that would be saved}"""
+    found = {}
 
     def keep(path, figure):
-        drawn[path.name] = figure
+        found[path.name] = figure
         return path
 
     monkeypatch.setattr(attention_pictures, "save", keep)
+    return found
+
+
+def test_report_and_pictures_of_a_mixed_model(command, here, drawn):
+    pattern = "ssa,pelican,linformer,causal_max"
+    model = make(pattern, n_layer=4, n_head=2, linformer_segment=8).float()
+    folder = save_run(here / "mixed", model)
     out = command(f"--out_dir={folder}", "--start=the quick $brown\nfox jumps")
     report = json.loads((folder / "inspect" / "attention.json").read_text())
     assert report["text"] == "the quick $brown\nfox jumps" == "".join(report["tokens"])
@@ -584,16 +590,9 @@ def labels(ax):
     return [label.get_text() for label in ax.get_yticklabels()]
 
 
-def test_pictures_of_decays_and_gates(command, here, monkeypatch):
+def test_pictures_of_decays_and_gates(command, here, drawn):
     model = make("gla,deltanet,causal_max", n_layer=3, n_head=2).float()
     folder = save_run(here / "r", model)
-    drawn = {}
-
-    def keep(path, figure):
-        drawn[path.name] = figure
-        return path
-
-    monkeypatch.setattr(attention_pictures, "save", keep)
     out = command(f"--out_dir={folder}", "--start=ab c\n$")
     report = json.loads((folder / "inspect" / "attention.json").read_text())
     assert set(drawn) == {"signed_maps.png", "distance.png", "influence.png", "half_lives.png",

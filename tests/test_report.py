@@ -1,4 +1,5 @@
 """tools/report.py: the page parsed, and looked at in a browser where there is one."""
+import functools
 import html.parser
 import http.client
 import json
@@ -87,16 +88,9 @@ def renamed(records, folder, names):
 
 
 @pytest.fixture
-def refuses(tmp_path, monkeypatch, capsys):
-    """refuses(*arguments): the one line of a command that ended with status 2."""
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tools.report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            report.main()
-        line = capsys.readouterr().err
-        assert exit.value.code == 2 and line.count("\n") == 1, line
-        return line
-    return call
+def refuses(refusal):
+    """refuses(*arguments): the one line of a tools.report that ended with status 2."""
+    return functools.partial(refusal, report)
 
 
 # -- what it says -------------------------------------------------------------------------------

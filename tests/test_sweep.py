@@ -73,14 +73,11 @@ def here_sweep(here, monkeypatch, capsys):
 
 
 @pytest.fixture
-def refuses(here, monkeypatch, capsys):
-    """refuses(*arguments): the one line of a tools.sweep that ended with status 2."""
+def refuses(here, refusal):
+    """refuses(*arguments): the one line of a tools.sweep that ended with status 2, and wrote
+    nothing."""
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tools.sweep", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            sweeping.main()
-        line = capsys.readouterr().err
-        assert exit.value.code == 2 and line.count("\n") == 1, line
+        line = refusal(sweeping, *arguments)
         assert not list(here.iterdir())
         return line
     return call

@@ -8,7 +8,6 @@ and a mixer_file are Python.
 import json
 import re
 import tomllib
-import types
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Annotated, Any, Literal, Optional
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from base.command_line import OTHER_NAMES, complaint, nearest, repr_of, run_config_file
+from base.command_line import (
+    OTHER_NAMES, complaint, nearest, one_spelling, repr_of, run_config_file, settings_among)
 from base.errors import BadInput
 from base.files import ROOT, is_file, read_bytes, shown
 from config import Options
@@ -32,9 +32,8 @@ NOT_OF_A_CARD = {  # options of train.py, and why a card does not set them
     "seed": "the looks say which seeds run",
     "holdout": "tuning runs have it, and the others may not",
     **dict.fromkeys(["out_dir", "resume", "overwrite", "other_data", "eval_only", "eval_split",
-                     "keep_last", "device", "threads"], "it says nothing of the experiment"),
-    **dict.fromkeys(["wandb_log", "wandb_project", "wandb_run_name"],
-                    "it says nothing of the experiment"),
+                     "keep_last", "device", "threads", "wandb_log", "wandb_project",
+                     "wandb_run_name"], "it says nothing of the experiment"),
 }
 
 Text = Annotated[str, Field(min_length=1, max_length=4000)]
@@ -262,28 +261,21 @@ def recipe_settings(path, card):
     """What a recipe sets for the arms of a card, name -> value, whatever it is called in it: not
     what the card tunes, what says nothing of the training, or what is of other mixers. BadInput if
     it does not run."""
-    own = {pattern(options["mixer"]) for options in map(card.options_of, card.arms)}
+    own = {one_spelling(arm.mixer) for arm in card.arms.values()}
     settings = decisive(run_config_file(path), card)
     per_mixer = settings.pop("per_mixer", {})
     for mixer, values in per_mixer.items() if isinstance(per_mixer, dict) else ():
-        if pattern(mixer) in own and isinstance(values, dict) and decisive(values, card):
-            settings[f"per_mixer {pattern(mixer)}"] = decisive(values, card)
+        mixer = one_spelling(str(mixer))
+        of_mixer = decisive(values, card) if isinstance(values, dict) else {}
+        if mixer in own and of_mixer:
+            settings[f"per_mixer {mixer}"] = of_mixer
     return json.loads(json.dumps(settings, sort_keys=True, default=repr_of))
 
 
-def decisive(settings, card):
+def decisive(names, card):
     """Of {name: value}, what bears on the runs of a card."""
-    found = {}
-    for name, value in settings.items():
-        is_helper = isinstance(value, (types.ModuleType, type)) or callable(value)
-        if not (name.startswith("_") or is_helper or name in ASIDE or name in card.tune):
-            found[name] = value
-    return found
-
-
-def pattern(mixer):
-    """The one spelling of a mixer or pattern."""
-    return ",".join(name.strip() for name in str(mixer).replace("+", ",").split(","))
+    return {name: value for name, value in settings_among(names).items()
+            if name not in ASIDE and name not in card.tune}
 
 
 def mixer_file_sums(card_path, card):

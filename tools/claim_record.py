@@ -6,15 +6,15 @@ card.
 import subprocess
 from typing import Annotated, Any, Optional
 
-import torch
 from pydantic import Field, ValidationError
 
+from base.command_line import one_spelling
 from base.errors import BadInput, printable
 from base.files import ROOT, exists, read_json, shown
-from model import GPT, model_config
 from tools import records
 from tools.claim_cards import Card, check_parts, sha256_of
 from tools.compare_arms import check_alike, unequal_options
+from tools.compare_table import build, model_config_of
 from tools.ngrams import reference_lines
 from tools.records import Lenient, read_records
 from tools.score import DTYPES
@@ -64,9 +64,7 @@ def claimed():
 
 def read_claim_file(folder):
     """The content of a folder's claim.json (dict). BadInput if it is damaged."""
-    path = folder / "claim.json"
-    read_json(path, MEND, ClaimFile)
-    return read_json(path, MEND)
+    return read_json(folder / "claim.json", MEND, ClaimFile).model_dump(exclude_unset=True)
 
 
 def card_in(content, folder):
@@ -124,7 +122,7 @@ def check_against_card(card, records):
         for key, value in card.options_of(name).items():
             ran = record.config.get(key)
             if key == "mixer":
-                value, ran = (text.replace("+", ",").replace(" ", "") for text in (value, ran))
+                value, ran = one_spelling(value), one_spelling(ran)
             if ran != value and value != "auto" and key not in ASIDE:  # mixer_file is among these
                 raise BadInput(f"{record} was run with {key} {printable(str(ran))[:60]}, and the "
                                f"card says {value}; {MEND}")
@@ -135,9 +133,8 @@ def sizes_of(records):
     """{"parameters", "state_bytes"} of an arm's model, records {seed: Record}; the state is that of
     one sequence of the trained length."""
     record = next(iter(records.values()))
-    config = model_config({**record.config, "vocab_size": record.scores["vocab_size"]}, record)
-    with torch.random.fork_rng():
-        model = GPT(config)
+    config = model_config_of(record)
+    model = build(config, record)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_bytes": model.state_bytes(config.block_size, DTYPES[record.config["dtype"]]),
@@ -148,9 +145,8 @@ def hours_of(records):
     """{arm: hours of training}, tuning included, as the machines were then."""
     hours = {}
     for record in records:
-        seconds = [row["seconds"] for row in record.metrics if row.get("seconds") is not None]
         name = arm_of_run(record.name)
-        hours[name] = hours.get(name, 0.0) + max(seconds, default=0.0) / 3600
+        hours[name] = hours.get(name, 0.0) + record.seconds() / 3600
     return hours
 
 

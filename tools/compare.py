@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Optional
 
-from base.command_line import parse_options
+from base.command_line import paths_and_options
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.files import exists, read_json, write_file, write_json, writing
 from base.options import checked, option
@@ -225,17 +225,6 @@ def keep(kept, folder):
 
 # The command ----------------------------------------------------------------------------------
 
-def read_command_line(words):
-    """(paths, CompareOptions): paths come first."""
-    count = 0
-    while count < len(words) and not words[count].startswith("-"):
-        count += 1
-    description = __doc__.splitlines()[0] + " Folders come first."
-    options, _, _ = parse_options(CompareOptions, words[count:], description,
-                                  with_config_file=False)
-    return words[:count], options
-
-
 def baseline_of(options, arms):
     """The label of the arm that the others are compared with. BadInput if it is not there."""
     labels = [arm.label for arm in arms]
@@ -274,7 +263,8 @@ def title_of(arms, names):
 
 @exit_on_bad_input("tools.compare")
 def main():
-    names, options = read_command_line(sys.argv[1:])
+    names, options, _ = paths_and_options(
+        CompareOptions, sys.argv[1:], __doc__.splitlines()[0])
     if options.mixer_file:
         load_mixer_file(options.mixer_file)
     records = records_to_compare(names, choose_device(options.device))

@@ -1,5 +1,4 @@
 """The plots of tools/compare.py as PNG files."""
-import math
 from dataclasses import dataclass
 from statistics import median
 
@@ -110,15 +109,16 @@ def verdict_plot(view):
     ax = figure.subplots()
     of_lines = [[record.scores["report"]["loss"] for record in view.groups[line.mixer]]
                 for line in lines]
-    low, high = min(map(min, of_lines)), max(map(max, of_lines))
-    high = min(high, far_above([line.loss for line in lines]))
+    beyond = outlying({line.mixer: losses for line, losses in zip(lines, of_lines)})
+    drawn = [losses for line, losses in zip(lines, of_lines) if line.mixer not in beyond]
+    low, high = min(map(min, drawn)), max(map(max, drawn))
     shown = near(view.references, low, high)
     ends = [low, high, *(reference.loss for reference in shown)]
     room = 0.06 * (max(ends) - min(ends)) or 0.01  # intervals that are wider are cut off
     ax.set_xlim(min(ends) - room, max(ends) + room)
     for row, (line, losses) in enumerate(zip(lines, of_lines)):
         draw_verdict(ax, row, line, losses)
-        if min(losses) > high:  # it is further to the right
+        if line.mixer in beyond:
             ax.annotate(f"{line.loss:.3f} \N{RIGHTWARDS ARROW}", (1, row), (-4, 0),
                         xycoords=("axes fraction", "data"), textcoords="offset points",
                         ha="right", va="center", fontsize=8, color=colour_of(line))
@@ -142,10 +142,19 @@ def verdict_plot(view):
     return figure
 
 
-def far_above(losses):
-    """From which loss on an arm is left out of a picture that it would press flat: four times as
-    far above the median as the lowest is below it."""
-    return float(np.median(losses)) + 4 * (float(np.median(losses)) - min(losses)) + 1e-3
+def outlying(losses):
+    """The names, of {name: losses of an arm}, that are named at a picture's edge alone: of more
+    than four arms the worst, as long as all others together would take less than a fifth of it."""
+    left = sorted((name for name in losses if losses[name]), key=lambda name: min(losses[name]))
+    found = set()
+    while len(left) > 4:
+        *rest, worst = left
+        others = [loss for name in rest for loss in losses[name]]
+        if max(losses[worst]) - min(others) <= 5 * (max(others) - min(others)):
+            break
+        found.add(worst)
+        left = rest
+    return found
 
 
 def colour_of(line):
@@ -290,14 +299,14 @@ def loss_over_rate(title, arms, looks):
     at the upper edge: its loss is that of an even guess, far above."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     ax = figure.subplots()
-    lowest = {arm.label: min((record.scores["select"]["loss"] for record in
-                              not_diverged(arm.records)), default=math.inf) for arm in arms}
-    limit = far_above([loss for loss in lowest.values() if loss < math.inf] or [0.0])
+    losses_of = {arm.label: [record.scores["select"]["loss"] for record in
+                             not_diverged(arm.records)] for arm in arms}
+    beyond = outlying(losses_of)
     for arm in arms:
         look = looks[arm.label]
-        kept = not_diverged(arm.records)
-        if limit < lowest[arm.label] < math.inf:
-            text = f"{plain(arm.label)}: {lowest[arm.label]:.3f}, above the picture"
+        kept, losses = not_diverged(arm.records), losses_of[arm.label]
+        if arm.label in beyond:
+            text = f"{plain(arm.label)}: {min(losses):.3f}, above the picture"
             ax.plot([], [], label=text, **look)
             continue
         for record in arm.records:
@@ -305,7 +314,6 @@ def loss_over_rate(title, arms, looks):
                 ax.plot(rate_of(record), 1, "x", markersize=9, color=look["color"],
                         transform=ax.get_xaxis_transform(), clip_on=False)
         rates = [rate_of(record) for record in kept]
-        losses = [record.scores["select"]["loss"] for record in kept]
         ax.plot(rates, losses, label=plain(arm.label), linewidth=1.4, marker=".", **look)
         if losses:
             best = int(np.argmin(losses))

@@ -213,7 +213,7 @@ class Experiment:
         for run, record in self.found.items():
             is_here = record.source == Path(run.folder) and record.metrics
             if is_here and Path(run.folder).name.startswith(f"{arm}-lr"):
-                ended.append(record.metrics[-1].get("seconds"))
+                ended.append(record.seconds())
         ended = [seconds for seconds in ended if seconds]
         if ended:
             return median(ended)

@@ -26,7 +26,7 @@ from itertools import count, islice
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input
@@ -34,6 +34,7 @@ from base.files import ROOT, exists, read_json, write_json
 from base.options import checked, option
 from data import dataset, load_dataset
 from data.tasks import RECALL_SETS, guesses
+from tools.score import Lenient
 from training.run_folder import data_sha256
 
 LINES = ROOT / "results" / "lines.json"
@@ -141,16 +142,12 @@ def count_lines(data):
 Loss = Annotated[float, Field(ge=0, le=1e30)]
 
 
-class Kept(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-
-class Best(Kept):
+class Best(Lenient):
     order: Annotated[int, Field(ge=1, le=HIGHEST)]
     loss: Loss
 
 
-class Lines(Kept):
+class Lines(Lenient):
     """What results/lines.json has of a data set."""
     data_sha256: str
     unigram: Loss
@@ -161,8 +158,8 @@ def read_lines():
     """{data set: what count_lines made of it}, of results/lines.json. BadInput if it is damaged."""
     if not exists(LINES):
         return {}
-    read_json(LINES, "get it anew, or remove it", dict[str, Lines])
-    return read_json(LINES, "get it anew, or remove it")
+    lines = read_json(LINES, "get it anew, or remove it", dict[str, Lines])
+    return {name: of_text.model_dump() for name, of_text in lines.items()}
 
 
 def reference_lines(config, scores):

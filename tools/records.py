@@ -118,6 +118,10 @@ class Record:
         """Whether it was trained and scored that far."""
         return self.scores is not None and self.scores["iter"] >= steps
 
+    def seconds(self):
+        """Of training and evaluation, over all resumes."""
+        return max([row.get("seconds") or 0 for row in self.metrics], default=0)
+
     def __str__(self):
         """As messages name it."""
         inside = f": {self.name}" if is_records_file(self.source) else ""

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Optional
 
-from base.command_line import parse_options
+from base.command_line import paths_and_options
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.files import write_file
 from base.options import checked, option
@@ -46,20 +46,15 @@ class ReportOptions:
 
 
 def read_command_line(words):
-    """(paths, ReportOptions, names of the options that were given): paths come first."""
-    count = 0
-    while count < len(words) and not words[count].startswith("-"):
-        count += 1
-    description = __doc__.splitlines()[0] + " Folders come first."
-    options, _, given = parse_options(ReportOptions, words[count:], description,
-                                      with_config_file=False)
-    if count == 0:
+    """(paths, ReportOptions)"""
+    names, options, given = paths_and_options(ReportOptions, words, __doc__.splitlines()[0])
+    if not names:
         raise BadInput(f"nothing to report on; {WHAT_TO_NAME}")
     if "port" in given and not options.live:
         raise BadInput("--port is for --live; leave it out")
     if "out" in given and options.live:
         raise BadInput("--live writes no file; leave --out out")
-    return words[:count], options
+    return names, options
 
 
 @exit_on_bad_input("tools.report")

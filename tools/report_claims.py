@@ -5,14 +5,13 @@ the same runs again, at one look, may give others.
 """
 from typing import Annotated, Optional
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from base.errors import BadInput
-from base.files import read_json, shown
+from base.files import read_json
+from tools.claim_record import MEND, arm_of_run
 from tools.score import Count, Lenient, Measured
 from tools.verdicts import Verdict
 
-REMEDY = "run the claim once more, or get its folder anew"
 OPEN = Verdict(0.0, word="undecided", missing="a first look")
 
 
@@ -59,10 +58,9 @@ class Claim(Lenient):
     written: Optional[Written] = None
 
     def name_arms(self, arms):
-        """Gives Arms of the claim's records the names that the card gives them: a run is called
-        <arm>-<option><value>-seed<k>."""
+        """Gives Arms of the claim's records the names that the card gives them."""
         for arm in arms:
-            arm.label = arm.records[0].name.partition("-")[0]
+            arm.label = arm_of_run(arm.records[0].name)
 
     def verdicts(self, arms):
         """{label: Verdict} of Arms."""
@@ -106,9 +104,4 @@ def reason(name, arm, baseline):
 
 def read_claim(folder):
     """The Claim of a folder. BadInput if it is damaged."""
-    content = read_json(folder / "claim.json", REMEDY)
-    try:
-        return Claim.model_validate(content)
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
-        raise BadInput(f"{shown(folder)}/claim.json is damaged: {where}; {REMEDY}") from error
+    return read_json(folder / "claim.json", MEND, Claim)

@@ -212,11 +212,6 @@ def steps_done(record):
     return max([row["iter"] for row in record.metrics], default=0)
 
 
-def seconds_taken(record):
-    """Of training and evaluation, over all resumes."""
-    return max([row.get("seconds") or 0 for row in record.metrics], default=0)
-
-
 # Benches and inspections ----------------------------------------------------------------------
 
 def read_bench(folder):

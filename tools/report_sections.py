@@ -11,7 +11,7 @@ from tools.compare_arms import arms_of, is_diverged, rate_of, tuning_arms_of
 from tools.compare_table import cells, line_of, mean_and_interval, notes, reference_cells
 from tools.compare_table import references_of
 from tools.report_curves import curves
-from tools.report_data import Bench, Runs, Section, is_running, seconds_taken, steps_done
+from tools.report_data import Bench, Runs, Section, is_running, steps_done
 from tools.report_others import section_of_inspection, sections_of_bench
 from tools.sweep_runs import ASIDE
 from training.run_folder import NOT_OPTIONS
@@ -143,7 +143,7 @@ def table(lines, references, arms):
     rows = []
     for line in lines:
         row = cells(line)
-        seconds = sum(map(seconds_taken, arm_of(line.mixer, arms).records))
+        seconds = sum(record.seconds() for record in arm_of(line.mixer, arms).records)
         row["hours"] = f"{seconds / 3600:.2f}"
         if line.word in ("baseline", "leaks"):
             row["minus baseline"] = ""
@@ -205,7 +205,7 @@ def status(runs):
         state = "runs" if record in running else "stopped or waiting"
         line = f"{record.name}: {state}, step {done:,} of {steps:,}"
         if record in running and done:
-            left = seconds_taken(record) / done * (steps - done)
+            left = record.seconds() / done * (steps - done)
             line += f", about {left / 60:.0f} min left"
         lines.append(line)
     if runs.sweep:
@@ -220,7 +220,7 @@ def status_of_sweep(runs, at_once):
     waiting = missing - {record.name for record in runs.others}
     if missing:
         line = f"{in_number(len(missing), 'run')} of the sweep missing"
-        times = [seconds_taken(record) for record in runs.finished + runs.tuning]
+        times = [record.seconds() for record in runs.finished + runs.tuning]
         if times and waiting:
             minutes = len(waiting) * mean(times) / at_once / 60
             line += f", {len(waiting)} not started: about {minutes:.0f} min, {at_once} at a time"
@@ -238,7 +238,7 @@ def provenance(records):
             continue
         if all(record.config.get(name) == value for record in records):
             options.append(f"{name}={shortened(json.dumps(value))}")
-    hours = sum(map(seconds_taken, records)) / 3600
+    hours = sum(record.seconds() for record in records) / 3600
     found = {"runs": f"{len(records)}, {hours:.2f} hours of training and evaluation in all"}
     for key in ("git", "machine", "torch", "threads"):  # those that this version recorded
         values = {str(record.config[key]) for record in records if record.config.get(key)}

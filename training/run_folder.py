@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from base.command_line import one_line, read_given
+from base.command_line import one_line, one_spelling, read_given
 from base.errors import BadInput, is_out_of_memory
 from base.files import exists, read_json, write_json
 from config import Options, filled_in
@@ -54,7 +54,7 @@ def read_options(argv, description, lock=None):
     words = read_given(Options, argv, description)
     config_file, given = words.config_file, set(words.on_command_line)
     check_per_mixer(words)
-    options = words.options(mixer=pattern_of(words.options().mixer))
+    options = words.options(mixer=one_spelling(words.options().mixer))
     refuse_contradictions(options)
     options = replace(options, out_dir=choose_out_dir(options, config_file, given))
     saved = None
@@ -81,7 +81,7 @@ def read_options(argv, description, lock=None):
                        "name these, or leave it out")
     if not saved and options.init_from and pretrained.is_pretrained(options.init_from):
         chosen = given | words.in_config_file.keys() | own.keys()
-        chosen |= words.per_mixer.get(pattern_of(options.mixer), {}).keys()
+        chosen |= words.per_mixer.get(one_spelling(options.mixer), {}).keys()
         options = pretrained.take_architecture(options, chosen)
     elif not saved and options.init_from and options.init_std is None:
         options = replace(options, init_std=start_of_run(options.init_from))
@@ -102,14 +102,6 @@ def check_per_mixer(words):
             layer_mixers(mixer)
         except ValueError as error:
             raise BadInput(f"config file {words.config_file}, per_mixer: {error}") from error
-
-
-def pattern_of(mixer):
-    """The one spelling of a mixer or pattern; what is none stays, to be refused elsewhere."""
-    try:
-        return ",".join(layer_mixers(mixer))
-    except ValueError:
-        return mixer
 
 
 def refuse_contradictions(options):
