@@ -290,6 +290,19 @@ def check_data(saved, data, insist=False):
 
 # Where weights come from ------------------------------------------------------------------------
 
+def weights_sha256(init_from):
+    """The checksum of the weights that init_from names: of its file, of the files of a folder of
+    Hugging Face's, of a run's newest checkpoint."""
+    if not pretrained.is_pretrained(init_from):
+        [*_, newest] = checkpoint.checkpoints(init_from) or [None]
+        if newest is None:
+            raise BadInput(f"no checkpoint in {init_from}; name a run that has one")
+        return checkpoint.sha256(newest / "model.safetensors")
+    paths = pretrained.weight_paths(init_from)
+    sums = [checkpoint.sha256(path) for path in paths]
+    return sums[0] if len(sums) == 1 else hashlib.sha256(" ".join(sums).encode()).hexdigest()
+
+
 def start_from(options, model, data):
     """Gives the model the weights that init_from names. Returns the names of the parameters to
     train, or None: all. BadInput if they do not fit, or with train_only=mixer_new if they lack
