@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input
 from base.options import checked, option
+from data.tokenizer import BPETokenizer
 from mixers import load_mixer_file
 from tools.score import DTYPES, options_of
 from training import checkpoint
@@ -59,11 +60,13 @@ def prompts(tokenizer, length, n, seed=1):
     """n Prompts of up to `length` tokens, which lack less than a round of the filler. BadInput if
     there is no room for any filler."""
     draw = random.Random(seed)
-    start, filler, question = map(tokenizer.encode, (START, FILLER, QUESTION))
+    keys = [str(draw.randrange(10_000, 100_000)) for _ in range(n)]
+    texts = [START, FILLER, QUESTION, *(text.format(key=key) for key in keys
+                                        for text in (KEY, ANSWER))]
+    start, filler, question, *of_keys = encoded(tokenizer, texts)
     made = []
     for i in range(n):
-        key = str(draw.randrange(10_000, 100_000))
-        said, answer = (tokenizer.encode(text.format(key=key)) for text in (KEY, ANSWER))
+        said, answer = of_keys[2 * i:2 * i + 2]
         rounds = (length - len(start + said + question + answer)) // len(filler)
         if rounds < 1:
             raise BadInput(f"--lengths: {length} tokens leave no room for a text around the key; "
@@ -72,6 +75,13 @@ def prompts(tokenizer, length, n, seed=1):
         tokens = start + before * filler + said + (rounds - before) * filler + question + answer
         made.append(Prompt(tokens, len(answer)))
     return made
+
+
+def encoded(tokenizer, texts):
+    """The tokens of each text, lists; of a received tokenizer in one process."""
+    if isinstance(tokenizer, BPETokenizer):
+        return [ids.tolist() for ids in tokenizer.encode_documents(texts)]
+    return [tokenizer.encode(text) for text in texts]
 
 
 @torch.no_grad()

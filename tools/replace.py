@@ -42,6 +42,7 @@ from data import load_dataset
 from mixers.toptheta import TopTheta
 from model import GPT, State
 from tools.calibrate import Kept, hooked
+from tools.claim_record import git_state
 from tools.passkey import prompts, recall
 from tools.replace_model import Replaced
 from tools.replace_record import read_record
@@ -286,7 +287,8 @@ class Record:
 
     def __init__(self, folder, setting):
         self.path = Path(folder) / "replace.json"
-        self.content = {"settings": setting.settings(), "softmax": None, "arms": {}, "tuned": {}}
+        self.content = {"begun": git_state(), "settings": setting.settings(), "softmax": None,
+                        "arms": {}, "tuned": {}}
         if exists(self.path):
             before = read_record(folder)
             check_settings(self.path, before["settings"], self.content["settings"])
