@@ -30,6 +30,7 @@ class Replaced:
     def __init__(self, model, options, seed):
         self.model = model
         self.originals = [block.mixer for block in model.blocks]
+        self.norms = [block.norm1 for block in model.blocks]
         try:
             self.config = replace(model.config, **options)
         except ValueError as error:
@@ -43,6 +44,7 @@ class Replaced:
         """These layers have the substitute, the others the original."""
         for i, block in enumerate(self.model.blocks):
             block.mixer = self.substitutes[i] if i in layers else self.originals[i]
+            block.norm1 = self.norms[i] if block.mixer is not None else None
 
     @torch.no_grad()
     def fit(self, x):
