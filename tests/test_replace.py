@@ -21,7 +21,7 @@ from tools.calibrate import Kept, hooked
 from tools.passkey import prompts, recall
 from tools.replace_model import Replaced
 from tools.replace_record import read_record
-from tools.replace_table import draw, table
+from tools.replace_table import table
 from training import checkpoint, pretrained
 
 ALL = [0, 1]  # the layers of the small file's model
@@ -304,7 +304,8 @@ def test_training_begins_where_the_replaced_model_is_and_goes_on(small, tokenize
         assert found["tokens"] == 256 and found["after"] < found["before"]
     lln = record["tuned"]["lln-1-256"]
     assert lln["layers"] == record["arms"]["lln"]["together"]["1"]["layers"]
-    config = json.loads((home / "out/replace").glob("*lln-1-256/config.json").__next__().read_text())
+    [path] = (home / "out/replace").glob("*lln-1-256/config.json")
+    config = json.loads(path.read_text())
     assert config["mixer"].split(",").count("lln") == 1 and config["max_iters"] == 4
     assert not list((home / "out/replace").glob("*-start"))
     assert "after training" in table(record)
