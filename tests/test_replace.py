@@ -266,28 +266,34 @@ def test_the_same_command_goes_on_and_other_settings_are_refused(call, here, mon
     assert json.loads(path.read_text()) == again
 
 
-@pytest.mark.parametrize("place, value", [
-    (["arms", "linear", "alone"], [float("1e300")]),
-    (["arms", "linear", "together", "2", "layers"], [-1]),
-    (["softmax", "losses"], []),
-    (["settings", "bytes_per_token"], 0.0),
-    (["arms"], {"a\x1b[2J": {}}),
-])
-def test_damaged_records_end_in_one_line(place, value, call, here, capsys):
-    if not (here / "record").exists():
-        call("--arms=linear")
-    path = here / "record" / "replace.json"
-    content = json.loads(path.read_text())
-    part = content
-    for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = value
-    path.write_text(json.dumps(content))
-    with pytest.raises(SystemExit) as exit:
-        call("--table")
-    assert exit.value.code == 2
-    line = capsys.readouterr().err
-    assert "replace.json is damaged" in line and line.count("\n") == 1 and "\x1b" not in line
+FOUND = {"layers": [0, 1], "losses": [4.0, 5.0], "keys": None, "kept": None}
+RECORD = {
+    "settings": dict(init_from="m", dataset="d", block_size=8, windows=2, prompts=0,
+                     decode_tokens=0, bytes_per_token=2.0, n_layer=2),
+    "softmax": {"losses": [3.0, 3.0], "keys": None, "select": 3.0},
+    "arms": {"linear": {"options": {"mixer": "linear"}, "alone": [3.5, 3.25],
+                        "together": {"2": FOUND}, "decoding": None}},
+    "tuned": {}}
+
+
+def test_the_tables_figures(tmp_path):
+    """Bits per byte: 1 and 2 nats more in tokens of two bytes."""
+    (tmp_path / "replace.json").write_text(json.dumps(RECORD))
+    text = table(read_record(tmp_path))
+    assert "2 layers 2.1640 bits per byte" in text
+    assert "+1.082 +- 0.721" in text and "1 0" in text and "(+0.50 nats)" in text
+
+
+@pytest.mark.parametrize("old, new", [
+    ("[4.0, 5.0]", "[1e300]"), ("[0, 1]", "[-1]"), ("[3.0, 3.0]", "[]"), ("2.0", "0.0"),
+    ('"linear": {', '"a\\u001b[2J": {'), ('"tuned": {}', '"tuned": 3'), ("{", "[")])
+def test_damaged_records_end_in_one_line(old, new, tmp_path):
+    path = tmp_path / "replace.json"
+    whole = json.dumps(RECORD)
+    assert old in whole
+    path.write_text(whole.replace(old, new, 1))
+    with pytest.raises(BadInput, match="replace.json is damaged"):
+        read_record(tmp_path)
 
 
 @pytest.mark.slow
@@ -314,6 +320,7 @@ def test_training_begins_where_the_replaced_model_is_and_goes_on(small, tokenize
     shutil.rmtree(home / "out/replace")
 
 
+@pytest.mark.slow
 def test_a_start_that_train_takes_is_the_replaced_model(call, here, train, small, monkeypatch):
     """The run's first validation loss, with no step made, is that of the record."""
     call("--arms=lln_rotated")

@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from base.files import write_file
 from tools.colours import colour_of
 
-SHOWN = 6     # most layers that are named as those that mind least
-BROKEN = 2.0  # bits per byte above softmax: beyond it the picture says so at its edge
+SHOWN = 6  # most layers that are named as those that mind least
 
 
 def bits(losses, record):
@@ -53,8 +52,9 @@ def table(record):
     for name in order_of(record):
         cells = [keys_cell(record["arms"][name], k) for k in counts]
         lines.append(f"{name:20}" + "".join(f"{cell:>18}" for cell in cells))
-    lines += ["", f"{'all layers replaced':20}{'state, bytes':>16}{'of softmax':>12}"
-              f"{'a token':>16}  the layers that mind least alone, the most"]
+    lines += ["", f"after {settings['decode_tokens']:,} tokens, all layers replaced; and the layers "
+              "that mind least alone, and most",
+              f"{'':20}{'state, bytes':>16}{'of softmax':>12}{'times as fast':>16}  layers"]
     for name in order_of(record):
         lines.append(f"{name:20}{cost_cells(record['arms'][name])}  "
                      f"{minding(record['arms'][name], softmax)}")
@@ -95,7 +95,7 @@ def cost_cells(arm):
     if found is None:
         return f"{'-':>16}{'-':>12}{'-':>16}"
     share = found["state_bytes"] / max(found["softmax_state_bytes"], 1)
-    return f"{found['state_bytes']:>16,}{share:>12.3f}{found['times_as_fast']:>9.2f} x fast"
+    return f"{found['state_bytes']:>16,}{share:>12.3f}{found['times_as_fast']:>16.2f}"
 
 
 def minding(arm, softmax):
