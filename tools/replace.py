@@ -56,6 +56,7 @@ ARMS = {  # name -> options of the mixer that takes the place
     "lln": dict(mixer="lln"),
     "linear": dict(mixer="linear"),
     "swa_64": dict(mixer="swa", swa_window=64),
+    "swa_64_sinks": dict(mixer="swa", swa_window=64, swa_sinks=4),
     "toptheta_64": dict(mixer="toptheta", toptheta_k=64),
     "lln_diag": dict(mixer="lln_diag"),
     "performer_256": dict(mixer="performer", performer_features=256),
@@ -63,10 +64,9 @@ ARMS = {  # name -> options of the mixer that takes the place
     "pelican": dict(mixer="pelican"),  # nothing in its place
     "lln_rotated": dict(mixer="lln", rotate_features=True),
     "linear_rotated": dict(mixer="linear", rotate_features=True),
-    "lln_diag_rotated": dict(mixer="lln_diag", rotate_features=True),
-    "swa_128": dict(mixer="swa", swa_window=128),
     "toptheta_16": dict(mixer="toptheta", toptheta_k=16),
-    "performer_4096": dict(mixer="performer", performer_features=4096),
+    "lln_diag_rotated": dict(mixer="lln_diag", rotate_features=True),
+    "performer_2048": dict(mixer="performer", performer_features=2048),
 }
 PIECE = 1024   # tokens at a time, of a long prefix
 DECODED = 4    # tokens of a round, and how many rounds
