@@ -52,8 +52,8 @@ def table(record):
     for name in order_of(record):
         cells = [keys_cell(record["arms"][name], k) for k in counts]
         lines.append(f"{name:20}" + "".join(f"{cell:>18}" for cell in cells))
-    lines += ["", f"after {settings['decode_tokens']:,} tokens, all layers replaced; and the layers "
-              "that mind least alone, and most",
+    n = settings["decode_tokens"]
+    lines += ["", f"after {n:,} tokens, all layers replaced; layers that mind least alone, and most",
               f"{'':20}{'state, bytes':>16}{'of softmax':>12}{'times as fast':>16}  layers"]
     for name in order_of(record):
         lines.append(f"{name:20}{cost_cells(record['arms'][name])}  "
