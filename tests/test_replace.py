@@ -37,7 +37,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained_model(small):
     config = pretrained.read_config(str(small))
-    model = GPT(config).eval().requires_grad_(False)
+    model = GPT(config).eval()
     checkpoint.init_model(model, pretrained.read_weights(str(small), config), small)
     return model
 
@@ -99,8 +99,8 @@ def test_it_is_the_model_built_with_that_mixer_and_the_same_weights(options, lay
     replaced.put_in(layers)
     replaced.fit(tokens(n=20))
     other = GPT(replace(replaced.config, mixer=replaced.pattern(layers))).eval()
-    checkpoint.load_model(other.requires_grad_(False), checkpoint.model_tensors(model), "here")
-    assert torch.equal(logits(other), logits(model))
+    checkpoint.load_model(other, checkpoint.model_tensors(model), "here")
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=1e-5)
     replaced.put_in([])
     assert not torch.allclose(logits(other), logits(model), rtol=0, atol=1e-3)
 

@@ -84,7 +84,7 @@ def substitute(config, layer, original):
     if hasattr(mixer, "be_neutral"):
         mixer.be_neutral()
     mixer.to(original.c_proj.weight)
-    return mixer.requires_grad_(False).eval()
+    return mixer.eval()
 
 
 def fits(mixer, original):
