@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from base.files import write_file
 from tools.colours import colour_of
 
-SHOWN = 6  # most layers that are named as those that mind least
+SHOWN = 6     # most layers that are named as those that mind least
+FLOOR = 1e-3  # of the picture: less is drawn there
 
 
 def bits(losses, record):
@@ -53,7 +54,7 @@ def table(record):
         cells = [keys_cell(record["arms"][name], k) for k in counts]
         lines.append(f"{name:20}" + "".join(f"{cell:>18}" for cell in cells))
     n = settings["decode_tokens"]
-    lines += ["", f"after {n:,} tokens, all layers replaced; layers that mind least alone, and most",
+    lines += ["", f"all layers replaced, after {n:,} tokens; those that mind least alone, and most",
               f"{'':20}{'state, bytes':>16}{'of softmax':>12}{'times as fast':>16}  layers"]
     for name in order_of(record):
         lines.append(f"{name:20}{cost_cells(record['arms'][name])}  "
@@ -143,11 +144,11 @@ def draw(record, path):
                      linestyle=style_of(name, record), label=name)
         points = [(k, difference(record, name, k)) for k in counts_in(record)]
         points = [(k, found) for k, found in points if found is not None]
-        left.errorbar([k for k, _ in points], [max(d, 1e-4) for _, (d, _) in points],
+        left.errorbar([k for k, _ in points], [max(d, FLOOR) for _, (d, _) in points],
                       yerr=[error for _, (_, error) in points], marker="o", markersize=3, **style)
         alone = record["arms"][name]["alone"]
         if alone:
-            above = [max(loss - record["softmax"]["select"], 1e-4) for loss in alone]
+            above = [max(loss - record["softmax"]["select"], FLOOR) for loss in alone]
             right.plot(range(len(above)), above, linewidth=1, **style)
     left.set_xlabel("layers replaced, those that mind least")
     left.set_ylabel("bits per byte above softmax attention")
@@ -155,6 +156,7 @@ def draw(record, path):
     right.set_ylabel("nats per token above softmax attention")
     for ax in (left, right):
         ax.set_yscale("log")
+        ax.set_ylim(bottom=FLOOR / 1.2)
         ax.grid(alpha=0.3)
     right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     settings = record["settings"]
