@@ -40,6 +40,7 @@ from mixers import load_mixer_file
 from tools import compare_plots as plots
 from tools.compare_arms import (
     arms_of, block_count, is_diverged, is_held_out, is_tuning, tuning_arms_of)
+from tools.compare_curves import View
 from tools.compare_table import (
     TableLine, csv_of, in_range, line_of, model_config_of, notes, references_of, table,
     table_for_terminal)
@@ -288,7 +289,7 @@ def main():
     write_file(out / "table.md", f"{table(lines, references)}\n\n{below}\n".encode())
     write_file(out / "table.csv", csv_of(lines, references))
     groups = {line.mixer: by_label[line.mixer].records for line in lines}
-    view = plots.View(title_of(arms, names), groups, lines, references, baseline)
+    view = View(title_of(arms, names), groups, lines, references, baseline)
     pictures = list(plots.draw(out, view, tuning_arms_of(tuning_records(names))))
     written = ["table.md", "table.csv", *(path.name for path in pictures)]
     print(printable(f"{', '.join(written)} are in {out}"))
