@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, metrics, one_line, run
+from matplotlib.text import Text
 from scipy import stats
 
 from config import Options
@@ -530,9 +531,10 @@ def words_of(figure):
 
 
 def boxes_of(ax):
-    """Where the texts of an axes stand once it is drawn: [(left, bottom, right, top)]."""
+    """Where the texts of an axes stand once it is drawn, without lines that lead to them: [(left,
+    bottom, right, top)]."""
     ax.figure.draw_without_rendering()
-    return [tuple(text.get_window_extent().extents) for text in ax.texts if text.get_text()]
+    return [tuple(Text.get_window_extent(text).extents) for text in ax.texts if text.get_text()]
 
 
 def test_every_picture_says_of_what_it_is_and_shows_what_needs_no_model(compare_these, drawn):
@@ -558,7 +560,7 @@ def test_every_picture_says_of_what_it_is_and_shows_what_needs_no_model(compare_
 def test_many_arms_have_panels_of_their_own_and_labels_that_keep_clear(
         compare_these, drawn, monkeypatch):
     """And what is far above, or has no bytes of state, is named."""
-    mixers = sorted(MIXERS)[:10] + ["softmax", "softmax,lln", "stateless"]
+    mixers = sorted(MIXERS)[:4] + ["softmax", "softmax,lln", "stateless"]
     monkeypatch.setitem(MIXERS, "stateless", Stateless)
     some = [of_blocks(mixer, i / 300) for i, mixer in enumerate(mixers)]
     compare_these(sum(some, []) + of_blocks("pelican", 2.0))

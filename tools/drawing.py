@@ -13,7 +13,7 @@ from base.files import write_file
 from tools.colours import colour_of
 
 WIDTH = 8.3     # inches of a picture: README shows it 830 points wide, so that a font is what it is
-DPI = 140       # dots an inch; for screens with more than one to a point
+DPI = 120       # dots an inch; for screens with more than one to a point
 BASELINE = "black"
 GREY = "0.55"   # of what needs no model, and of what is not in colour
 FAINT = "0.86"  # of the other curves, behind one in colour
