@@ -26,7 +26,6 @@ the mixers otherwise. The table's last lines are what needs no model: counting, 
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,6 +35,7 @@ from base.command_line import paths_and_options
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.files import exists, read_json, write_file, write_json, writing
 from base.options import checked, option
+from base.terminal import is_terminal, width, wrapped
 from mixers import load_mixer_file
 from tools import compare_plots as plots
 from tools.compare_arms import (
@@ -262,6 +262,16 @@ def title_of(arms, names):
     return ", ".join(filter(None, words))
 
 
+def show(lines, references, below):
+    """Prints the table and what stands below it, in a terminal as it has room for them."""
+    if not is_terminal():
+        print(f"{table(lines, references)}\n\n{below}")
+        return
+    print(table_for_terminal(lines, width(), references), end="\n\n")
+    for note in below.split("\n"):
+        print(wrapped(note))
+
+
 @exit_on_bad_input("tools.compare")
 def main():
     names, options, _ = paths_and_options(
@@ -280,11 +290,7 @@ def main():
     lines.sort(key=by_loss)
     references = references_of(by_label[baseline])
     below = "\n".join(notes(arms, verdicts, baseline, options.margin_bpb, margin))
-    if sys.stdout.isatty():
-        print(table_for_terminal(lines, shutil.get_terminal_size().columns, references))
-    else:
-        print(table(lines, references))
-    print(f"\n{below}")
+    show(lines, references, below)
     out = folder_for(options, names[0])
     write_file(out / "table.md", f"{table(lines, references)}\n\n{below}\n".encode())
     write_file(out / "table.csv", csv_of(lines, references))
