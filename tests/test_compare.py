@@ -492,7 +492,7 @@ def test_notes_name_seeds_that_the_baseline_lacks_and_blocks_that_go_together(co
     for record in some:
         record.scores["by_block"] = np.repeat(record.scores["by_block"], 4).tolist()
     _, out = compare_these(some)
-    assert "by more than chance: lln +0." in out
+    assert "so 8 long stretches are compared (autocorrelation of the blocks: lln +0." in out
 
 
 # -- pictures -----------------------------------------------------------------------------------

@@ -150,14 +150,6 @@ def test_the_table_with_the_convolution_is_that_of_the_records():
     assert undecided == {"linformer", "swa conv=null"}
 
 
-def test_the_claims_in_the_readme_have_their_records_words():
-    words = re.search(r"Papers' claims there, by card:(.*?)```", TEXT, re.DOTALL).group(1)
-    stated = re.findall(r"\*\*(refuted|confirmed|undecided)\*\*", words)
-    recorded = [json.loads(path.read_text())["outcome"]
-                for path in (ROOT / "results/claims").glob("*/claim.json")]
-    assert sorted(stated) == sorted(recorded)
-
-
 @pytest.mark.parametrize("mixer, rate", [("softmax", 0.008), ("mamba2", 0.004)])
 def test_the_losses_late_in_the_context_are_those_of_the_records(mixer, rate):
     records = read_records(ROOT / f"results/shakespeare/{mixer}-lr{rate}.jsonl.gz")

@@ -15,7 +15,7 @@ from model import GPT, model_config
 from tools.ngrams import reference_lines
 from tools.records import is_records_file
 from tools.score import DTYPES
-from tools.verdicts import ALPHA, in_words, interval, margin_in_nats
+from tools.verdicts import ALPHA, STRETCHES, in_words, interval, margin_in_nats
 
 LARGEST = 2**31  # parameters of a model that is built to be counted
 SOLVED = 0.95    # the accuracy from which on a seed has solved a recall task
@@ -325,10 +325,10 @@ def what_to_know(arms, verdicts, baseline):
     """The notes on arms whose figures need one."""
     found = []
     together = [f"{label} {verdict.autocorrelation:+.2f}" for label, verdict in verdicts.items()
-                if verdict.blocks_go_together]
+                if verdict.joined]
     if together:
-        found.append("neighbouring blocks of text differ alike (+: the interval is too narrow) or "
-                     f"oppositely (-), by more than chance: {', '.join(together)}")
+        found.append(f"neighbouring blocks of text differ alike, so {STRETCHES} long stretches are "
+                     f"compared (autocorrelation of the blocks: {', '.join(together)})")
     alone = [f"{arm.label} {verdicts[arm.label].seeds} of {len(arm.records)}" for arm in arms
              if verdicts[arm.label].seeds < len(arm.records)]
     if alone:
