@@ -26,7 +26,6 @@ the mixers otherwise. The table's last lines are what needs no model: counting, 
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,10 +35,12 @@ from base.command_line import paths_and_options
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.files import exists, read_json, write_file, write_json, writing
 from base.options import checked, option
+from base.terminal import is_terminal, width, wrapped
 from mixers import load_mixer_file
 from tools import compare_plots as plots
 from tools.compare_arms import (
     arms_of, block_count, is_diverged, is_held_out, is_tuning, tuning_arms_of)
+from tools.compare_curves import View
 from tools.compare_table import (
     TableLine, csv_of, in_range, line_of, model_config_of, notes, references_of, table,
     table_for_terminal)
@@ -261,6 +262,16 @@ def title_of(arms, names):
     return ", ".join(filter(None, words))
 
 
+def show(lines, references, below):
+    """Prints the table and what stands below it, in a terminal as it has room for them."""
+    if not is_terminal():
+        print(f"{table(lines, references)}\n\n{below}")
+        return
+    print(table_for_terminal(lines, width(), references), end="\n\n")
+    for note in below.split("\n"):
+        print(wrapped(note))
+
+
 @exit_on_bad_input("tools.compare")
 def main():
     names, options, _ = paths_and_options(
@@ -279,16 +290,12 @@ def main():
     lines.sort(key=by_loss)
     references = references_of(by_label[baseline])
     below = "\n".join(notes(arms, verdicts, baseline, options.margin_bpb, margin))
-    if sys.stdout.isatty():
-        print(table_for_terminal(lines, shutil.get_terminal_size().columns, references))
-    else:
-        print(table(lines, references))
-    print(f"\n{below}")
+    show(lines, references, below)
     out = folder_for(options, names[0])
     write_file(out / "table.md", f"{table(lines, references)}\n\n{below}\n".encode())
     write_file(out / "table.csv", csv_of(lines, references))
     groups = {line.mixer: by_label[line.mixer].records for line in lines}
-    view = plots.View(title_of(arms, names), groups, lines, references, baseline)
+    view = View(title_of(arms, names), groups, lines, references, baseline)
     pictures = list(plots.draw(out, view, tuning_arms_of(tuning_records(names))))
     written = ["table.md", "table.csv", *(path.name for path in pictures)]
     print(printable(f"{', '.join(written)} are in {out}"))
