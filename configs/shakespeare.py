@@ -31,7 +31,7 @@ log_interval = 50
 
 # Positions by one rule for all, written after a few trials: RoPE for softmax attention, also beside
 # causal reductions, which tell a token from the one before it by themselves; none where a
-# mechanism's own decay, convolution or rotation says how far back a token is; otherwise learned ones
+# mechanism's own decay, convolution or rotation tells how far back a token is; otherwise learned
 _rope, _none = dict(pos="rope"), dict(pos="none")
 _low = dict(learning_rate=4e-3)
 per_mixer = {
