@@ -100,11 +100,16 @@ class HeadDecay(Decay):
         return d @ b, d.mT @ a
 
 
+def can_look(x):
+    """Whether a number can be read back to Python without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 class ChannelDecay(Decay):
     def __init__(self, g, floor):
         super().__init__(g)
         self.halves = None
-        self.in_factors = g.device.type == "cpu"
+        self.in_factors = can_look(g)
         if self.in_factors:
             self.wild = self.G.amin(4) < -MOST_EXPONENT  # rows (B, H, N, c)
             self.chunks = self.wild[:, :, :, -1]  # those that have any, as G falls

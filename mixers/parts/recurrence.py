@@ -45,7 +45,7 @@ from torch.autograd.function import once_differentiable
 
 from mixers.parts.decays import diagonal_blocks, make_decays
 
-CHUNK = 64  # tokens; a power of two
+CHUNK = 32  # tokens; a power of two
 SOLVED = 16  # tokens of the blocks that are solved one by one; a power of two
 
 
@@ -85,12 +85,17 @@ def one_token(q, k, v, g, e, w, S):
     return q @ S, S
 
 
+def chunk_size(T):
+    """Tokens of a chunk: of so few tokens that one chunk holds them, or the next power of two."""
+    return CHUNK if T > 2 * CHUNK else 2 ** math.ceil(math.log2(T))
+
+
 class Chunks(torch.autograd.Function):
     """Any number of tokens, in chunks of c. The gradient is written out, for it takes a fraction of
     the time and memory that recorded operations do.
 
-    A chunk writes u under the keys k, or v under k and r under w. From the last chunk to the first,
-    dS being the gradient of the state behind a chunk,
+    A chunk writes u under the keys k, or v under k and r under w: the contents. From the last chunk
+    to the first, dS being the gradient of the state behind a chunk,
 
         du = [q, k]^T dy + (k * exp(down)) dS
         dS before = exp(up_c) * dS + (q * exp(up))^T dy + P^T du
@@ -103,22 +108,23 @@ class Chunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, e, w, S, floor):
         T = v.size(2)
-        c = min(CHUNK, 2 ** math.ceil(math.log2(T)))
+        c = chunk_size(T)
         ctx.shapes = [None if x is None else x.shape for x in (q, k, v, g, e, w)]
         q, k, v, g, e, w = (None if x is None else cut(x, c) for x in (q, k, v, g, e, w))
         decays = make_decays(g, floor)
-        keys = [k] if w is None else [k, w]
-        u, inverse, P = v, None, None
+        keys, contents, inverse = [k], [v], None
         if e is not None:
+            keys = [k] if w is None else [k, w]
             inverse = inverted(decays.gram(e, keys[-1]).tril_(-1))
             u = inverse @ (v if w is None else decays.gram(e, k).tril_(-1) @ v)
-        contents = [u] if w is None else [v, u]
+            contents = [u] if w is None else [v, u]
 
-        added = total(decays.to_end(key).mT @ x for key, x in zip(keys, contents))
-        before, kept = None, decays.total
+        added = sum_of(decays.to_end(key).mT @ x for key, x in zip(keys, contents))
+        before = P = kept = None
         if S is None and v.size(2) == 1:
             S = added[:, :, 0]
         else:
+            kept = decays.total
             if e is not None:
                 P = inverse @ decays.from_start(e)
                 kept = transition(kept, decays.to_end(keys[-1]).mT @ P)
@@ -128,11 +134,11 @@ class Chunks(torch.autograd.Function):
                 u += P @ before
 
         grams = [decays.gram(q, key) for key in keys]
-        y = total(gram @ x for gram, x in zip(grams, contents))
+        y = sum_of(gram @ x for gram, x in zip(grams, contents))
         if before is not None:
             y += decays.from_start(q) @ before
         y = y.flatten(2, 3)[:, :, :T]
-        ctx.save_for_backward(q, k, v, e, w, u, inverse, P, before, kept, y, S, *grams)
+        ctx.save_for_backward(q, k, v, e, w, contents[-1], inverse, P, before, kept, y, S, *grams)
         ctx.decays = decays
         ctx.set_materialize_grads(False)  # None says that the new state is not used
         return y, S
@@ -141,12 +147,12 @@ class Chunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dS):
         q, k, v, e, w, u, inverse, P, before, kept, y, S, *grams = ctx.saved_tensors
-        T, c, decays = y.size(2), v.size(3), ctx.decays
-        dy = torch.zeros_like(v) if dy is None else cut(dy, c)
+        decays = ctx.decays
+        dy = torch.zeros_like(v) if dy is None else cut(dy, v.size(3))
         keys, contents = ([k], [u]) if w is None else ([k, w], [v, u])
 
         d_contents = [gram.mT @ dy for gram in grams]
-        behind = None  # the gradients of the states behind the chunks
+        behind = None if dS is None else dS[:, :, None]  # of the states behind the chunks
         if before is not None:
             reads = decays.from_start(q).mT @ dy
             if e is not None:
@@ -154,59 +160,71 @@ class Chunks(torch.autograd.Function):
                 kept = kept.mT
             dS = torch.zeros_like(S) if dS is None else dS
             behind, dS = scan(reads, kept, dS, backwards=True)
-        elif dS is not None:
-            behind = dS[:, :, None]
         if behind is not None:
             for key, dx in zip(keys, d_contents):
                 dx += decays.to_end(key) @ behind
 
-        z = inverse.mT @ d_contents[-1] if e is not None else None
-        dv = d_contents[0] if w is not None or e is None else z
-
-        dqs, des, dkeys = [], [], [[] for _ in keys]
-        if before is not None:
-            dqs.append(decays.from_start(dy @ before.mT))
-            if e is not None:
-                des.append(decays.from_start(z @ before.mT))
-        for parts, key, x in zip(dkeys, keys, contents):
-            if behind is not None:
-                parts.append(decays.to_end(x @ behind.mT))
-            d_row, d_key = decays.gram_backward((dy @ x.mT).tril_(), q, key)
-            dqs.append(d_row)
-            parts.append(d_key)
-            if e is None:
-                continue
-            d_row, d_key = decays.gram_backward((z @ x.mT).tril_(-1), e, key)
-            des.append(d_row)
-            parts.append(d_key)
-            if w is not None and key is k:
-                dv = dv + decays.gram(e, k).tril_(-1).mT @ z
-        dq = total(d.sum_to_size(q.shape) for d in dqs)
-        de = total(des) if des else None
-        dk, dw, *_ = [total(d.sum_to_size(k.shape) for d in parts) for parts in dkeys] + [None]
-
+        # what reads the state, the gradient of what it read, and whether at its own token
+        readers = [(q, dy, 0)]
+        dv = d_contents[0]
+        if e is not None:
+            z = inverse.mT @ d_contents[-1]
+            readers.append((e, z, -1))
+            dv = z if w is None else dv + decays.gram(e, k).tril_(-1).mT @ z
+        d_rows, d_keys = through_products(decays, readers, keys, contents, before, behind)
         dg = None
         if ctx.needs_input_grad[3]:
-            if decays.channels == 1:
-                at = (cut(y, c) * dy).sum(4, keepdim=True) - (v * dv).sum(4, keepdim=True)
+            if decays.channels == 1:  # the same, summed over channels
+                at = cut(y, v.size(3)) * dy
+                at = at.sum(4, keepdim=True) - (v * dv).sum(4, keepdim=True)
             else:
-                at = q * dq - k * dk
-                if e is not None:
-                    at += e * de
-                if w is not None:
-                    at -= w * dw
-            dg = at.flip(3).cumsum(3).flip(3)
-            if behind is not None:
-                ends = S[:, :, None]
-                if before is not None:
-                    ends = torch.cat([before[:, :, 1:], ends], 2)
-                later = (ends * behind).sum(4)[:, :, :, None]  # (B, H, N, 1, D)
-                dg += later.sum(4, keepdim=True) if decays.channels == 1 else later
+                at = sum_of(a * d for (a, _, _), d in zip(readers, d_rows))
+                at = at - sum_of(key * d for key, d in zip(keys, d_keys))
+            dg = decay_gradient(at, before, S, behind)
 
+        dq, de = d_rows if e is not None else (*d_rows, None)
+        dk, dw = d_keys if w is not None else (*d_keys, None)
         found = []
         for d, shape in zip((dq, dk, dv, dg, de, dw), ctx.shapes):
-            found.append(None if d is None else d.flatten(2, 3)[:, :, :T].sum_to_size(shape))
+            whole = None if d is None else d.flatten(2, 3)[:, :, :y.size(2)]
+            found.append(whole if d is None else whole.sum_to_size(shape))
         return *found, dS if ctx.needs_input_grad[6] else None, None
+
+
+def through_products(decays, readers, keys, contents, before, behind):
+    """The gradients of what reads and of the keys. readers: (q, dy, 0), and (e, z, -1) as it does
+    not read its own token; before, behind: the states before the chunks and the gradients of those
+    behind, or None."""
+    d_rows, d_keys = [], []
+    for x in contents:
+        d_keys.append(None if behind is None else decays.to_end(x @ behind.mT))
+    for a, da, diagonal in readers:
+        d_row = None if before is None else decays.from_start(da @ before.mT)
+        for j, (key, x) in enumerate(zip(keys, contents)):
+            d = decays.gram_backward((da @ x.mT).tril_(diagonal), a, key)
+            d_row = plus(d_row, d[0], a.shape)
+            d_keys[j] = plus(d_keys[j], d[1], key.shape)
+        d_rows.append(d_row)
+    return d_rows, d_keys
+
+
+def plus(a, b, shape):
+    """a + b, summed to a shape as where q and k have one head for all; a may be None."""
+    b = b.sum_to_size(shape)
+    return b if a is None else b.add_(a.sum_to_size(shape))
+
+
+def decay_gradient(at, before, S, behind):
+    """The gradient of g from the terms of each token (B, H, N, c, 1 or D): the sum over all later
+    tokens, of which those behind the chunk are S dS there."""
+    dg = at.flip(3).cumsum(3).flip(3)
+    if behind is not None:
+        ends = S[:, :, None]
+        if before is not None:
+            ends = torch.cat([before[:, :, 1:], ends], 2)
+        later = (ends * behind).sum(4)[:, :, :, None]  # (B, H, N, 1, D)
+        dg += later if at.size(4) > 1 else later.sum(4, keepdim=True)
+    return dg
 
 
 def cut(x, c):
@@ -217,7 +235,7 @@ def cut(x, c):
     return x.contiguous().unflatten(2, (-1, c))
 
 
-def total(parts):
+def sum_of(parts):
     first, *rest = parts
     for x in rest:
         first = first + x
@@ -271,12 +289,19 @@ def scan(added, kept, S, backwards=False):
 
 def recurrence_flops(T, H, D, E, erase=False, shared=False):
     """Multiply-adds of the products above, times 2, per token of a sequence of T tokens; the causal
-    half of a chunk counts. shared: q and k have one head for all. Exponentials are not counted:
-    some (log2(c / block) + 4) D a token for decays by channel."""
-    c = min(CHUNK, 2 ** math.ceil(math.log2(max(T, 2))))
-    if erase:
-        return H * ((c + 1) * (2 * D + E) + (c - 1) * (D + E) + 6 * D * E)
-    return (1 if shared else H) * (c + 1) * D + H * ((c + 1) * E + 4 * D * E)
+    half of a chunk counts. shared: q and k have one head for all. Exponentials are not counted, nor
+    what decays of channels cost where two factors do not hold them."""
+    c = chunk_size(max(T, 2))
+    alone = T <= c  # then nothing reads a state
+    heads_of_keys = 1 if shared else H
+    flops = heads_of_keys * (c + 1) * D + H * ((c + 1) * E + 2 * D * E)
+    if not alone:
+        flops += H * 2 * D * E
+    if erase:  # the system, its inverse, and that times v
+        flops += H * ((c - 1) * D + c * c / 3 + (c + 1) * E)
+        if not alone:  # P, the transition, the states by it, P times a state
+            flops += H * ((c + 1) * D + 2 * D * D + 2 * D * D * E / c + 2 * D * E)
+    return flops
 
 
 def recurrence_state_bytes(H, D, E, dtype):
