@@ -113,7 +113,9 @@ def masked_half_of_recurrence(mixer, H, D, c=32):
     if mixer in ("deltanet", "gated_deltanet", "kda"):
         keys = half if mixer == "gated_deltanet" else D
         inverse = 2 * 2 * 16**3 / c - c * c / 3
-        return H * (2 * (c - 1) * (keys + D) + (c + 1) * keys + inverse)
+        # drawn at random, kda's gates forget too fast for two factors: blocks of 8, and below them
+        halves = 2 * (2 * 8 + 8 + 16) * D if mixer == "kda" else 0
+        return H * (2 * (c - 1) * (keys + D) + (c + 1) * keys + inverse + halves)
     return 0
 
 
