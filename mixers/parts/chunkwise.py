@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mixers.parts.cpu_attention import bfloat16_instructions
 from mixers.parts.recurrence import recurrence
 
 CHUNK = 64  # tokens; of 32, 64, 128 and 256 the fastest at D = 32 and 64
@@ -62,7 +63,7 @@ def linear_attention(a, b, v, state=None):
         if T == 1:
             y, state = recurrent(a, b, wide_v, state)
         elif v.device.type == "cpu":
-            y, state = chunkwise(a, b, wide_v, state, alone)
+            y, state = chunkwise(a, b, wide_v, state, alone, v.dtype == torch.bfloat16)
         else:
             y, state = by_decays(a, b, wide_v, state)
     return y.to(v.dtype), state
@@ -104,9 +105,9 @@ def by_decays(a, b, v, state):
     return y1[..., :-1] / y1[..., -1:], LinearState(S1[..., :-1], S1[..., -1], m[:, :, -1].clone())
 
 
-def chunkwise(a, b, v, state, alone):
+def chunkwise(a, b, v, state, alone, rounded):
     """Any number of tokens: a, b (B, H, T, D), v (B, H, T, E). alone: they fit in one chunk, and
-    nothing is before them."""
+    nothing is before them. rounded: products round their factors to bfloat16."""
     B, H, T, D = a.shape
     N = math.ceil(T / CHUNK)
     c = math.ceil(T / N)
@@ -122,7 +123,9 @@ def chunkwise(a, b, v, state, alone):
     v1 = torch.cat([v, torch.ones_like(v[..., :1])], dim=3)
     S1 = torch.cat([state.S, state.z[..., None]], dim=3)
     a, b, v1 = cut(a, 0.0), cut(b, -math.inf), cut(v1, 0.0)
-    y, S1, m = Chunkwise.apply(a, b, v1, S1.flatten(0, 1), state.m.flatten(0, 1), alone)
+    before = S1.flatten(0, 1), state.m.flatten(0, 1)
+    with bfloat16_instructions(rounded):
+        y, S1, m = Chunkwise.apply(a, b, v1, *before, alone, rounded)
     S1, m = S1.unflatten(0, (B, H)), m.unflatten(0, (B, H))
     y = y.reshape(B, H, N * c, -1)[:, :, :T]
     return y, LinearState(S1[..., :-1], S1[..., -1], m)
@@ -134,7 +137,7 @@ class Chunkwise(torch.autograd.Function):
     it."""
 
     @staticmethod
-    def forward(ctx, a, b, v1, S1, m, alone):
+    def forward(ctx, a, b, v1, S1, m, alone, rounded):
         # the key maximum before each chunk and behind the last: (X, N + 1, D)
         ends = torch.cat([m[:, None], b.amax(2)], dim=1).cummax(dim=1).values
         before, after = ends[:, :-1], ends[:, 1:]
@@ -174,43 +177,49 @@ class Chunkwise(torch.autograd.Function):
             phi_q, phi_k, v1, states, from_before, to_after, shrink, y, total, *exact)
         ctx.mark_non_differentiable(m)
         ctx.set_materialize_grads(False)  # None says that the new state is not used
-        ctx.alone = alone
+        ctx.alone, ctx.rounded = alone, rounded
         return y, S1, m
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS1, _):
-        phi_q, phi_k, v1, states, *rest = ctx.saved_tensors
-        from_before, to_after, shrink, y, total, *exact = rest
-        dy = torch.zeros_like(y) if dy is None else dy
-        # the gradient of y1, whose last column divides the others
-        dy1 = torch.cat([dy, -(dy * y).sum(3, keepdim=True)], dim=3) / total
-        w = masked_product(phi_q, phi_k)
-        dw = masked_product(dy1, v1)
-        if exact:
-            wild, a, b, M = exact
-            w[wild] = sum(exact_weights(a, b, M))
-            dw_wild = dw[wild]
-            dw[wild] = 0
-        dv1 = w.mT @ dy1
-        da = dw @ phi_k
-        db = dw.mT @ phi_q
-        if not ctx.alone or dS1 is not None:
-            of_reads = phi_q.mT @ dy1 * from_before  # what each chunk reads of the state before it
-            if dS1 is None:
-                dS1 = torch.zeros_like(of_reads[:, 0])
-            dstates, dS1 = running_states_backward(of_reads, shrink, dS1)
-            dstates *= to_after
-            dv1 += phi_k @ dstates
-            da += dy1 @ states.mT
-            db += v1 @ dstates.mT
-        da *= phi_q
-        db *= phi_k
-        if exact:
-            for d, weights in enumerate(exact_weights(a, b, M)):
-                da[..., d][wild] += (dw_wild * weights).sum(2)
-                db[..., d][wild] += (dw_wild * weights).sum(1)
-        return da, db, dv1, dS1, None, None
+        with bfloat16_instructions(ctx.rounded):
+            return *chunkwise_backward(ctx, dy, dS1), None, None, None
+
+
+def chunkwise_backward(ctx, dy, dS1):
+    """The gradients of a, b, v1 and S1 for those of y and of the S1 behind."""
+    phi_q, phi_k, v1, states, *rest = ctx.saved_tensors
+    from_before, to_after, shrink, y, total, *exact = rest
+    dy = torch.zeros_like(y) if dy is None else dy
+    # the gradient of y1, whose last column divides the others
+    dy1 = torch.cat([dy, -(dy * y).sum(3, keepdim=True)], dim=3) / total
+    w = masked_product(phi_q, phi_k)
+    dw = masked_product(dy1, v1)
+    if exact:
+        wild, a, b, M = exact
+        w[wild] = sum(exact_weights(a, b, M))
+        dw_wild = dw[wild]
+        dw[wild] = 0
+    dv1 = w.mT @ dy1
+    da = dw @ phi_k
+    db = dw.mT @ phi_q
+    if not ctx.alone or dS1 is not None:
+        of_reads = phi_q.mT @ dy1 * from_before  # what each chunk reads of the state before it
+        if dS1 is None:
+            dS1 = torch.zeros_like(of_reads[:, 0])
+        dstates, dS1 = running_states_backward(of_reads, shrink, dS1)
+        dstates *= to_after
+        dv1 += phi_k @ dstates
+        da += dy1 @ states.mT
+        db += v1 @ dstates.mT
+    da *= phi_q
+    db *= phi_k
+    if exact:
+        for d, weights in enumerate(exact_weights(a, b, M)):
+            da[..., d][wild] += (dw_wild * weights).sum(2)
+            db[..., d][wild] += (dw_wild * weights).sum(1)
+    return da, db, dv1, dS1
 
 
 def running_states(added, shrink, state):
