@@ -28,9 +28,10 @@ from base.errors import BadInput, exit_on_bad_input
 from data import load_dataset
 from model import GPT, model_config
 from training import checkpoint
+from training.contract import check_builders
 from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
 from training.evaluation import evaluate, print_evaluation
-from training.leaks import check_builders, find_leak
+from training.leaks import find_leak
 from training.machine import Machine, refuse_what_cannot_fit
 from training.metrics import Metrics, check_wandb
 from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, step_if_finite

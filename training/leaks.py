@@ -7,8 +7,8 @@ Everything is measured on the CPU, on a copy: of the model itself nothing change
 torch's random numbers. Mostly in float64, where rounding hides nothing, but also in the precision
 of training, for which a mixer may have other code. B batch, T time, C channels.
 """
+import contextlib
 import copy
-import inspect
 import math
 from dataclasses import dataclass
 
@@ -16,9 +16,8 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from base.errors import BadInput
-from base.user_code import definition
-from mixers import MIXERS, layer_mixers
+from mixers import layer_mixers
+from training.contract import check_forward
 
 HUGE = 1e4  # factor on later tokens: enough for a maximum over them to push earlier rows to 0/0
 SHORT = 71  # tokens: a chunk of 64 and a bit
@@ -27,11 +26,11 @@ SHORT = 71  # tokens: a chunk of 64 and a bit
 # (of the gradient: of the largest gradient). Rounding in float64 is 1e-16; products of HUGE
 # numbers, and sums of other lengths, round to more.
 KINDS = {
-    "repeat": ("the same call gives another output after other calls", 1e-9),
-    "rows": ("an output depends on another sequence of the batch", 1e-9),
-    "suffix": ("an output depends on a later token", 1e-9),
-    "gradient": ("an output's gradient reaches a later token", 1e-9),
-    "length": ("an output depends on how long the sequence is", 1e-6),
+    "repeat": ("the same call gives another output after other calls", 1e-12),
+    "rows": ("an output depends on another sequence of the batch", 1e-12),
+    "suffix": ("an output depends on a later token", 1e-12),
+    "gradient": ("an output's gradient reaches a later token", 1e-12),
+    "length": ("an output depends on how long the sequence is", 1e-9),
     "huge": (f"a later token of {HUGE:,.0f} times the usual size changes an earlier output", 1e-5),
 }
 
@@ -102,90 +101,46 @@ def parts(model):
     return found
 
 
-def call(module, x, autocast=False):
+def call(module, x, autocast=False, still=False):
     """The outputs (B, T, .) of a mixer or model, (y, anything) = module(x), which may write into x.
 
-    Dropout, if there is any, always drops the same."""
+    Dropout, if there is any, always drops the same; with `still` it drops nothing."""
+    chance = Chance(still=True) if still else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         torch.default_generator.manual_seed(0)
-        return module(x.clone())[0]
+        with chance:
+            return module(x.clone())[0]
 
 
-# The contract -------------------------------------------------------------------------------------
+class Chance(TorchDispatchMode):
+    """Notes the sizes of all random numbers that are drawn. still: every number drawn is 0.4 (true,
+    where it is a decision to keep), so that outputs do not depend on how many are."""
 
-def check_builders(mixer):
-    """BadInput if a builder cannot be called as builder(config, layer)."""
-    for name in layer_mixers(mixer):
-        builder = MIXERS[name]
-        if builder is None:
-            continue
-        try:
-            inspect.signature(builder).bind("config", "layer")
-        except TypeError as error:
-            code = builder.__init__ if isinstance(builder, type) else builder
-            raise BadInput(f"mixer {name}: its builder must take (config, layer): {error} "
-                           f"({definition(code)})") from error
+    def __init__(self, still=False):
+        super().__init__()
+        self.still = still
+        self.drawn = []
 
-
-def check_forward(model, dtype=torch.float64):
-    """BadInput, with the place in the user's file, unless each mixer of a GPT on the CPU is what
-    mixers/__init__.py asks for: an nn.Module with forward(x, state=None) -> (y, state), y shaped
-    like x. What a mixer raises passes through; only with a state it may raise, since a mixer that
-    cannot decode may train."""
-    names = layer_mixers(model.config.mixer, model.config.n_layer)
-    for name, block in zip(names, model.blocks):
-        mixer = block.mixer
-        if MIXERS[name] is None:
-            continue
-        if not isinstance(mixer, nn.Module):
-            raise BadInput(f"mixer {name}: its builder must return an nn.Module, "
-                           f"not {kind_of(mixer)}")
-        where = definition(type(mixer).forward)
-        check_signature(name, mixer, where)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, 5, model.config.n_embd, generator=generator).to(dtype)
-        with torch.no_grad():
-            returned = mixer(x.clone())
-            check_returned(name, x, returned, where)
-            try:
-                returned = mixer(x.clone(), returned[1])
-            except Exception:
-                continue
-            check_returned(name, x, returned, where)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if torch.Tag.nondeterministic_seeded not in function.tags or "fused" in name:
+            return result
+        outputs = result if isinstance(result, tuple) else (result,)
+        self.drawn.append([tuple(t.shape) for t in outputs])
+        if self.still and name == "aten::native_dropout":
+            return args[0].clone(), torch.ones_like(outputs[1])
+        if self.still:
+            keeps = "bernoulli" in name
+            outputs[0].fill_(1 if keeps or not outputs[0].is_floating_point() else 0.4)
+        return result
 
 
-def check_signature(name, mixer, where):
-    signature = inspect.signature(mixer.forward)
-    try:
-        signature.bind("x")
-        signature.bind("x", "state")
-    except TypeError as error:
-        raise BadInput(f"mixer {name}: forward must be forward(self, x, state=None), "
-                       f"and takes {signature} ({where})") from error
-
-
-def check_returned(name, x, returned, where):
-    """BadInput unless what forward returned for x (B, T, C) is (y, state), y a tensor that can be
-    added to x."""
-    wrong = None
-    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-        wrong = f"it returned {kind_of(returned)}"
-    elif not isinstance(returned[0], torch.Tensor) or returned[0].shape != x.shape:
-        wrong = f"y is {kind_of(returned[0])}"
-    elif torch.promote_types(returned[0].dtype, x.dtype) != x.dtype:
-        wrong = f"x is {x.dtype}, y {returned[0].dtype}: cast it, y.to(x.dtype)"
-    if wrong:
-        raise BadInput(f"mixer {name}: forward must return (y, state), y shaped like x; "
-                       f"for x {tuple(x.shape)} {wrong} ({where})")
-
-
-def kind_of(value):
-    """"a tensor (2, 5, 32)", "3 values", "None", "a dict"."""
-    if isinstance(value, torch.Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"{len(value)} values"
-    return "None" if value is None else f"a {type(value).__name__}"
+def drawn(module, x):
+    """The sizes of the random numbers that a module draws for x (B, T, C)."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), Chance() as chance:
+        module(x.clone())
+    return chance.drawn
 
 
 # Questions ----------------------------------------------------------------------------------------
@@ -242,32 +197,31 @@ def precision_within(module, x):
     return torch.float32 if narrowing.found else torch.float64
 
 
-def draws(module, x):
-    """Whether a module draws from torch's random numbers: then other lengths see others."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        before = torch.get_rng_state()
-        module(x.clone())
-        return not torch.equal(torch.get_rng_state(), before)
-
-
-def leaks(module, x, cuts, lengths=True, huge=True, autocast=False):
+def leaks(module, x, cuts, lengths=True, huge=True, autocast=False, other=None):
     """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T,
     C).
 
-    Row i + 1 changes from token cuts[i] on, row 0 nowhere; so two calls tell what all rows, before
-    their cuts, depend on. lengths: also whether beginnings of row 0 alone are those of the whole;
-    not asked in training of what draws random numbers. huge: also with HUGE changes; of little use
-    behind a norm. autocast: of the forward pass to bfloat16, as in training."""
+    Row i + 1 changes from token cuts[i] on, to `other` (as x; by default normal numbers), row 0
+    nowhere; so two calls tell what all rows, before their cuts, depend on. lengths: also whether
+    beginnings of row 0 alone are those of the whole. huge: also with HUGE changes; of little use
+    behind a norm. autocast: of the forward pass to bfloat16, as in training.
+
+    In training random numbers stand still where how many are drawn depends on what is asked."""
     B, T, _ = x.shape
     later = torch.arange(T) >= torch.tensor([T, *cuts])[:, None]  # (B, T)
     first = torch.arange(B)[:, None].expand(B, T) == 0
     earlier = ~later & ~first
     generator = torch.Generator().manual_seed(1)
-    other = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    normal = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    other = normal if other is None else other
     sizes = {}
 
-    x = x.detach().requires_grad_()
-    y = call(module, x, autocast)
+    x = x.detach()
+    changed = torch.where(later[..., None], other, x)
+    draws = drawn(module, x) if module.training else []
+    still = bool(draws) and drawn(module, changed) != draws
+    x.requires_grad_()
+    y = call(module, x, autocast, still)
     if y.requires_grad:
         seen = y[earlier]
         direction = torch.randn(seen.shape, generator=generator, dtype=y.dtype)
@@ -277,20 +231,23 @@ def leaks(module, x, cuts, lengths=True, huge=True, autocast=False):
 
     x, y = x.detach(), y.detach()
     with torch.no_grad():
-        moved = difference(call(module, torch.where(later[..., None], other, x), autocast), y)
+        moved = difference(call(module, changed, autocast, still), y)
         sizes["rows"] = moved[first].max().item()
         sizes["suffix"] = moved[earlier].max().item()
         # row 0 was the same in both calls
         sizes["repeat"] = sizes["rows"]
         if leaking(sizes):
-            sizes["repeat"] = difference(call(module, x, autocast), y).max().item()
+            sizes["repeat"] = difference(call(module, x, autocast, still), y).max().item()
         if huge:
-            changed = torch.where(later[..., None], HUGE * other, x)
-            sizes["huge"] = difference(call(module, changed, autocast), y)[~later].max().item()
-        if lengths and not (module.training and draws(module, x)):
+            changed = torch.where(later[..., None], HUGE * normal, x)
+            sizes["huge"] = difference(call(module, changed, autocast, still), y)[~later].max()
+            sizes["huge"] = sizes["huge"].item()
+        if lengths:
+            if draws and not still:
+                y = call(module, x, autocast, still=True)
             sizes["length"] = 0.0
             for t in cuts:
-                moved = difference(call(module, x[:1, :t], autocast), y[:1, :t])
+                moved = difference(call(module, x[:1, :t], autocast, bool(draws)), y[:1, :t])
                 sizes["length"] = max(sizes["length"], moved.max().item())
     return sizes
 
