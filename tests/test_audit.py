@@ -114,13 +114,11 @@ def test_what_computes_in_float32_is_held_to_that(planted):
     assert coarse == {"float_softmax", "float_convolution"}
 
 
-def test_length_is_asked_in_training_unless_random_numbers_are_drawn(planted):
-    model = named("length").bare()[0].train()
+def test_length_is_asked_in_training_where_random_numbers_stand_still(planted):
     x = normal(2, 66, 32)
-    assert leaks(model, x, [33])["length"] > 0.01
-    for mixer in ():
-        assert "length" not in leaks(named(mixer).bare()[0].train(), x, [33])
-    assert leaks(named("noisy").bare()[0].eval(), x, [33])["length"] < 1e-9
+    assert leaks(named("length").bare()[0].train(), x, [33])["length"] > 0.01
+    for mixer in ("noisy", "own_dropout"):
+        assert leaks(named(mixer).bare()[0].train(), x, [33])["length"] < 1e-9
 
 
 @pytest.mark.parametrize("mixer", PLANTED)
@@ -195,7 +193,7 @@ def command(home, *arguments):
 ])
 def test_a_users_faulty_mixer_ends_the_command_with_status_1(home, mixer, tmp_path):
     file = shutil.copy(PLANTED_FILE, tmp_path)  # the report goes beside it
-    done = command(home, f"--mixer_file={file}", f"--mixer={mixer}")
+    done = command(home, f"--mixer_file={file}", f"--mixer={mixer}", "--quick")
     assert done.returncode == 1 and done.stderr == "", done
     verdicts = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line}
     assert all(verdicts[check] == "FAIL" for check in PLANTED[mixer][1].split())
@@ -203,17 +201,17 @@ def test_a_users_faulty_mixer_ends_the_command_with_status_1(home, mixer, tmp_pa
 
 
 def test_a_run_is_audited_as_trained(home, trained):
-    done = command(home, f"--out_dir={trained}")
+    done = command(home, f"--out_dir={trained}", "--quick")
     assert done.returncode == 0 and done.stderr == "", done
     *rows, last = [line.split()[:2] for line in done.stdout.splitlines() if line]
-    assert {check for check, _ in rows} == CHECK_OF.keys() | {"cost"}
+    assert {check for check, _ in rows} == CHECK_OF.keys() - {"bfloat16", "finite", "depth"}
     assert last == [f"{trained}:", "pass,"]
-    assert all(verdict == ("n/a" if check == "cost" else "pass") for check, verdict in rows)
+    assert all(verdict == "pass" for _, verdict in rows)
 
 
 @pytest.mark.slow
 def test_all_of_ours_pass(home):
-    done = run(home, "-m", "tools.audit", "--mixer=all", timeout=900)
+    done = run(home, "-m", "tools.audit", "--mixer=all", "--quick", timeout=900)
     assert done.returncode == 0 and done.stderr == "", done
     table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[-len(OURS):]}
     assert table.keys() == set(OURS)
@@ -332,7 +330,7 @@ def test_a_mistake_in_a_mixer_is_told_first(name, here, monkeypatch, capsys):
         line = err.strip()
     else:
         line, last = out.strip().splitlines()
-        assert line.startswith("forward   FAIL  ") and last.startswith("mine: FAIL (forward), ")
+        assert line.startswith("forward    FAIL  ") and last.startswith("mine: FAIL (forward), ")
         assert err == "" and status == 1
     assert mistake.says in line and f"mine.py, line {mistake.line}" in line
 
@@ -367,7 +365,6 @@ def test_an_error_of_ours_is_still_a_traceback(train, monkeypatch):
 def quick(monkeypatch):
     """The command asks little."""
     monkeypatch.setattr(audit, "CHECKS", (audit.forward, shorter_causality))
-    monkeypatch.setattr(audit.audit, "__defaults__", (audit.CHECKS,))
 
 
 def test_a_json_report_stands_beside_the_users_file(here, quick, monkeypatch, capsys):
@@ -376,7 +373,8 @@ def test_a_json_report_stands_beside_the_users_file(here, quick, monkeypatch, ca
     report = json.loads(Path("mine.mine.audit.json").read_text())
     assert status == 0 and "report in mine.mine.audit.json" in out
     assert report["audited"] == "mine" and report["passed"] is True
-    first = dict(check="forward", passed=True, figures="(y, state), y shaped like x")
+    first = dict(check="forward", passed=True, figures="(y, state), y shaped like x", place="",
+                 smallest="", advice="")
     assert report["rows"][0] == first
     wild = "../../up\x1b[2J" + 300 * "x"
     out, _, status = audit_here(monkeypatch, capsys, "--mixer_file=mine.py", f"--mixer={wild}")

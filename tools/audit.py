@@ -71,11 +71,11 @@ from tools.audit_leaks import causality, forward
 from tools.audit_numbers import depth, derivative, dtypes, learns
 from tools.audit_state import branch, carried, decode, split, state_size
 from tools.audit_subject import Row, named, trained
-from tools.audit_wide import batches, compiled, gradients_or_not, inputs, lengths, sizes
+from tools.audit_wide import batches, compiled, inputs, lengths, modes, sizes
 
 VERDICT = {True: "pass", False: "FAIL", None: "n/a"}
 QUICK = (forward, causality, split, branch, state_size, learns, bits)
-CHECKS = (*QUICK, dtypes, depth, lengths, inputs, batches, sizes, gradients_or_not, compiled,
+CHECKS = (*QUICK, dtypes, depth, lengths, inputs, batches, sizes, modes, compiled,
           decode, carried, derivative, used, saved, processes, flops, aside, cost)
 
 
@@ -104,7 +104,7 @@ def audit(subject, checks=CHECKS):
             if is_out_of_memory(error):
                 raise
             passed = False
-            yield Row(check.__name__, False, what_was_raised(error, check, told))
+            yield Row(check.__name__, False, what_was_raised(error, check, told), place(error))
         if check is forward and not passed:
             return
 

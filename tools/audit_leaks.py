@@ -3,13 +3,13 @@ import copy
 
 import torch
 
-from tools.audit_subject import EXACT, ROUGH, Row, Worst, first_over, normal, place_of
+from tools.audit_subject import EXACT, ROUGH, Row, Worst, asked, first_over, normal, place_of
 from training.contract import check_forward
 from training.leaks import (
-    HUGE, KINDS, call, cast, difference, leaking, leaks, limit, parts, precision_within)
+    HUGE, KINDS, call, cast, difference, leaking, leaks, limit, precision_within)
 
-LENGTHS = (2, 64, 130, 200, 256)
-ROUGH_LENGTHS = (64, 130, 520)  # in the precisions of training
+LENGTHS = (2, 64, 130, 200)
+ROUGH_LENGTHS = (64, 130, 520)  # in the precisions of training; the last of mixers alone
 
 
 def forward(subject):
@@ -74,12 +74,14 @@ def words(module, kind, x, cut, limit, other):
             f"when row 1 changes from token {cut} on"), where
 
 
-def look(worst, model, T, borders, precision):
-    """Notes in `worst`, kind -> Worst, what leaks in a model and its parts over T tokens."""
+def look(worst, model, T, borders, precision, whole=True):
+    """Notes in `worst`, kind -> Worst, what leaks in a model and its mixers over T tokens. whole:
+    ask the model too."""
     exact = precision.dtype == torch.float64
     cuts = sorted(t for t in borders if 0 < t < T)
     x = normal(1 + len(cuts), T, model.config.n_embd).to(precision.dtype)
-    for name, module in (("model", model), *parts(model).items()):
+    every = {"model": model} if whole else {}
+    for name, module in (every | asked(model)).items():
         for training in (False, True):
             module.train(training)
             sizes = leaks(module, x, cuts, lengths=exact, huge=exact, autocast=precision.autocast)
@@ -109,7 +111,7 @@ def causality(subject, lengths=LENGTHS, rough_lengths=ROUGH_LENGTHS):
                 rough = cast(copy.deepcopy(model), precision.dtype)
                 check_forward(rough.eval(), precision.dtype)
                 for T in sorted({*rough_lengths, model.config.block_size}):
-                    look(worst, rough, T, {1, 64, 128, T // 2, T - 1}, precision)
+                    look(worst, rough, T, {1, 64, 128, T // 2, T - 1}, precision, T < 500)
             except Exception as error:
                 raised = raised or in_precision(error, precision)
     for kind in KINDS:

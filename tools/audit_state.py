@@ -133,18 +133,17 @@ def state_size(subject):
     wrong = []
     constant = True
     hoards = False
-    for model in subject.build():
-        for dtype in (torch.float32, torch.bfloat16):
-            cast(model, dtype)
-            largest = largest_states(model, max(STATE_LENGTHS))
-            for T in STATE_LENGTHS:
-                declared = model.state_bytes(T, dtype)
-                real = largest[T]
-                if declared is None:
-                    undeclared = True
-                elif declared != real:
-                    wrong.append(f"{declared:,} declared, {real:,} real within {T} tokens "
-                                 f"in {dtype}")
+    models = subject.build()
+    for i, dtype in enumerate((torch.float32, torch.bfloat16)):
+        model = cast(models[i % len(models)], dtype)
+        largest = largest_states(model, max(STATE_LENGTHS))
+        for T in STATE_LENGTHS:
+            declared = model.state_bytes(T, dtype)
+            real = largest[T]
+            if declared is None:
+                undeclared = True
+            elif declared != real:
+                wrong.append(f"{declared:,} declared, {real:,} real within {T} tokens in {dtype}")
         T = 4 * math.lcm(model.config.n_embd // model.config.n_head, 64)  # whole blocks
         early, early_held = state_after(model, T)
         late, late_held = state_after(model, 2 * T)

@@ -25,7 +25,7 @@ SIZES = (  # heads of 64, 128 and 6 channels, several layers, learned positions,
 )
 
 
-def modes(model):
+def in_both_modes(model):
     """(name, mixer, "evaluation" or "training"), each mixer in that mode."""
     for name, module in asked(model).items():
         for training in (False, True):
@@ -36,12 +36,14 @@ def lengths(subject, every=EVERY, further=FURTHER):
     """Outputs of a beginning alone, of each length, against those of the one before it."""
     worst = Worst(limit("length"))
     longest = 0
-    for model in subject.bare(block_size=further[-1]):
+    for i, model in enumerate(subject.bare(block_size=further[-1])):
         last = further[-1] if not subject.trained else model.config.block_size
-        for name, module, mode in modes(model):
+        for name, module, mode in in_both_modes(model):
             x = normal(1, last, model.config.n_embd)
             most = max(limit("length"), limit("length", precision_within(module, x[:, :71])))
-            look_at_lengths(worst, module, x, most, f"{name}, {mode}", every, further)
+            all_of_them = i == 0 and not module.training
+            asking = (*range(1, every + 1), *further) if all_of_them else range(1, every // 2)
+            look_at_lengths(worst, module, x, most, f"{name}, {mode}", asking)
             longest = max(longest, last)
             cuts = [last // 2, min(601, last - 1), last - 1]
             whole = x.expand(4, -1, -1).clone()
@@ -55,10 +57,10 @@ def lengths(subject, every=EVERY, further=FURTHER):
 
 
 @torch.no_grad()
-def look_at_lengths(worst, module, x, most, where, every, further):
+def look_at_lengths(worst, module, x, most, where, asking):
     still = module.training and bool(drawn(module, x[:, :5]))
     before = None
-    for T in (*range(1, every + 1), *further):
+    for T in asking:
         if T > x.size(1):
             break
         y = call(module, x[:, :T], still=still)
@@ -121,7 +123,7 @@ def inputs(subject, T=71):
     not_finite = []
     cuts = [1, 20, 64, T - 1]
     for model in subject.bare():
-        for name, module, mode in modes(model):
+        for name, module, mode in in_both_modes(model):
             for kind in INPUTS:
                 x, other = special(kind, 1 + len(cuts), T, model.config.n_embd)
                 if not finite_on(module, x):
@@ -165,7 +167,7 @@ def batches(subject, rows=ROWS, T=12):
     """Each row of a batch is as if it were alone, and wherever it stands."""
     worst = Worst(limit("rows"))
     for model in subject.bare():
-        for name, module, mode in [("model", model.eval(), "evaluation"), *modes(model)]:
+        for name, module, mode in [("model", model.eval(), "evaluation"), *in_both_modes(model)]:
             look_at_batch(worst, module, rows, T, model.config.n_embd, f"{name}, {mode}")
     yield worst.row("batches", KINDS["rows"][0], f"; {rows} rows and fewer")
 
@@ -251,11 +253,11 @@ def look_at_size(worst, modules, words, T):
 
 
 @torch.no_grad()
-def gradients_or_not(subject, T=130):
+def modes(subject, T=130):
     """Outputs are the same whether gradients are recorded or not."""
     worst = Worst(limit("length"))
     for model in subject.bare():
-        for name, module, mode in modes(model):
+        for name, module, mode in in_both_modes(model):
             x = normal(3, T, model.config.n_embd)
             most = limit("length", precision_within(module, x))
             still = module.training and bool(drawn(module, x))
@@ -286,7 +288,7 @@ def compiled(subject, T=40, backend="aot_eager"):
     worst = Worst(limit("length"))
     raised = ""
     for model in subject.bare(skeletons=[SKELETONS[1]]):
-        for name, module, mode in modes(model):
+        for name, module, mode in in_both_modes(model):
             x = normal(2, T, model.config.n_embd)
             most = limit("length", precision_within(module, x))
             still = module.training and bool(drawn(module, x))
