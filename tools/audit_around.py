@@ -20,7 +20,7 @@ from base.files import ROOT
 from base.user_code import in_words
 from tools.audit_leaks import look
 from tools.audit_subject import EXACT, Row, Worst, asked, normal, tokens
-from training.leaks import KINDS, bare_copy, call, difference, limit, parts
+from training.leaks import KINDS, Chance, bare_copy, call, difference, limit, parts
 
 COST_LENGTHS = (2048, 4096)
 VISIBLE = 0.4  # of the products without weights, the least that a mask lets through
@@ -138,12 +138,12 @@ def used(subject, steps=220, calls=1000):
 
 
 def outputs_of(model, T=70):
-    """In evaluation and in training, where the same is dropped every time."""
+    """In evaluation and in training, where nothing is dropped."""
     idx = tokens(model, 2, min(T, model.config.block_size))
     found = []
     for training in (False, True):
         torch.manual_seed(0)
-        with torch.no_grad():
+        with torch.no_grad(), Chance(still=True):
             found.append(model.train(training)(idx)[0])
     model.eval()
     return found

@@ -10,8 +10,8 @@ import torch
 
 from mixers.parts.heads import Room
 from tools.audit_subject import (
-    ROUGH, Row, Worst, asked, beyond_rounding, first_over, in_pieces, normal, step, tokens)
-from training.leaks import call, cast, difference, limit, precision_within
+    ROUGH, Row, Worst, asked, first_over, in_pieces, normal, step, tokens)
+from training.leaks import beyond_rounding, call, cast, difference, limit, precision_within
 
 SPLITS = ([64, 66], [7, 1, 1, 9, 1, 90, 21], [104] + [1] * 26, [1] * 130)
 STATE_LENGTHS = (1, 8, 63, 64, 100, 128)

@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 from tools.audit_place import entering
 from training import checkpoint
 from training.contract import check_builders
-from training.leaks import bare_copy, call, difference, parts, precision_within
+from training.leaks import bare_copy, parts
 
 SKELETONS = (dict(pos="none"), dict(arch="llama", n_kv_head=2, dropout=0.1))
 SMALL = dict(vocab_size=31, block_size=520, n_head=4, n_embd=32, n_layer=2)
@@ -164,35 +164,10 @@ def in_pieces(module, x, sizes):
     return torch.cat(ys, dim=1)
 
 
-def sensitivity(module, x, draws=6):
-    """By how much rounding the inputs x moves the outputs of each row, (B, 1): what is not smooth
-    there, as a choice of the largest among equals, differs by as much with the order of sums."""
-    with torch.no_grad():
-        y = call(module, x)
-        most = torch.zeros(x.size(0), dtype=torch.float64)
-        for seed in range(draws):
-            jitter = 1 + 4 * torch.finfo(x.dtype).eps * normal(*x.shape, seed=seed).to(x.dtype)
-            moved = difference(call(module, x * jitter), y).amax(1)
-            most = torch.maximum(most, moved.double())
-    return most[:, None]
-
-
-def beyond_rounding(module, x, moved, limit):
-    """`moved` (B, T) without what rounding moves as far. limit: above which it matters."""
-    if moved.max() <= limit:
-        return moved
-    return moved.masked_fill(moved <= 100 * sensitivity(module, x), 0)
-
-
 def first_over(moved, limit):
     """(row, position) of the first that moved (B, T) over a limit."""
     position = int((moved > limit).any(0).nonzero()[0])
     return int((moved[:, position] > limit).nonzero()[0]), position
-
-
-def limit_within(module, x, limit_of):
-    """limit_of(precision) for the precision that a module really has on x."""
-    return limit_of(precision_within(module, x))
 
 
 def place_of(module, x, changed, time=None, rows=None):

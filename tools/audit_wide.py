@@ -8,8 +8,9 @@ from base.user_code import in_words
 from model import GPT
 from tools.audit_leaks import explain
 from tools.audit_subject import (
-    SKELETONS, Row, Worst, asked, beyond_rounding, first_over, in_pieces, normal, place_of)
-from training.leaks import KINDS, call, difference, drawn, leaks, limit, precision_within
+    SKELETONS, Row, Worst, asked, first_over, in_pieces, normal, place_of)
+from training.leaks import (
+    KINDS, beyond_rounding, call, difference, drawn, leaks, limit, precision_within)
 
 EVERY = 300  # each length up to this one, then those of FURTHER
 FURTHER = (320, 336, 383, 384, 400, 401, 448, 480, 511, 512, 513, 560, 576, 600, 640, 641, 672, 700,
@@ -167,8 +168,10 @@ def batches(subject, rows=ROWS, T=12):
     """Each row of a batch is as if it were alone, and wherever it stands."""
     worst = Worst(limit("rows"))
     for model in subject.bare():
-        for name, module, mode in [("model", model.eval(), "evaluation"), *in_both_modes(model)]:
-            look_at_batch(worst, module, rows, T, model.config.n_embd, f"{name}, {mode}")
+        C = model.config.n_embd
+        look_at_batch(worst, model.eval(), rows, T, C, "model, evaluation")
+        for name, module, mode in in_both_modes(model):
+            look_at_batch(worst, module, rows, T, C, f"{name}, {mode}")
     yield worst.row("batches", KINDS["rows"][0], f"; {rows} rows and fewer")
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from base.errors import BadInput
 from mixers import layer_mixers
 from training.contract import check_forward
 
@@ -122,12 +123,17 @@ class Chance(TorchDispatchMode):
         self.drawn = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         name = function._schema.name
+        if name == "aten::dropout" and self.still:  # whole, in inference mode
+            self.drawn.append(args[0].shape)
+            return args[0].clone()
+        result = function(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded not in function.tags or "fused" in name:
             return result
         outputs = result if isinstance(result, tuple) else (result,)
-        self.drawn.append([tuple(t.shape) for t in outputs])
+        # what a generator of the mixer's own gives differs from call to call
+        self.drawn.append(object() if kwargs.get("generator") else outputs[0].shape)
         if self.still and name == "aten::native_dropout":
             return args[0].clone(), torch.ones_like(outputs[1])
         if self.still:
@@ -248,8 +254,31 @@ def leaks(module, x, cuts, lengths=True, huge=True, autocast=False, other=None):
             sizes["length"] = 0.0
             for t in cuts:
                 moved = difference(call(module, x[:1, :t], autocast, bool(draws)), y[:1, :t])
+                moved = beyond_rounding(module, x[:1, :t], moved, limit("length"))
                 sizes["length"] = max(sizes["length"], moved.max().item())
     return sizes
+
+
+def sensitivity(module, x, draws=6):
+    """By how much rounding the inputs x (B, T, C) moves the outputs of each row, (B, 1): what is
+    not smooth there, as a choice of the largest among equals, differs by as much with the order of
+    sums."""
+    with torch.no_grad():
+        y = call(module, x)
+        most = torch.zeros(x.size(0), dtype=x.dtype)
+        for seed in range(draws):
+            generator = torch.Generator().manual_seed(seed)
+            jitter = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            near = x * (1 + 4 * torch.finfo(x.dtype).eps * jitter)
+            most = torch.maximum(most, difference(call(module, near), y).amax(1).to(x.dtype))
+    return most[:, None]
+
+
+def beyond_rounding(module, x, moved, limit):
+    """`moved` (B, T) without what rounding moves as far. limit: above which it matters."""
+    if moved.max() <= limit:
+        return moved
+    return moved.masked_fill(moved <= 100 * sensitivity(module, x), 0)
 
 
 @dataclass
@@ -278,17 +307,19 @@ class Probe:
         return leaking(sizes, self.precision)
 
 
-def probes(model, dtype):
+def probes(model, dtype, trained):
     """Every question that find_leak asks: of the model, and of its parts, which are then named
     rather than the model.
 
     With noise on the weights in both modes, one with the other's sign, since a weight that starts
-    at zero hides what it scales; then with the weights as they are."""
+    at zero hides what it scales; then with the weights as they are, which are all there is to ask
+    of a trained model."""
     config = model.config
     short = min(config.block_size, SHORT)
     borders = {config.n_embd // config.n_head, 64, short // 2, short - 1}
     long = config.block_size
-    for training, noise in ((True, 0.1), (False, -0.1), (False, 0)):
+    fresh = ((True, 0.1), (False, -0.1), (False, 0))
+    for training, noise in ((True, 0), (False, 0)) if trained else fresh:
         bare = bare_copy(model, noise).train(training)
         yield Probe("the model", bare, short, borders, huge=False)
         for name, part in parts(bare).items():
@@ -298,15 +329,16 @@ def probes(model, dtype):
             yield Probe(name, part, long, {long // 2, long - 1}, dtype, lengths=False, huge=False)
 
 
-def find_leak(model, dtype=torch.float32):
+def find_leak(model, dtype=torch.float32, trained=False):
     """What leaks in a GPT, "mixer lln: an output depends on a later token", or None. dtype: of its
-    heavy operations. BadInput, with the place, if a mixer's forward does not return (y, state).
+    heavy operations; trained: at the end of a run. BadInput, with the place, if a mixer's forward
+    does not return (y, state).
 
     In float64 it asks about a sequence of a chunk of 64 and a bit, if block_size lets it; in the
     run's precision about one of block_size tokens."""
     check_forward(bare_copy(model, noise=0).eval())
     where = {}  # kind -> where it was found, in a part if it is in one
-    for probe in probes(model, dtype):
+    for probe in probes(model, dtype, trained):
         for kind in probe.found(model.config.n_embd):
             if probe.where != "the model" or kind not in where:
                 where[kind] = probe.where
@@ -314,3 +346,27 @@ def find_leak(model, dtype=torch.float32):
         if kind in where:
             return f"{where[kind]}: {what}"
     return None
+
+
+def refuse_leaks(model, options, trained=False):
+    """BadInput if an output of the model sees what it must not: its losses would mean nothing. With
+    allow_leak, one line."""
+    try:
+        leak = find_leak(model, getattr(torch, options.dtype), trained)
+    except BadInput:  # it cannot be trained at all
+        raise
+    except Exception as error:  # of a mixer for GPUs alone, say
+        name = f"mixer {options.mixer} could not be checked"
+        if not options.allow_leak:
+            error.add_note(f"{name} for leaks, in float64 on the CPU; "
+                           "--allow_leak trains it unchecked")
+            raise
+        reason = " ".join(str(error).split())[:200]
+        leak = f"{name}, {type(error).__name__}: {reason}"
+    if leak and not options.allow_leak:
+        mixer_file = f" --mixer_file={options.mixer_file}" if options.mixer_file else ""
+        audit = f"python -m tools.audit{mixer_file} --mixer={options.mixer}"
+        raise BadInput(f"{leak}; so nothing is reported. `{audit}` says more; "
+                       "--allow_leak trains it all the same")
+    if leak:
+        print(f"warning    {leak}; its losses may not be compared", flush=True)
