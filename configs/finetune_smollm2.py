@@ -4,8 +4,8 @@ start.
     python data/books/prepare.py --tokenizer=smollm2 --name=books_smollm2     once, minutes
     python train.py configs/finetune_smollm2.py                               all parameters
     python train.py configs/finetune_smollm2.py --mixer=ssa
-    python train.py configs/finetune_smollm2.py --mixer=ssa --train_only=mixer_new --learning_rate=1e-3
 
+--train_only=mixer_new --learning_rate=1e-3 trains SSA's temperatures alone.
 0.8M tokens, over an hour of one free CPU core at about 200 tokens a second, and 5.4 GB of memory.
 The weights come from 4 bits each, so what is gained first repairs their rounding, whatever the
 mixer: compare with softmax attention trained as long, never with the start. claims/ssa_smollm2.toml

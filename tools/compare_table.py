@@ -9,8 +9,10 @@ from typing import Optional
 import torch
 
 from base.errors import BadInput, printable
+from base.terminal import coloured, fitting
 from mixers import has_effect
 from model import GPT, model_config
+from tools.compare_arms import judge_arms
 from tools.ngrams import reference_lines
 from tools.records import is_records_file
 from tools.score import DTYPES
@@ -18,6 +20,11 @@ from tools.verdicts import ALPHA, STRETCHES, in_words, interval, margin_in_nats
 
 LARGEST = 2**31  # parameters of a model that is built to be counted
 SOLVED = 0.95    # the accuracy from which on a seed has solved a recall task
+LEFT = ("mixer", "verdict")  # columns of text
+SECOND = ("seeds", "solved", "lr", "parameters", "bits/byte", "state bytes", "MFLOP/token",
+          "tokens/s")        # what a terminal shows beside the four that matter most
+COLOURS = {"better": "green", "worse": "red", "equivalent": "blue", "leaks": "red",
+           "undecided": "quiet", "one seed": "quiet"}  # of verdicts, in a terminal
 
 
 # The lines ------------------------------------------------------------------------------------
@@ -192,48 +199,78 @@ def with_interval(value, half_width):
 
 
 def columns_of(lines, references=()):
-    """The table by columns, {name: its texts from the header down}, each padded to one width; the
-    second text is Markdown's rule. Columns that say nothing are left out."""
+    """The table by columns, {name: its texts from the header down}, each padded to one width.
+    Columns that say nothing are left out."""
     rows = [cells(line) for line in lines]
-    below = [reference_cells(reference) for reference in references]
+    names = [name for name in rows[0] if {row[name] for row in rows} != {"n/a"}]
+    return padded(rows + [reference_cells(reference) for reference in references], names)
+
+
+def padded(rows, names):
+    """Rows, {column: text}, by columns, {name: texts from the header down, of one width}."""
     columns = {}
-    for name in rows[0]:
-        texts = [row[name] for row in rows]
-        if set(texts) == {"n/a"}:
-            continue
-        texts += [row.get(name, "") for row in below]
-        width = max(map(len, [name, *texts]))
-        if name in ("mixer", "verdict"):
-            padded = [text.ljust(width) for text in [name, *texts]]
-            rule = "-" * width
-        else:
-            padded = [text.rjust(width) for text in [name, *texts]]
-            rule = "-" * (width - 1) + ":"
-        columns[name] = [padded[0], rule, *padded[1:]]
+    for name in names:
+        texts = [name, *(row.get(name, "") for row in rows)]
+        width = max(map(len, texts))
+        left = name in LEFT
+        columns[name] = [text.ljust(width) if left else text.rjust(width) for text in texts]
     return columns
 
 
 def table(lines, references=()):
     """The TableLines, then the References, as a Markdown table, aligned."""
-    return markdown(columns_of(lines, references).values())
-
-
-def markdown(columns):
+    columns = []
+    for name, texts in columns_of(lines, references).items():
+        width = len(texts[0])
+        rule = "-" * width if name in LEFT else "-" * (width - 1) + ":"
+        columns.append([texts[0], rule, *texts[1:]])
     return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
 def table_for_terminal(lines, width, references=()):
-    """The table in as many parts, one below the other, as it takes to fit into `width` characters;
-    each begins with the mixer."""
-    mixer, *columns = columns_of(lines, references).values()
-    parts, part = [], [mixer]
-    for column in columns:
-        if len(part) > 1 and sum(len(c[0]) + 3 for c in [*part, column]) + 1 > width:
-            parts.append(part)
-            part = [mixer]
-        part.append(column)
-    parts.append(part)
-    return "\n\n".join(map(markdown, parts))
+    """The table in `width` characters: mixer, loss, difference and verdict, as short as they must
+    be, and then as many of the other columns as there is room for. Verdicts are in colour."""
+    columns = columns_of(lines, references)
+    reached = "report loss" if lines[0].accuracy is None else "accuracy"
+    first = ("mixer", reached, "minus baseline", "verdict")
+    names = fitting({name: len(columns[name][0]) for name in columns}, width, (*first, *SECOND))
+    if not set(first) <= set(names):
+        columns = short_columns(lines, references, width)
+        names = list(columns)
+    words = [None, *(line.word for line in lines), *(None for _ in references)]
+    rows = []
+    for row, word in zip(zip(*(columns[name] for name in names)), words):
+        cells_of_row = dict(zip(names, row))
+        cells_of_row["verdict"] = coloured(cells_of_row["verdict"], COLOURS.get(word))
+        rows.append("  ".join(cells_of_row.values()).rstrip())
+    return "\n".join(rows)
+
+
+def short_columns(lines, references, width):
+    """The four columns that matter most: figures without their intervals or with fewer digits,
+    names cut off where they must be."""
+    reached = "loss" if lines[0].accuracy is None else "accuracy"
+    rows = []
+    for line in lines:
+        value = line.loss if line.accuracy is None else line.accuracy
+        difference = f"{line.difference:+.3f}"
+        if line.difference_low is not None:
+            difference += f" [{line.difference_low:+.3f}, {line.difference_high:+.3f}]"
+        rows.append({"mixer": printable(line.mixer), reached: f"{value:.4f}",
+                     "minus baseline": difference, "verdict": in_words(line)})
+    for row in map(reference_cells, references):
+        rows.append(row | {"loss": row["report loss"]})
+    columns = padded(rows, ("mixer", reached, "minus baseline", "verdict"))
+    others = sum(len(columns[name][0]) + 2 for name in columns if name != "mixer")
+    room = max(10, width - others)
+    if len(columns["mixer"][0]) > room:
+        columns["mixer"] = [cut(text, room) for text in columns["mixer"]]
+    return columns
+
+
+def cut(text, room):
+    text = text.rstrip()
+    return text.ljust(room) if len(text) <= room else text[:room - 1] + "…"
 
 
 def csv_of(lines, references=()):
@@ -261,7 +298,20 @@ def notes(arms, verdicts, baseline, margin_bpb, margin):
                  "for speed see bench.py")
     for name in arms[0].settings:
         found.append(f"not equal: {name} is {values_in_words(arms, name)}")
+    found += asked_alone(arms, verdicts, baseline, margin)
     return [printable(note) for note in found + what_to_know(arms, verdicts, baseline)]
+
+
+def asked_alone(arms, verdicts, baseline, margin):
+    """The arms that would have another word if each were the only one compared, and which; a list
+    of one note or none."""
+    words = {}
+    for label, alone in judge_arms(arms, baseline, margin, comparisons=1).items():
+        if alone.word != verdicts[label].word:
+            interval = f"[{alone.difference_low:+.4f}, {alone.difference_high:+.4f}]"
+            words.setdefault(alone.word, []).append(f"{label} {interval}")
+    texts = [f"{word}: {', '.join(labels)}" for word, labels in words.items()]
+    return ["asked alone, with the whole error for each: " + "; ".join(texts)] if texts else []
 
 
 def how_it_was_judged(arms, verdicts, baseline, is_text):

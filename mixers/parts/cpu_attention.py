@@ -105,13 +105,14 @@ def exact_product(a, b, scale=1.0):
 
 
 @contextmanager
-def bfloat16_instructions():
+def bfloat16_instructions(wanted=True):
     """Float32 products on a CPU use bfloat16 instructions, where the machine has them. Elsewhere,
     or with a PyTorch that has no such setting, they stay as they are, and exact_product is slower.
 
     The setting is the process's, not the thread's: nothing else may multiply meanwhile."""
     setting = getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(setting, "fp32_precision") or torch.compiler.is_compiling():
+    available = hasattr(setting, "fp32_precision") and not torch.compiler.is_compiling()
+    if not (wanted and available):
         yield
         return
     before = setting.fp32_precision
