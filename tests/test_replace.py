@@ -7,7 +7,7 @@ from dataclasses import replace
 import made_up_gguf
 import pytest
 import torch
-from conftest import one_line, run
+from conftest import ROOT, one_line, run
 
 from base.errors import BadInput
 from data.files import write_text_dataset
@@ -282,6 +282,15 @@ def test_the_tables_figures(tmp_path):
     text = table(read_record(tmp_path))
     assert "2 layers 2.1640 bits per byte" in text
     assert "+1.082 +- 0.721" in text and "1 0" in text and "(+0.50 nats)" in text
+
+
+def test_the_repositorys_record_has_a_table():
+    record = read_record(ROOT / "results" / "smollm2_replace")
+    text = table(record)
+    assert "softmax attention in all 30 layers 1.2258 bits per byte" in text
+    assert all(name in command.ARMS for name in record["arms"])
+    for name, arm in record["arms"].items():
+        assert arm["options"] == command.ARMS[name] and f"\n{name} " in text
 
 
 @pytest.mark.parametrize("old, new", [
