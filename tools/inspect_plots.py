@@ -1,13 +1,11 @@
 """The pictures of tools/inspect_attention.py: its report (dict) and matrices (name -> array) as PNG
 files."""
-import io
-
 import numpy as np
 from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 
-from base.files import write_file
+from tools.drawing import save
 from tools.inspect_measures import LONGEST, entropy, log_weights, uniform, weight_by_distance
 
 FAINTEST = 1e-3  # weights below it look like it
@@ -44,13 +42,6 @@ def draw(folder, report, matrices):
         yield save(folder / "half_lives.png", half_life_histograms(decaying, T))
     if gated:
         yield save(folder / "gates.png", gate_histograms(gated))
-
-
-def save(path, figure):
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100, pil_kwargs={"optimize": True})
-    write_file(path, image.getvalue())
-    return path
 
 
 def panels(rows, columns, size, **options):

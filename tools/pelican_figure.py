@@ -27,7 +27,8 @@ from base.files import write_file
 from base.options import checked, option
 from config import Options
 from data import load_dataset
-from tools.inspect_plots import COLOURS, GREY, save
+from tools.drawing import save
+from tools.inspect_plots import COLOURS, GREY
 from tools.ngrams import ngram_losses
 from tools.records import find_record, holds_run, read_run
 from tools.sweep_runs import ROOT, Run, carry_out, difference, end_like_ctrl_c

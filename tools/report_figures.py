@@ -11,13 +11,13 @@ from statistics import mean, median
 
 from base.errors import printable
 from tools.colours import colour_of
-from tools.compare_plots import near, position_edges
+from tools.compare_curves import position_edges
+from tools.drawing import in_bytes, near
 from tools.verdicts import in_words
 
 NAME_LENGTH = 60  # of what is shown of a name
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
-BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
 
 def plain(text):
@@ -219,14 +219,6 @@ def with_space(points, width):
         if not any(map(is_in_the_way, named)):
             named.append(name)
     return named
-
-
-def in_bytes(count):
-    """1024 as 1 KiB."""
-    for unit, name in BYTES:
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return "none"
 
 
 # Speed ----------------------------------------------------------------------------------------
