@@ -66,6 +66,7 @@ CHECK_OF = FIRST | {
     "carried": audit.carried,
     "derivative": audit.derivative,
     "backward": audit.derivative,
+    "slopes": audit.rough_gradients,
     "used": less_used,
     "saved": audit.saved,
     "process": audit.processes,
