@@ -127,7 +127,7 @@ class Chance(TorchDispatchMode):
         name = function._schema.name
         if name == "aten::dropout" and self.still:  # whole, in inference mode
             self.drawn.append(args[0].shape)
-            return args[0].clone()
+            return scaled(*args)
         result = function(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded not in function.tags or "fused" in name:
             return result
@@ -135,11 +135,16 @@ class Chance(TorchDispatchMode):
         # what a generator of the mixer's own gives differs from call to call
         self.drawn.append(object() if kwargs.get("generator") else outputs[0].shape)
         if self.still and name == "aten::native_dropout":
-            return args[0].clone(), torch.ones_like(outputs[1])
+            return scaled(*args), torch.ones_like(outputs[1])
         if self.still:
             keeps = "bernoulli" in name
             outputs[0].fill_(1 if keeps or not outputs[0].is_floating_point() else 0.4)
         return result
+
+
+def scaled(x, p, train):
+    """What dropout of a share p gives that drops nothing."""
+    return x / (1 - p) if train else x.clone()
 
 
 def drawn(module, x):
