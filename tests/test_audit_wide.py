@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics
+from conftest import ROOT, TINY, metrics, run
 from honest import HONEST
 from honest_wide import HONEST_WIDE
 from planted import PLANTED, Honest
@@ -189,6 +189,14 @@ def test_a_fault_is_printed_with_what_to_look_at(here, monkeypatch, capsys):
 
 def test_the_quick_questions_come_first():
     assert audit.CHECKS[:len(audit.QUICK)] == audit.QUICK
+
+
+@pytest.mark.slow
+def test_a_run_passes_the_whole_audit(home, trained):
+    done = run(home, "-m", "tools.audit", f"--out_dir={trained}", timeout=900)
+    assert done.returncode == 0 and done.stderr == "", done
+    checks = {line.split()[0] for line in done.stdout.splitlines() if line}
+    assert checks >= CHECK_OF.keys() - {"causality"}
 
 
 # -- train.py --------------------------------------------------------------------------------------

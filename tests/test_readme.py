@@ -24,6 +24,7 @@ SHORTER = {  # a word of a command: what is added to it
     "--mixers=causal_max_leak": "--max_iters=2 --eval_tokens=3000 --seeds=1",
     "--linformer_segment":
         "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,linformer",
+    "tools.audit": "--quick",
     "tools.sweep": "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,pelican "
                    "--tune= --learning_rate=1e-3",
     "tools.verdicts": "--tables=20",

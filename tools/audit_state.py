@@ -217,16 +217,18 @@ def in_runs(sizes, position):
 def look_at_rough_steps(worst, module, x, where):
     """In low precision single tokens may err as the whole does, and four times as much."""
     y = call(module, x)
+    T = x.size(1)
+    half = T // 2
     for precision in ROUGH:
         rough = cast(copy.deepcopy(module), precision.dtype)
         given = x.to(precision.dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
             whole = call(rough, given, precision.autocast)
-            stepped = in_pieces(rough, given, [64] + [1] * (x.size(1) - 64))
+            stepped = in_pieces(rough, given, [half] + [1] * (T - half))
         eps = torch.finfo(precision.rounding).eps
         allowed = 4 * max(error_of(whole, y), BFLOAT16_LIMIT * eps / 4)
         worst.note(error_of(stepped, y), allowed, f"{where}, token by token in {precision.name}",
-                   f"{x.size(1)} tokens, the last {x.size(1) - 64} one by one")
+                   f"{T} tokens, the last {T - half} one by one")
 
 
 def error_of(y, expected):
