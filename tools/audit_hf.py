@@ -10,7 +10,6 @@
 All in float64, also what a model computes in float32; in float32 as it ships once more, named
 "rough". The questions of tools/audit_tokens.py, and
 
-    train     suffix once more in training mode, without dropout
     rough     suffix and rows in float32, with the kernels that are the default there
     cache     a beginning, then token by token from the cache, is the whole
     pieces    so are pieces of several tokens
@@ -39,7 +38,7 @@ from base.options import checked, option
 from base.user_code import in_words
 from tools import audit_hf_models as models
 from tools.audit_tokens import (MEANING, QUESTIONS, VERDICT, Answer, Subject, answers, judged,
-                                print_answer, report, rows_at, suffix, suffix_at)
+                                print_answer, report, rows_at, suffix_at)
 from training.leaks import difference
 
 RECORD = Path("results/audit_hf.json")
@@ -49,7 +48,6 @@ LENGTHS = (40, 140)
 CACHES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 PIECES = ([33, 7, 1, 12, 37], [5, 85], [64, 26], [2] * 45)
 MEANING |= {
-    "train": MEANING["suffix"] + "; in training mode",
     "rough": "in float32, with other kernels than float64 takes: " + MEANING["suffix"],
     "cache": "decoding token by token differs from the whole sequence at once: look at positions, "
              "masks and windows of the cache",
@@ -164,18 +162,8 @@ def masked(model, idx, mask):
 
 
 def pad_token(model):
-    token = model.config.get_text_config().pad_token_id
+    token = getattr(model.config.get_text_config(), "pad_token_id", None)
     return 0 if token is None else token
-
-
-def train(subject):
-    subject.module.train()
-    try:
-        answer = suffix(subject)
-    finally:
-        subject.module.eval()
-    answer.question = "train"
-    return answer
 
 
 def rough(subject):
@@ -189,7 +177,7 @@ def rough(subject):
 
 
 ALL_QUESTIONS = QUESTIONS | {
-    "train": train, "rough": rough,
+    "rough": rough,
     "cache": with_cache("cache", ([1] * 50, [20] + [1] * 30)),
     "pieces": with_cache("pieces", PIECES), "padding": padding,
 }
@@ -218,7 +206,7 @@ def exact(name):
     """The Subject in float64, or in float32 where it cannot run in float64."""
     subject = subject_of(name)
     try:
-        subject(subject.tokens(1, 5))
+        subject(subject.tokens(1, LENGTHS[0]))
     except Exception:
         subject = subject_of(name, torch.float32)
     return subject

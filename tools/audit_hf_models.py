@@ -41,7 +41,7 @@ NAMES = (
     (4, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
        "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads "
        "swa_num_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts "
-       "index_n_heads linear_num_value_heads linear_num_heads zero_expert_num o_groups"),
+       "linear_num_value_heads linear_num_heads zero_expert_num o_groups"),
     (2, "linear_num_key_heads encoder_layers num_encoder_layers decoder_layers num_decoder_layers "
        "n_group num_expert_group hc_lowrank num_centroids"),
     (1, "topk_group num_nextn_predict_layers first_k_dense_replace num_dense_layers n_groups "
@@ -54,14 +54,16 @@ NAMES = (
         "router_hidden_size gated_norm_rank loop_gate_rank adapter_rank"),
     (4, "qk_rope_head_dim rotary_dim"),
     (12, "qk_head_dim"),
+    # a token's score is 0 where no head is positive: with few heads the best are ties
+    (32, "index_n_heads"),
     (WINDOW, WINDOWS),
     (4, "block_size"),
     (VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input decoder_vocab_size "
                 "encoder_hash_byte_group_vocab ngram_vocab_size_base"),
-    (512, "max_position_embeddings n_positions max_seq_len n_ctx max_target_positions "
-         "max_source_positions context_length"),
 )
 SIZES = {name: size for size, names in NAMES for name in names.split()}
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx",
+             "max_target_positions", "max_source_positions", "context_length")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 AT_MOST = {  # of what is chosen among experts, heads or blocks
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2,
@@ -72,7 +74,7 @@ AT_MOST = {  # of what is chosen among experts, heads or blocks
 }
 # of one architecture: what its sizes need to fit each other, or to be a causal language model
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-QWEN4 = dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8,
+QWEN4 = dict(indexer_n_heads=32, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8,
              indexer_compress_ratio=4)
 OWN = {
     "bamba": dict(attn_layer_indices=[1]),
@@ -147,6 +149,8 @@ def size_of(name, value, values):
         return 4
     if "key_value_heads" in name and value == values.get(name.replace("key_value", "attention")):
         return 4  # as many as queries have
+    if name in POSITIONS:
+        return 512
     if name in AT_MOST:
         return min(value, AT_MOST[name])
     return min(value, SIZES[name]) if name in SIZES else None

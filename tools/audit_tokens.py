@@ -12,6 +12,7 @@ by tools/audit_hf.py, for those of transformers. B batch, T time, V vocabulary.
     repeat    the same call, after other calls
     length    outputs of a beginning alone, against those within a longer sequence
     one       outputs of a sequence alone, against those within a batch
+    train     suffix once more, in training mode
 """
 import contextlib
 import inspect
@@ -26,11 +27,12 @@ from torch.overrides import TorchFunctionMode
 
 from base.errors import BadInput, is_out_of_memory, printable
 from base.files import write_json
-from base.user_code import in_words, place
+from base.user_code import frames_of, in_words, last, users_place
 from training.leaks import difference, limit, share
 
 VERDICT = {True: "pass", False: "FAIL", None: "n/a"}
 ROWS = 5
+MOST_LOGITS = 2**26  # of a batch, half a GiB in float64
 FEW = 40  # tokens up to which a smallest failing input is looked for one by one
 
 # question -> what a FAIL means, and what to look at
@@ -45,6 +47,7 @@ MEANING = {
               "state that a call leaves in the module",
     "length": "an output depends on how long the sequence is: sampling differs from training; look "
               "at what is divided or scaled by the length, and at padding to a block",
+    "train": "the same as for suffix, but in training mode",
     "one": "a sequence alone gives another output than within a batch: look at what depends on the "
            "batch's size",
 }
@@ -82,7 +85,8 @@ def in_float64():
 class Subject:
     """logits: tokens (B, T) -> (B, T, V). module: what computes them, or None for a function.
     vocabulary: the tokens to ask with. lengths: of the sequences, ascending; borders: where
-    sequences change, of what windows and blocks the model may have."""
+    sequences change, of what windows and blocks the model may have. shortest: some take no single
+    token."""
     name: str
     logits: Callable
     vocabulary: range
@@ -90,16 +94,18 @@ class Subject:
     borders: set = field(default_factory=set)
     module: Optional[nn.Module] = None
     dtype: torch.dtype = torch.float64
+    shortest: int = 1
 
     def limit(self, question):
         """The most that may differ, as a share of the largest logit."""
         return limit("length" if question in ("length", "one") else question, self.dtype)
 
-    def cuts(self, T, at_most=16):
-        """Positions from which on one sequence each changes."""
+    def cuts(self, T):
+        """Positions from which on one sequence each changes; as many as the logits leave room."""
+        at_most = min(16, max(1, MOST_LOGITS // (T * len(self.vocabulary)) - 1))
         inside = sorted(t for t in {1, T // 2, T - 1} | self.borders if 0 < t < T)
         step = math.ceil(len(inside) / at_most)
-        return sorted({*inside[::step], inside[-1]})
+        return sorted({*inside[::step], inside[-1]})[-at_most:]
 
     def tokens(self, B, T, seed=0):
         """Random ones; every other sequence has few different, many of them repeated."""
@@ -228,11 +234,12 @@ def gradient_at(subject, T, cuts):
     found = []
 
     def hook(embedding, inputs, output):
-        if isinstance(inputs[0], torch.Tensor) and inputs[0].shape == idx.shape:
-            if torch.equal(inputs[0], idx):
-                leaf = output.detach().requires_grad_()
-                found.append(leaf)
-                return leaf.clone()
+        reads = isinstance(inputs[0], torch.Tensor) and inputs[0].shape == idx.shape
+        # some embed positions and only take the tokens' shape
+        if reads and torch.equal(inputs[0], idx) and output.shape[:2] == idx.shape:
+            leaf = output.detach().requires_grad_()
+            found.append(leaf)
+            return leaf.clone()
 
     hooks = []
     for module in subject.module.modules():
@@ -276,10 +283,24 @@ def rows_at(subject, T):
     return worst, where
 
 
+def train(subject):
+    """suffix once more in training mode. What drops draws the same in both calls."""
+    if subject.module is None:
+        return Answer("train", None, "a function has no training mode")
+    subject.module.train()
+    try:
+        answer = suffix(subject)
+    finally:
+        subject.module.eval()
+    answer.question = "train"
+    return answer
+
+
 def repeat_at(subject, T):
     idx = subject.tokens(2, T)
     first = subject(idx)
     subject(subject.tokens(3, max(1, T - 3), seed=2))
+    subject(subject.tokens(1, 2, seed=2))
     moved = difference(subject(idx), first)
     return moved.max().item(), {"tokens": T, "moved": moved.argmax().item() % T}
 
@@ -289,6 +310,8 @@ def length_at(subject, T):
     whole = subject(idx)
     worst, where = 0.0, {}
     for t in subject.cuts(T):
+        if t < subject.shortest:
+            continue
         moved = difference(subject(idx[:, :t]), whole[:, :t])
         size = moved.max().item()
         if not size <= worst:
@@ -332,6 +355,7 @@ QUESTIONS = {
     "repeat": over_lengths("repeat", repeat_at),
     "length": over_lengths("length", length_at),
     "one": over_lengths("one", one_at),
+    "train": train,
 }
 
 
@@ -344,7 +368,14 @@ def answers(subject, questions):
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            yield Answer(name, False, f"{in_words(error)} ({place(error)})")
+            yield Answer(name, False, f"{in_words(error)} ({origin(error)})")
+
+
+def origin(error):
+    """Where an error was raised: in a user's file, or outside torch and these checks."""
+    outside = [frame for frame in frames_of(error)
+               if "/torch/" not in frame.filename and frame.filename != __file__]
+    return users_place(error) or last(outside)
 
 
 # Where a leak begins ------------------------------------------------------------------------------
@@ -394,7 +425,7 @@ def first_module(subject, T, cuts):
 
 def described(module):
     """"Attention.forward, model.py, line 29"."""
-    forward = type(module).forward
+    forward = inspect.unwrap(type(module).forward)
     try:
         line = inspect.getsourcelines(forward)[1]
         file = inspect.getsourcefile(forward)
