@@ -18,7 +18,7 @@ from base.user_code import in_words
 # before transformers is imported: no network, and none of the code that a hub keeps as "kernels"
 os.environ.update(HF_HUB_OFFLINE="1", USE_HUB_KERNELS="0", TRANSFORMERS_VERBOSITY="error")
 
-VOCABULARY = 96
+VOCABULARY = 256     # more than most sequences have tokens, so that none need repeat
 FIRST_TOKEN = 16     # tokens with a meaning of their own have the numbers below
 WINDOW = 8           # tokens of a window, block or chunk
 NOISE = 0.2
@@ -81,7 +81,7 @@ OWN = {
     "cohere_compass_text": dict(
         layer_types=["full_attention", "sliding_attention"],
         rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
-    "dbrx": dict(attn_config={"kv_n_heads": 2},
+    "dbrx": dict(attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
                  ffn_config={"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4,
                              "moe_top_k": 2}),
     "deepseek_v2": dict(num_experts_per_tok=2),

@@ -86,7 +86,7 @@ class Subject:
     """logits: tokens (B, T) -> (B, T, V). module: what computes them, or None for a function.
     vocabulary: the tokens to ask with. lengths: of the sequences, ascending; borders: where
     sequences change, of what windows and blocks the model may have. shortest: some take no single
-    token."""
+    token. distinct: no token twice in a sequence."""
     name: str
     logits: Callable
     vocabulary: range
@@ -95,6 +95,7 @@ class Subject:
     module: Optional[nn.Module] = None
     dtype: torch.dtype = torch.float64
     shortest: int = 1
+    distinct: bool = False
 
     def limit(self, question):
         """The most that may differ, as a share of the largest logit."""
@@ -111,6 +112,9 @@ class Subject:
         """Random ones; every other sequence has few different, many of them repeated."""
         generator = torch.Generator().manual_seed(seed)
         first, last = self.vocabulary[0], self.vocabulary[-1]
+        if self.distinct:
+            rows = [torch.randperm(last + 1 - first, generator=generator)[:T] for _ in range(B)]
+            return first + torch.stack(rows)
         idx = torch.randint(first, last + 1, (B, T), generator=generator)
         idx[1::2] = first + (idx[1::2] - first) % min(3, len(self.vocabulary))
         return idx
@@ -132,7 +136,8 @@ class Subject:
 
 @dataclass
 class Answer:
-    """To one question. passed None: there is nothing to judge, `figures` says why.
+    """To one question. passed None: there is nothing to judge, `figures` says why; word: then stands
+    in a table in place of n/a.
 
     size and limit: the difference found and the most there may be, as shares of the largest logit.
     smallest: the shortest input that was found to fail. where: the module and its file."""
@@ -143,6 +148,11 @@ class Answer:
     limit: Optional[float] = None
     smallest: Optional[dict[str, Any]] = None
     where: str = ""
+    word: str = ""
+
+    @property
+    def verdict(self):
+        return self.word if self.passed is None and self.word else VERDICT[self.passed]
 
     @property
     def meaning(self):
@@ -437,7 +447,7 @@ def described(module):
 # The report ---------------------------------------------------------------------------------------
 
 def print_answer(answer):
-    print(f"{answer.question:9} {VERDICT[answer.passed]}  {printable(answer.figures)}", flush=True)
+    print(f"{answer.question:9} {answer.verdict:6} {printable(answer.figures)}", flush=True)
     if answer.meaning:
         print(f"{'':15}{answer.meaning}", flush=True)
 
