@@ -622,7 +622,7 @@ def write_report(subject, rows, seconds):
 
 @exit_on_bad_input("tools.audit")
 def main():
-    for kind in ("hf", "module", "metric"):  # audits of other things, with options of their own
+    for kind in ("metric", "module", "hf"):  # audits of other things, with options of their own
         if any(word.split("=")[0] == f"--{kind}" for word in sys.argv[1:]):
             return importlib.import_module(f"tools.audit_{kind}").main()
     description = __doc__.splitlines()[0]

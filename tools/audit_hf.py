@@ -371,6 +371,7 @@ def audit_several(names, record):
         if before["transformers"] == content["transformers"]:
             content["architectures"] = before["architectures"]
     passed = True
+    models.build("llama", torch.float32)  # loads here, once, what every process needs
     for name in names:
         found = audit_apart(name)
         content["architectures"][name] = found

@@ -40,7 +40,7 @@ MEANING = {
     "suffix": "an output depends on a later token: losses are too low, and sampling cannot repeat "
               "them; look at the mask and at sums, norms and shifts over time",
     "gradient": "an output's gradient reaches a later token: the same, where values hide it; look "
-                "at what is multiplied by zero or clamped rather than masked",
+                "at what is detached, cancelled or clamped rather than masked",
     "rows": "an output depends on another sequence of the batch: a loss depends on its neighbours; "
             "look at norms, capacities and reshapes over the batch",
     "repeat": "the same call gives another output: look for randomness in evaluation, and for "
@@ -136,8 +136,8 @@ class Subject:
 
 @dataclass
 class Answer:
-    """To one question. passed None: there is nothing to judge, `figures` says why; word: then stands
-    in a table in place of n/a.
+    """To one question. passed None: there is nothing to judge, `figures` says why, and word
+    stands in a table in place of n/a.
 
     size and limit: the difference found and the most there may be, as shares of the largest logit.
     smallest: the shortest input that was found to fail. where: the module and its file."""
