@@ -1,5 +1,5 @@
-"""tools.audit --metric: planted faults of a loss and of a data set are found by the question that is
-theirs, ours pass."""
+"""tools.audit --metric: planted faults of a loss and of a data set are found by the question that
+is theirs, ours pass."""
 import json
 from types import SimpleNamespace
 
@@ -188,6 +188,7 @@ def test_rows_of_a_recall_task_that_were_trained_on_are_found():
 
 # The command --------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_command_passes_a_run_of_ours_and_writes_what_it_says(home, run_folder):
     done = run(home, "-m", "tools.audit", "--metric", f"--out_dir={run_folder}", timeout=400)
     assert done.returncode == 0, done
@@ -197,5 +198,6 @@ def test_the_command_passes_a_run_of_ours_and_writes_what_it_says(home, run_fold
     assert asked == ["sums", "targets", "order", "bytes", "tokens", "overlap"]
 
 
+@pytest.mark.slow
 def test_what_is_not_named_is_asked_for(home):
     assert "name one" in one_line(run(home, "-m", "tools.audit", "--metric", timeout=400))

@@ -82,13 +82,16 @@ LEAKS = {
 }
 
 
-def found(tmp_path, source, name="build", **options):
-    """question -> Answer of what `name` in a file is."""
+def found(tmp_path, source, name="build", only=None):
+    """question -> Answer of what `name` in a file is; to all questions, or to one."""
     path = tmp_path / "model.py"
     path.write_text(source)
-    options = audit_module.ModuleOptions(**options)
+    options = audit_module.ModuleOptions()
     subject = audit_module.subject_of(f"{path}:{name}", audit_module.load(str(path), name), options)
-    return {answer.question: answer for answer in audit_module.audit(subject)}
+    questions = audit_module.questions_of(subject)
+    if only:
+        questions = {only: questions[only]}
+    return {answer.question: answer for answer in audit_module.audit(subject, questions)}
 
 
 def failed(answers):
@@ -107,12 +110,12 @@ def test_a_leak_of_one_line_is_found(tmp_path, leak):
     old, new, question = LEAKS[leak]
     assert MODEL.count(old) == 1
     source = "import itertools\nNOISE = itertools.count()\n" + MODEL.replace(old, new)
-    assert question in failed(found(tmp_path, source))
+    assert question in failed(found(tmp_path, source, only=question))
 
 
 def test_a_leak_is_named_with_its_place_and_the_smallest_input(tmp_path):
     old, new, _ = LEAKS["long mask"]
-    answer = found(tmp_path, MODEL.replace(old, new))["suffix"]
+    answer = found(tmp_path, MODEL.replace(old, new), only="suffix")["suffix"]
     assert answer.smallest["tokens"] == 40
     line = MODEL.splitlines().index("    def forward(self, x):") + 1
     assert "blocks.0 (Block.forward" in answer.where and answer.where.endswith(f"line {line})")
@@ -123,7 +126,7 @@ def test_a_plain_function_is_asked(tmp_path):
     assert failed(answers) == set() and answers["suffix"].passed
     assert answers["gradient"].passed is None
     reversed_ = MODEL.replace("return table[idx]", "return table[idx.flip(1)]")
-    assert "suffix" in failed(found(tmp_path, reversed_, "logits"))
+    assert "suffix" in failed(found(tmp_path, reversed_, "logits", "suffix"))
 
 
 @pytest.mark.parametrize("name", ["model", "config"])
@@ -143,10 +146,12 @@ def test_the_model_itself_is_left_as_it_was(tmp_path):
     path.write_text(MODEL)
     module = audit_module.load(str(path), "build")
     before = {name: p.clone() for name, p in module.state_dict().items()}
-    list(audit_module.audit(audit_module.subject_of("", module, audit_module.ModuleOptions())))
+    subject = audit_module.subject_of("", module, audit_module.ModuleOptions())
+    audit_module.audit(subject, audit_module.questions_of(subject))
     assert all(torch.equal(p, before[name]) for name, p in module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_status_1_and_writes_what_it_says(home, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(MODEL.replace(CAUSAL, "is_causal=False"))
@@ -169,6 +174,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path, name, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_bad_names_are_refused_in_one_line(home, tmp_path):
     line = one_line(run(home, "-m", "tools.audit", "--module=model.py", timeout=400))
     assert "--module=model.py:build" in line

@@ -4,8 +4,8 @@
     python -m tools.audit --hf=FOLDER     a folder with config.json, and model.safetensors or not
     python -m tools.audit --hf=all        every architecture, each in a process of its own, and a
                                           table; written to --record
-    python -m tools.audit_hf              the table of the record results/audit_hf.json, for
-                                          docs/audit.md
+    python -m tools.audit --hf=table --record=results/audit_hf.json
+                                          the table of a record, as docs/audit.md has it
 
 All in float64, also what a model computes in float32; in float32 as it ships once more, named
 "rough". The questions of tools/audit_tokens.py, and
@@ -21,7 +21,6 @@ no code that comes with a model.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import dataclasses
-import inspect
 import multiprocessing
 import queue
 import resource
@@ -39,17 +38,13 @@ from base.files import exists, read_json, write_json
 from base.options import checked, option
 from base.user_code import in_words
 from tools import audit_hf_models as models
-from tools.audit_tokens import (MEANING, QUESTIONS, VERDICT, Answer, Subject, judged, origin,
-                                print_answer, report, rows_at, suffix_at)
-from training.leaks import difference
+from tools.audit_answers import MEANING, VERDICT, Answer, judged, print_answer, report
+from tools.audit_hf_cache import PIECES, Misshapen, apart, padding, shaped, with_cache
+from tools.audit_tokens import QUESTIONS, Subject, origin, rows_at, suffix_at
 
-RECORD = Path("results/audit_hf.json")
 SECONDS = 120         # most for an architecture
 BYTES = 12 * 2**30    # of address space, likewise
 LENGTHS = (40, 140)
-CACHES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-FILLED = ("recurrent_gemma",)  # they fill a cache that is given, and return none
-PIECES = ([33, 7, 1, 12, 37], [5, 85], [64, 26], [2] * 45)
 MEANING |= {
     "rough": "in float32, with other kernels than float64 takes: " + MEANING["suffix"],
     "cache": "decoding token by token differs from the whole sequence at once: look at positions, "
@@ -66,168 +61,10 @@ MEANING |= {
 
 @checked
 class HFOptions:
-    hf: str = option("", "a model type (llama), several (llama,gpt2), all, or a "
-                     "folder with config.json", min_length=1)
-    record: str = option("out/audit/hf.json", "the JSON file that --hf=all writes", min_length=1)
-
-
-# Questions about a cache and padding --------------------------------------------------------------
-
-class Misshapen(ValueError):
-    """Logits that are not one a token."""
-
-
-def shaped(y, idx):
-    if y.shape[:2] != idx.shape:
-        raise Misshapen(f"for tokens {tuple(idx.shape)} logits are {tuple(y.shape)}")
-    return y
-
-
-def step(model, piece, kept, start=None):
-    """(logits, what to give the next step) of tokens on top of a cache; kept {}: at the beginning.
-    start: the first position, to be told as generate() tells it."""
-    from transformers import DynamicCache
-    more = dict(kept)
-    if not kept and model.config.model_type in FILLED:
-        more["cache"] = DynamicCache(config=model.config)
-    if start is not None:
-        more["position_ids"] = torch.arange(start, start + piece.size(1))[None]
-    out = model(input_ids=piece, use_cache=True, **more)
-    for name in CACHES:
-        if getattr(out, name, None) is not None:
-            return shaped(out.logits, piece), {name: getattr(out, name)}
-    if model.config.model_type in FILLED:
-        return shaped(out.logits, piece), {"cache": more["cache"]}
-    raise NoCache
-
-
-class NoCache(Exception):
-    """A model returns none."""
-
-
-def cached(model, idx, sizes, positions=False):
-    """Logits (B, T, V) of the tokens in pieces of the sizes, each on top of the cache before."""
-    parts, kept, start = [], {}, 0
-    for piece in idx.split(sizes, dim=1):
-        y, kept = step(model, piece, kept, start if positions else None)
-        parts.append(y)
-        start += piece.size(1)
-    return torch.cat(parts, dim=1)
-
-
-def with_cache(question, splits):
-    """The question's function: whether pieces of these sizes are the whole."""
-    def ask(subject):
-        model = subject.module
-        worst = 0.0
-        most = subject.limit("length")
-        for sizes in splits:
-            idx = subject.tokens(2, sum(sizes))
-            try:
-                y = subject.of(lambda x: cached(model, x, sizes), idx)
-            except NoCache:
-                return Answer(question, None, "it returns no cache", word="no cache")
-            moved = difference(y, subject(idx))
-            worst = max(worst, moved.max().item())
-            if not worst <= most:
-                where = {"pieces": shown(sizes), "moved": first_over(moved, most)}
-                answer = judged(question, worst, most, smallest_pieces(subject, most) or where)
-                if takes(model, "position_ids"):
-                    y = subject.of(lambda x: cached(model, x, sizes, True), idx)
-                    if difference(y, subject(idx)).max() <= most:
-                        answer.figures += "; right with position_ids, as generate() gives them"
-                return answer
-        return judged(question, worst, most)
-    return ask
-
-
-def apart(subject):
-    """Two sequences, step by step in turn, each with a cache of its own."""
-    most = subject.limit("length")
-    T = 12
-    both = subject.tokens(2, T)
-
-    def in_turn(idx):
-        kept, parts = [{}, {}], [[], []]
-        for t in range(T):
-            for row in range(2):
-                y, kept[row] = step(subject.module, idx[row:row + 1, t:t + 1], kept[row])
-                parts[row].append(y)
-        return torch.cat([torch.cat(rows, dim=1) for rows in parts])
-
-    def one_by_one(idx):
-        rows = [cached(subject.module, idx[row:row + 1], [1] * T) for row in range(2)]
-        return torch.cat(rows)
-
-    try:
-        moved = difference(subject.of(in_turn, both), subject.of(one_by_one, both))
-    except NoCache:
-        return Answer("apart", None, "it returns no cache", word="no cache")
-    size = moved.max().item()
-    where = None if size <= most else {"tokens": T, "moved": first_over(moved, most)}
-    return judged("apart", size, most, where)
-
-
-def takes(model, name):
-    return name in inspect.signature(model.forward).parameters
-
-
-def first_over(moved, most):
-    """The first position at which a row moves more than it may."""
-    return (~(moved <= most)).any(0).nonzero()[0].item()
-
-
-def shown(sizes):
-    return "+".join(map(str, sizes)) if len(sizes) <= 6 else f"{sizes[0]}+{sizes[1]}+..."
-
-
-def smallest_pieces(subject, most):
-    """The smallest beginning and piece behind it that fail, or None."""
-    for T in (2, 3, 4, 6, 9, 12, 17, 24, 33, 48, 65, 80):
-        for last in sorted({1, 2, 3, T // 2, T - 1}):
-            if not 0 < last < T:
-                continue
-            idx = subject.tokens(2, T)
-            y = subject.of(lambda x: cached(subject.module, x, [T - last, last]), idx)
-            moved = difference(y, subject(idx))
-            if not moved.max() <= most:
-                return {"pieces": f"{T - last}+{last}", "moved": first_over(moved, most)}
-    return None
-
-
-def padding(subject):
-    model = subject.module
-    if not takes(model, "attention_mask"):
-        return Answer("padding", None, "its forward takes no attention_mask", word="no mask")
-    most = subject.limit("length")
-    worst = 0.0
-    for T, pad in ((3, 1), (12, 5), (40, 23)):
-        idx = subject.tokens(2, T)
-        padded = torch.cat([torch.full((2, pad), pad_token(model)), idx], dim=1)
-        padded[0] = subject.tokens(1, T + pad, seed=3)[0]  # a neighbour without padding
-        mask = torch.ones_like(padded)
-        mask[1, :pad] = 0
-        y = subject.of(lambda x: masked(model, x, mask), padded)[1:, pad:]
-        alone = subject.of(lambda x: masked(model, x, torch.ones_like(x)), idx)[1:]
-        moved = difference(y, alone)
-        worst = max(worst, moved.max().item())
-        if not worst <= most:
-            where = {"padding": pad, "tokens": T, "moved": first_over(moved, most)}
-            return judged("padding", worst, most, where)
-    return judged("padding", worst, most)
-
-
-def masked(model, idx, mask):
-    """Logits with a mask, and with positions as generate() makes them."""
-    more = {}
-    if takes(model, "position_ids"):
-        more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return shaped(model(input_ids=idx, attention_mask=mask, **more).logits, idx)
-
-
-def pad_token(model):
-    token = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return 0 if token is None else token
+    hf: str = option("", "a model type (llama), several (llama,gpt2), all, a "
+                     "folder with config.json, or table", min_length=1)
+    record: str = option("out/audit/hf.json",
+                         "the JSON file that --hf=all writes and --hf=table reads", min_length=1)
 
 
 def rough(subject):
@@ -397,10 +234,36 @@ def row_of(name, found):
     return f"{name:28} {columns} {found['cpu_seconds']:6.1f} s"
 
 
+def table(record):
+    """A record in Markdown: what did not pass, then the names of what did."""
+    questions = list(ALL_QUESTIONS)
+    lines = [f"transformers {record['transformers']}, torch {record['torch']}, {record['date']}: "
+             f"{len(record['architectures'])} model types.", "",
+             "| | " + " | ".join(questions) + " |", "|" + "---|" * (len(questions) + 1)]
+    passed, others = [], []
+    for name, found in sorted(record["architectures"].items()):
+        words = {a["question"]: a["word"] or VERDICT[a["passed"]] for a in found["answers"]}
+        if "skipped" in found or "error" in found:
+            why = found.get("skipped", found.get("error")).removeprefix(f"--hf={name}: ")
+            others.append(f"- `{name}`: {why}")
+        elif set(words.values()) == {"pass"}:
+            passed.append(f"`{name}`")
+        else:
+            cells = [words.get(question, "").replace("pass", "") for question in questions]
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    lines += ["", f"All questions passed, {len(passed)}: {', '.join(passed)}."]
+    if others:
+        lines += ["", "Not asked:", "", *others]
+    return "\n".join(lines)
+
+
 @exit_on_bad_input("tools.audit")
 def main():
     options, *_ = parse_options(HFOptions, sys.argv[1:], __doc__.splitlines()[0],
                                 with_config_file=False)
+    if options.hf == "table":
+        print(table(read_record(Path(options.record))))
+        return
     names = options.hf.split(",")
     if options.hf == "all":
         names = list(models.auto()[2])

@@ -39,8 +39,9 @@ from base.user_code import in_words, users_place
 from data import load_dataset
 from mixers import load_mixer_file
 from tools import audit_module
+from tools.audit_answers import MEANING, Answer, judged, print_answer, report
 from tools.audit_metric_text import about_text
-from tools.audit_tokens import MEANING, Answer, answers, judged, print_answer, report
+from tools.audit_tokens import answers
 from training import checkpoint
 from training.leaks import difference
 

@@ -5,7 +5,7 @@
 import numpy as np
 
 from base.errors import BadInput, printable
-from tools.audit_tokens import MEANING, Answer
+from tools.audit_answers import MEANING, Answer
 
 SAMPLE = 2**17       # tokens that are decoded and encoded again
 PIECE = 64           # bytes in a row that count as overlap; a power of two

@@ -39,8 +39,8 @@ from base.errors import BadInput, exit_on_bad_input, is_out_of_memory
 from base.files import is_file
 from base.options import checked, option
 from base.user_code import definition, files, in_words, users_place
-from tools.audit_tokens import (MEANING, QUESTIONS, Subject, answers, judged, print_answer,
-                                report)
+from tools.audit_answers import MEANING, judged, print_answer, report
+from tools.audit_tokens import QUESTIONS, Subject, answers
 from training.leaks import cast, difference, kind_of
 
 NOISE = 0.1
@@ -294,20 +294,25 @@ def last(subject):
     return judged("last", worst, most, None if worst <= most else where)
 
 
-def audit(subject):
-    """Yields the Answers; of a module also with noise on its weights, told where they differ."""
-    questions = dict(QUESTIONS)
-    if subject.logits.takes_targets:
-        questions |= {"targets": targets, "last": last}
+def questions_of(subject):
+    """name -> function, all that is asked of it."""
+    more = {"targets": targets, "last": last} if subject.logits.takes_targets else {}
+    return QUESTIONS | more
+
+
+def audit(subject, questions):
+    """The Answers; of a module also with noise on its weights, told where those fail."""
     first = list(answers(subject, questions))
-    if subject.module is not None:
-        noisy(subject)
-        again = list(answers(subject, questions))
-        first = [b if a.passed and not b.passed else a for a, b in zip(first, again)]
-        for answer, other in zip(first, again):
-            if answer is other:
-                answer.figures += "; with noise on the weights"
-    return first
+    if subject.module is None:
+        return first
+    noisy(subject)
+    told = []
+    for answer, other in zip(first, answers(subject, questions)):
+        if answer.passed is not False and other.passed is False:
+            other.figures += "; with noise on the weights"
+            answer = other
+        told.append(answer)
+    return told
 
 
 @exit_on_bad_input("tools.audit")
@@ -322,7 +327,7 @@ def main():
     precision = str(subject.dtype).removeprefix("torch.")
     print(f"{len(subject.vocabulary):,} tokens, sequences of {', '.join(map(str, subject.lengths))}"
           f" in {precision}" + (", with targets" if subject.logits.takes_targets else ""))
-    found = audit(subject)
+    found = audit(subject, questions_of(subject))
     for answer in found:
         print_answer(answer)
     beside = Path(path).with_name(f"{Path(path).stem[:80]}.{name[:80]}.audit.json")
