@@ -24,6 +24,7 @@ from tools.report_data import read_all
 from tools.report_live import server_of
 from tools.report_page import page
 from tools.report_sections import sections_of
+from tools.sweep_cost import time_left
 from tools.verdicts import in_words
 
 STRONG = ROOT / "results/shakespeare_strong"
@@ -260,13 +261,13 @@ def test_a_sweep_in_the_middle_says_what_runs_and_the_time_left(tmp_path):
     write_file(tmp_path / names[2] / "metrics.jsonl", lines.encode())
     write_json(tmp_path / names[3] / "config.json", records[3].config)  # has just begun
     [section] = sections(tmp_path)
-    left = rows[-1]["seconds"] / 500 * 1500 / 60
+    left = time_left(rows[-1]["seconds"] / 500 * 1500)
     runs, failed, missing = section.status
-    assert runs == f"{names[2]}: runs, step 500 of 2,000, about {left:.0f} min left"
+    assert runs == f"{names[2]}: runs, step 500 of 2,000, {left}"
     assert failed == f"failed: {names[4]}: not <finite>"
     seconds = mean(max(row["seconds"] for row in record.metrics) for record in records[:2])
-    assert missing == ("2 runs of the sweep missing, 1 not started: "
-                       f"about {seconds / 60:.0f} min, 1 at a time")
+    assert missing == ("2 runs of the sweep missing, 1 not started, 1 at a time: "
+                       f"{time_left(seconds)}")
     assert any("metrics.jsonl" in note for note in section.notes)
     [arm] = section.curves["arms"]
     assert [run["seed"] for run in arm["runs"]] == [1, 2, 3]
