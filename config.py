@@ -29,8 +29,8 @@ class SkeletonOptions:
         "gpt2", "gpt2: LayerNorm, learned positions, GELU, tied head; "
         "llama: RMSNorm, RoPE, SwiGLU, untied head")
     mixer: str = option(
-        "softmax", "what mixes the tokens, in place of attention: a name, or a pattern that repeats "
-        "over the layers (softmax,lln,lln: the first of every three is softmax)",
+        "softmax", "what mixes the tokens, in place of attention: a name, or a pattern that "
+        "repeats over the layers (softmax,lln,lln: the first of every three is softmax)",
         names=lambda: MIXERS)
     block_size: int = option(64, "context length in tokens", ge=1)
     n_layer: int = option(4, "number of blocks", ge=1, le=10_000)
@@ -111,17 +111,17 @@ class OptimiserOptions:
     gradient_accumulation_steps: int = option(
         1, "micro-steps per optimiser step, which has so many times batch_size sequences", ge=1)
     max_iters: int = option(2000, "optimiser steps", ge=0)
-    learning_rate: float = option(1e-3, "the highest, after warm-up", ge=0)
-    warmup_iters: int = option(100, "first steps, in which it rises to learning_rate", ge=0)
+    learning_rate: float = option(1e-3, "the highest learning rate, at the end of warm-up", ge=0)
+    warmup_iters: int = option(100, "first steps, over which the learning rate rises", ge=0)
     decay_lr: bool = option(
-        True, "after warm-up it falls to min_lr; otherwise it stays at learning_rate")
+        True, "after warm-up the learning rate falls to min_lr; otherwise it stays the same")
     lr_schedule: Literal["cosine", "linear"] = option(
-        "cosine", "how it falls: along half a cosine, or a straight line")
+        "cosine", "how the learning rate falls: along half a cosine, or a straight line")
     lr_decay_iters: Optional[int] = option(
-        None, "the step at which it has fallen to min_lr, where it stays [default: max_iters]",
+        None, "the step at which the learning rate is down at min_lr, and stays [default: max_iters]",
         ge=0)
     min_lr: Optional[float] = option(
-        None, "where it falls to [default: learning_rate / 10]", ge=0.0)
+        None, "the learning rate at the end of its fall [default: learning_rate / 10]", ge=0.0)
     weight_decay: float = option(0.1, "of AdamW, on matrices only", ge=0)
     beta1: float = option(0.9, "of AdamW", ge=0, lt=1)
     beta2: float = option(0.99, "of AdamW", ge=0, lt=1)
@@ -144,8 +144,8 @@ class RunOptions:
         "gpt2-xl, smollm2, of a Hugging Face folder (GPT-2, LLaMA) or of a LLaMA's .gguf",
         min_length=1)
     train_only: Literal["all", "mixer_new"] = option(
-        "all", "with init_from, what is trained: all parameters, or those alone that the weights of "
-        "init_from lack, which are the new mixer's")
+        "all", "with init_from, what is trained: all parameters, or those alone that the weights "
+        "of init_from lack, which are the new mixer's")
     mixer_file: Optional[str] = option(
         None, "a Python file of yours that registers its mixer in mixers.MIXERS; with --help, its "
         "options are listed too", min_length=1, first=load_mixer_file)
