@@ -118,8 +118,8 @@ class OptimiserOptions:
     lr_schedule: Literal["cosine", "linear"] = option(
         "cosine", "how the learning rate falls: along half a cosine, or a straight line")
     lr_decay_iters: Optional[int] = option(
-        None, "the step at which the learning rate is down at min_lr, and stays [default: max_iters]",
-        ge=0)
+        None, "the step at which the learning rate is down at min_lr, where it stays "
+        "[default: max_iters]", ge=0)
     min_lr: Optional[float] = option(
         None, "the learning rate at the end of its fall [default: learning_rate / 10]", ge=0.0)
     weight_decay: float = option(0.1, "of AdamW, on matrices only", ge=0)
