@@ -21,6 +21,7 @@ from tools.compare import judge_arms, margin_of
 from tools.compare_arms import arms_of
 from tools.records import Record, read_records, write_records
 from tools.report_data import read_all
+from tools.report_figures import cut_off
 from tools.report_live import server_of
 from tools.report_page import page
 from tools.report_sections import sections_of
@@ -130,6 +131,18 @@ def test_the_page_is_whole_and_asks_for_nothing():
     assert "default-src 'none'" in policy and "connect-src 'none'" in policy
     assert "'unsafe-inline'" not in policy.split("script-src")[1]
     assert "Against softmax" in parsed.text
+
+
+def test_an_arm_far_above_all_others_is_left_out_of_the_frame_and_named():
+    def cut(losses):
+        return cut_off({"title": "Losses", "layout": {"yaxis": {}}}, "yaxis", losses)
+
+    near = {name: [1.5 + i / 100, 1.52 + i / 100] for i, name in enumerate("abcd")}
+    assert cut(near) == {"title": "Losses", "layout": {"yaxis": {}}}
+    found = cut(near | {"<far>": [2.4, 2.5, 2.7]})
+    assert found["title"] == "Losses; not in the picture until a double click: &lt;far&gt; 2.500"
+    low, high = found["layout"][found["cut"]]["range"]
+    assert 1.4 < low < 1.5 and 1.55 < high < 1.7
 
 
 def test_another_baseline_can_be_named():
