@@ -27,9 +27,10 @@ from base.errors import BadInput, exit_on_bad_input
 from data import load_dataset
 from model import GPT, model_config
 from training import checkpoint
+from training.contract import check_builders
 from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
 from training.evaluation import evaluate, print_evaluation
-from training.leaks import check_builders, find_leak
+from training.leaks import refuse_leaks
 from training.machine import Machine, catch_signals, refuse_what_cannot_fit
 from training.metrics import Metrics, check_wandb
 from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, step_if_finite
@@ -108,30 +109,6 @@ def refuse_different_starts(saved, machine):
     [total] = machine.world.total([step], machine.device)
     if total != step * machine.world.size:
         raise BadInput("the run went on while this command started; start it again")
-
-
-def refuse_leaks(model, options):
-    """BadInput if an output of the model sees what it must not: its losses would mean nothing. With
-    allow_leak, one line."""
-    try:
-        leak = find_leak(model, getattr(torch, options.dtype))
-    except BadInput:  # it cannot be trained at all
-        raise
-    except Exception as error:  # of a mixer for GPUs alone, say
-        name = f"mixer {options.mixer} could not be checked"
-        if not options.allow_leak:
-            error.add_note(f"{name} for leaks, in float64 on the CPU; "
-                           "--allow_leak trains it unchecked")
-            raise
-        reason = " ".join(str(error).split())[:200]
-        leak = f"{name}, {type(error).__name__}: {reason}"
-    if leak and not options.allow_leak:
-        mixer_file = f" --mixer_file={options.mixer_file}" if options.mixer_file else ""
-        audit = f"python -m tools.audit{mixer_file} --mixer={options.mixer}"
-        raise BadInput(f"{leak}; so nothing is reported. `{audit}` says more; "
-                       "--allow_leak trains it all the same")
-    if leak:
-        print(f"warning    {leak}; its losses may not be compared", flush=True)
 
 
 # Training ---------------------------------------------------------------------------------------
@@ -294,6 +271,8 @@ class Training:
 
     def evaluate_and_save(self):
         started = time.perf_counter()
+        if self.step == self.options.max_iters:
+            self.refuse_late_leaks()
         result = evaluate(self.model, self.data, self.options, self.machine)
         if not math.isfinite(result.loss):
             raise not_finite(f"validation loss {result.loss}", self.step, self.options)
@@ -310,6 +289,17 @@ class Training:
         self.save(result.loss)
         self.last_log += time.perf_counter() - started  # tokens_per_s is of training alone
         self.pace.restart()
+
+    def refuse_late_leaks(self):
+        """BadInput if the trained model leaks: its last loss is not reported, its weights are
+        kept."""
+        if self.options.allow_leak or self.options.parallel == "fsdp":  # shards cannot be copied
+            return
+        try:
+            refuse_leaks(self.model, self.options, trained=True)
+        except Exception:
+            self.save()
+            raise
 
     def say(self, line):
         """Prints a line above the progress bar."""

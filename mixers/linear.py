@@ -21,7 +21,8 @@ from mixers.parts.heads import ConvolvedQKV, merge_heads, qkv_flops, repeat_head
 def log_elu_plus_one(u):
     """log(elu(u) + 1), element-wise, in at least float32."""
     u = u.to(torch.promote_types(u.dtype, torch.float32))
-    return u.clamp(min=0).log1p() + u.clamp(max=0)
+    above = u.relu()  # clamp's gradient takes ten times as long
+    return above.log1p() + (u - above)
 
 
 class Linear(nn.Module):

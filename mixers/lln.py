@@ -131,16 +131,15 @@ class LLN(nn.Module):
 
     def lln(self, q, k, v, state):
         """Unrotated q (B, H, T, D), k and v (B, G, T, D) -> y (B, H, T, D) and the state."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k = q.to(dtype), k.to(dtype)
         if self.training:
             self.q_moments.collect(q)
             self.k_moments.collect(k)
         alpha, beta = self.alpha_beta()
         H = q.size(1)
         k, v = repeat_heads(k, H), repeat_heads(v, H)
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        log_q = alpha[:, None, None] * q.to(dtype)
-        log_k = beta[:, None, None] * k.to(dtype)
-        return linear_attention(log_q, log_k, v, state)
+        return linear_attention(alpha[:, None, None] * q, beta[:, None, None] * k, v, state)
 
     def forward(self, x, state=None):
         conv, state = (None, None) if state is None else state

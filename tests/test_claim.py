@@ -96,7 +96,7 @@ def test_a_card_of_ours_can_be_run(path, tmp_path, monkeypatch):
     card = read_card(path)
     monkeypatch.chdir(ROOT)
     for arm in claim.arms_to_run(path, card).values():
-        for rate in card.tune["learning_rate"]:
+        for rate in card.tune.get("learning_rate", [2e-3]):
             words = [f"--{name}={value}" for name, value in arm.items()]
             words.append(f"--learning_rate={rate}")
             Run(str(tmp_path / "none"), (card.recipe, *words)).options()
@@ -748,7 +748,8 @@ def test_the_revision_is_gits(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
 def test_the_tables_in_the_docs_are_printed_from_the_records(name):
-    """The whole table, in both."""
+    """The whole table, and what all claims together would come to, in both."""
+    assert claim.together_in_words(claim_record.claimed()) in (ROOT / name).read_text()
     printed = claim.table(claim.rows_of([])).splitlines()
     lines = (ROOT / name).read_text().splitlines()
     shown = []

@@ -1,6 +1,5 @@
 """Every command of the README, docs/results.md and docs/runs.md runs, shortened, in order, in a
 copy of the repository; every table and difference in them is that of the records."""
-import json
 import re
 import shlex
 import shutil
@@ -132,26 +131,52 @@ def test_the_differences_of_the_headline_are_those_of_the_records(label):
     assert words in TEXT, words
 
 
-def test_the_table_with_the_convolution_is_that_of_the_records():
-    folders = [ROOT / "results/shakespeare", ROOT / "results/shakespeare_conv"]
+@pytest.mark.parametrize("name, baseline, first_cell, rows_there, told", [
+    ("shakespeare_conv", "softmax conv=4", "against softmax with convolution", 7,
+     {"mamba2": "undecided", "gated_deltanet": "worse"}),
+    ("shakespeare_positions", "softmax pos=learned", "against softmax with learned positions", 12,
+     {"causal_max": "undecided", "lln": "undecided"})])
+def test_the_tables_with_another_softmax_are_those_of_the_records(
+        name, baseline, first_cell, rows_there, told):
+    folders = [ROOT / "results/shakespeare", ROOT / "results" / name]
     of_records = compare.arms_of(compare.records_to_compare(folders, torch.device("cpu")))
-    margin = compare.margin_of(of_records, "softmax conv=4", MARGIN_BPB)
-    verdicts = compare.judge_arms(of_records, "softmax conv=4", margin)
+    margin = compare.margin_of(of_records, baseline, MARGIN_BPB)
+    verdicts = compare.judge_arms(of_records, baseline, margin)
     cells = {arm.label: compare_table.cells(
         compare.line_of(arm, verdicts[arm.label], margin)) for arm in of_records}
-    [rows] = tables("against softmax with convolution")
-    assert len(rows) == 7
+    [rows] = tables(first_cell)
+    assert len(rows) == rows_there
     for row in rows:
-        label = row.pop("against softmax with convolution")
+        label = row.pop(first_cell)
         assert row == {column: cells[label][column] for column in row}
-    for label in ("mamba2", "gated_deltanet"):
+    text = " ".join(TEXT.split())
+    for label, word in told.items():
         found = verdicts[label]
         low, high = found.difference_low, found.difference_high
-        assert f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]" in TEXT
-    assert {verdicts[label].word for label in ("gated_deltanet", "deltanet")} == {"worse"}
-    others = set(verdicts) - {row for row in ("softmax conv=4", "swa conv=4", "mamba2")}
-    undecided = {label for label in others if verdicts[label].word != "worse"}
-    assert undecided == {"linformer", "swa conv=null"}
+        assert found.word == word
+        assert f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]" in text
+
+
+def test_mamba2_asked_alone_is_as_told():
+    of_records = arms("shakespeare")
+    found = compare.judge_arms(of_records, "softmax", 0.02, comparisons=1)["mamba2"]
+    words = f"{found.difference:+.3f} [{found.difference_low:+.3f}, {found.difference_high:+.3f}]"
+    assert found.word == "better" and TEXT.count(words) == 2  # README and results.md
+
+
+def test_what_arms_gain_by_position_is_that_of_the_records():
+    losses = {}
+    for arm in arms("shakespeare"):
+        losses[arm.label] = {record.config["seed"]: record.scores["by_position"]
+                             for record in arm.records}
+    [rows] = tables("positions")
+    assert len(rows) == 4
+    for row in rows:
+        own = losses[row.pop("positions")]
+        gains = [[a - b for a, b in zip(losses["causal_max"][seed], own[seed])] for seed in own]
+        for columns, cell in row.items():
+            first, last = map(int, columns.split(" to "))
+            assert f"{mean(mean(gain[first - 1:last]) for gain in gains):+.3f}" == cell
 
 
 @pytest.mark.parametrize("mixer, rate", [("softmax", 0.008), ("mamba2", 0.004)])

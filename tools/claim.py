@@ -32,7 +32,7 @@ from tools.claim_record import (
     MEND, arm_of_run, arms_of, check_against_card, claimed, counting_of, folder_of, git_state,
     hours_of, read_claim_file, recorded, sizes_of)
 from tools.claim_table import (
-    difference_in_words, row_of_card, row_of_claim, table, verdict_in_words)
+    difference_in_words, row_of_card, row_of_claim, table, together_in_words, verdict_in_words)
 from tools.experiment import Experiment
 from tools.records import scored_runs, write_records
 from tools.sweep_runs import end_like_ctrl_c
@@ -232,6 +232,8 @@ def main():
     paths, options = read_command_line(sys.argv[1:])
     if options.table:
         print(table(rows_of(paths)))
+        if len(claimed()) > 1 and not paths:
+            print(f"\n{together_in_words(claimed())}")
         return
     claims = [Claim(path, options.at_once) for path in paths]
     hours = [claim.say_cost() for claim in claims]

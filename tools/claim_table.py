@@ -4,7 +4,7 @@ from base.files import shown
 from tools.claim_outcomes import findings, outcome_of_claim
 from tools.claim_record import (
     MEND, arms_of, card_in, check_against_card, read_claim_file, recorded)
-from tools.verdicts import Verdict, in_words
+from tools.verdicts import ALPHA, Verdict, in_words
 
 COLUMNS = ("so", "claim", "measured, minus the baseline, in nats")
 
@@ -20,18 +20,40 @@ def table(rows):
 def row_of_claim(folder):
     """The row of a claim in the table, {column: text}, its words found anew from the records.
     BadInput if claim.json says otherwise."""
-    content = read_claim_file(folder)
-    card = card_in(content, folder)
-    records = recorded(folder)
-    if not records:
+    content, card, arms = read_claim(folder)
+    if not arms:
         return row_of_card(card, "no look yet")
-    check_against_card(card, records)
-    found = findings(card, arms_of(records), content["counting"], content["sizes"])
+    found = findings(card, arms, content["counting"], content["sizes"])
     if words_of(found) != words_of(content["arms"]):
         raise BadInput(f"{shown(folder)}/claim.json and the records beside it disagree; {MEND}")
     measured = "<br>".join(measured_in_words(card, name, found) for name in card.rivals())
     measured += f" ({sum(content['hours'].values()):.1f} hours)"
     return row_of_card(card, outcome_of_claim(found), measured)
+
+
+def read_claim(folder):
+    """The content of claim.json, its Card, and {arm: {seed: Record}}."""
+    content = read_claim_file(folder)
+    card = card_in(content, folder)
+    records = recorded(folder)
+    if records:
+        check_against_card(card, records)
+    return content, card, arms_of(records)
+
+
+def together_in_words(folders):
+    """What becomes of the claims if all of them share one error; each has its own in the table."""
+    changed = []
+    for folder in folders:
+        content, card, arms = read_claim(folder)
+        if arms:
+            alone, shared = (
+                outcome_of_claim(findings(card, arms, content["counting"], content["sizes"], n))
+                for n in (1, len(folders)))
+            if shared != alone:
+                changed.append(f"{content['claim']} {shared}")
+    return (f"Each claim may err with a chance of {ALPHA:g}. If all {len(folders)} shared that: "
+            + (", ".join(changed) or "the same words") + ".")
 
 
 def words_of(found):

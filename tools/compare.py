@@ -39,7 +39,7 @@ from base.terminal import is_terminal, width, wrapped
 from mixers import load_mixer_file
 from tools import compare_plots as plots
 from tools.compare_arms import (
-    arms_of, block_count, is_diverged, is_held_out, is_tuning, tuning_arms_of)
+    arms_of, is_diverged, is_held_out, is_tuning, judge_arms, tuning_arms_of)
 from tools.compare_curves import View
 from tools.compare_table import (
     TableLine, csv_of, in_range, line_of, model_config_of, notes, references_of, table,
@@ -48,7 +48,7 @@ from tools.records import REMEDY, contents_of, holds_run, is_records_file, read_
 from tools.records import read_sweep, scored_runs
 from tools.score import scores_of
 from tools.sweep_file import read_sweep_file
-from tools.verdicts import MARGIN_BPB, judge, margin_in_nats
+from tools.verdicts import MARGIN_BPB, margin_in_nats
 from training.device import choose_device
 from training.metrics import start_wandb, wandb_group
 
@@ -149,21 +149,6 @@ def margin_of(arms, baseline, margin_bpb):
     """The margin in nats per token; None of a recall task."""
     [arm] = [arm for arm in arms if arm.label == baseline]
     return margin_in_nats(margin_bpb, arm.steady.scores)
-
-
-def judge_arms(arms, baseline, margin=None):
-    """{label: Verdict}; margin in nats. What leaks has no word: its losses say nothing, and it is
-    no comparison that the others share the error with."""
-    blocks = block_count([record for arm in arms for record in arm.records])
-    losses = {arm.label: arm.block_losses(blocks) for arm in arms}
-    leaking = [arm.label for arm in arms if arm.leaks and arm.label != baseline]
-    honest = {label: of_arm for label, of_arm in losses.items() if label not in leaking}
-    verdicts = judge(honest, baseline, margin)
-    for label in leaking:
-        alone = judge({label: losses[label], baseline: losses[baseline]}, baseline)[label]
-        alone.word, alone.missing = "leaks", None
-        verdicts[label] = alone
-    return verdicts
 
 
 # Keeping --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from base.errors import BadInput, printable
 from base.terminal import coloured, fitting
 from mixers import has_effect
 from model import GPT, model_config
+from tools.compare_arms import judge_arms
 from tools.ngrams import reference_lines
 from tools.records import is_records_file
 from tools.score import DTYPES
@@ -297,7 +298,20 @@ def notes(arms, verdicts, baseline, margin_bpb, margin):
                  "for speed see bench.py")
     for name in arms[0].settings:
         found.append(f"not equal: {name} is {values_in_words(arms, name)}")
+    found += asked_alone(arms, verdicts, baseline, margin)
     return [printable(note) for note in found + what_to_know(arms, verdicts, baseline)]
+
+
+def asked_alone(arms, verdicts, baseline, margin):
+    """The arms that would have another word if each were the only one compared, and which; a list
+    of one note or none."""
+    words = {}
+    for label, alone in judge_arms(arms, baseline, margin, comparisons=1).items():
+        if alone.word != verdicts[label].word:
+            interval = f"[{alone.difference_low:+.4f}, {alone.difference_high:+.4f}]"
+            words.setdefault(alone.word, []).append(f"{label} {interval}")
+    texts = [f"{word}: {', '.join(labels)}" for word, labels in words.items()]
+    return ["asked alone, with the whole error for each: " + "; ".join(texts)] if texts else []
 
 
 def how_it_was_judged(arms, verdicts, baseline, is_text):
