@@ -1,5 +1,6 @@
 """Every command of the README, docs/results.md and docs/runs.md runs, shortened, in order, in a
 copy of the repository; every table and difference in them is that of the records."""
+import json
 import re
 import shlex
 import shutil
