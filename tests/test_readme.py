@@ -259,7 +259,7 @@ def run_all(folder, some):
 
 @pytest.mark.slow
 def test_from_friday_to_saturday(folder):
-    """examples/README.md, with a card in miniature."""
+    """examples/README.md, with a card in miniature, so that two mixers train 2 steps thrice."""
     card = folder / "examples" / "delta_rule.toml"
     text = card.read_text()
     for old, new in (("max_iters = 500", "max_iters = 2\neval_tokens = 3000\nn_layer = 1"),
@@ -268,8 +268,9 @@ def test_from_friday_to_saturday(folder):
         text = text.replace(old, new)
     card.write_text(text)
     of_page = blocks("sh", (folder / "examples" / "README.md").read_text())
-    some = [line for block in of_page for line in block.splitlines()]
-    assert run_all(folder, some) == len(some) >= 8
+    # a loop over the tokens takes minutes to audit; tests/test_audit.py does it in part
+    some = [line for block in of_page for line in block.splitlines() if "tools.audit" not in line]
+    assert run_all(folder, some) == len(some) == 7
     found = json.loads((folder / "results/claims/delta_rule/claim.json").read_text())
     assert found["outcome"] in ("confirmed", "refuted", "undecided")
     assert {path.name for path in (folder / "out/saturday").iterdir()} >= {
