@@ -15,7 +15,6 @@ import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -28,18 +27,19 @@ from base.errors import BadInput, exit_on_bad_input
 from data import load_dataset
 from model import GPT, model_config
 from training import checkpoint
+from training.contract import check_builders
 from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
 from training.evaluation import evaluate, print_evaluation
-from training.leaks import check_builders, find_leak
-from training.machine import Machine, refuse_what_cannot_fit
+from training.leaks import refuse_leaks
+from training.machine import Machine, catch_signals, refuse_what_cannot_fit
 from training.metrics import Metrics, check_wandb
 from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, step_if_finite
 from training.pace import Pace
 from training.parallel import World, join, synchronise_gradients, whole
-from training.report import describe, show_result
+from training.report import before_training, costs_of, describe, show_result
 from training.run_folder import (
     FolderLock, check_data, compare_with, data_sha256, prepared_folder, read_options, start_from,
-    train_alone)
+    start_sha256, train_alone)
 
 
 @exit_on_bad_input("train.py")
@@ -90,7 +90,8 @@ def carry_out(world, lock):
         print(f"{saved.folder} is at step {saved.trainer['iter']} of {options.max_iters}: "
               "nothing left to do; for more, raise --max_iters")
     else:
-        record = asdict(options) | {"data_sha256": data_sha256(data)}
+        record = asdict(options) | {"data_sha256": data_sha256(data),
+                                    "init_sha256": start_sha256(options, saved)}
         folder = prepared_folder(options, record, lock) if first else contextlib.nullcontext()
         with folder:
             train(options, record, model, data, machine, saved)
@@ -109,30 +110,6 @@ def refuse_different_starts(saved, machine):
     [total] = machine.world.total([step], machine.device)
     if total != step * machine.world.size:
         raise BadInput("the run went on while this command started; start it again")
-
-
-def refuse_leaks(model, options):
-    """BadInput if an output of the model sees what it must not: its losses would mean nothing. With
-    allow_leak, one line."""
-    try:
-        leak = find_leak(model, getattr(torch, options.dtype))
-    except BadInput:  # it cannot be trained at all
-        raise
-    except Exception as error:  # of a mixer for GPUs alone, say
-        name = f"mixer {options.mixer} could not be checked"
-        if not options.allow_leak:
-            error.add_note(f"{name} for leaks, in float64 on the CPU; "
-                           "--allow_leak trains it unchecked")
-            raise
-        reason = " ".join(str(error).split())[:200]
-        leak = f"{name}, {type(error).__name__}: {reason}"
-    if leak and not options.allow_leak:
-        mixer_file = f" --mixer_file={options.mixer_file}" if options.mixer_file else ""
-        audit = f"python -m tools.audit{mixer_file} --mixer={options.mixer}"
-        raise BadInput(f"{leak}; so nothing is reported. `{audit}` says more; "
-                       "--allow_leak trains it all the same")
-    if leak:
-        print(f"warning    {leak}; its losses may not be compared", flush=True)
 
 
 # Training ---------------------------------------------------------------------------------------
@@ -182,6 +159,9 @@ def train(options, record, model, data, machine, saved):
     while True:
         if run.step < options.max_iters:
             stopping = run.update(caught)
+            if stopping:
+                run.say(f"stopping after step {run.step}, with a checkpoint; "
+                        "Ctrl-C once more ends it without")
             if run.step % options.log_interval == 0 or run.step == options.max_iters:
                 run.log_training()
         if run.step % options.eval_interval == 0 or run.step == options.max_iters:
@@ -209,7 +189,7 @@ class Training:
         device, world = machine.device, machine.world
         self.rows_at_once = rows_per_pass(
             options.batch_size, options.block_size, device, world.size)
-        self.forward_flops = model.flops_per_token(options.block_size)
+        self.costs = costs_of(options, model)
         loss_fn = model.loss
         if options.compile:
             loss_fn = compiled(
@@ -230,7 +210,7 @@ class Training:
             wandb_id = saved.trainer["wandb_id"]
             print(f"going on from {saved.folder}")
         first = world.rank == 0
-        self.metrics = Metrics(options, self.step, wandb_id) if first else None
+        self.metrics = Metrics(options, self.step, wandb_id, self.costs) if first else None
         self.bar = tqdm(total=options.max_iters, initial=self.step, unit="step",
                         disable=not first or not sys.stderr.isatty())
         # the clock goes on where the saved run stopped
@@ -263,6 +243,8 @@ class Training:
         self.train_loss, norm = sum(losses) / world.size, norm / world.size
         if not math.isfinite(self.train_loss + norm):
             raise not_finite(f"loss {self.train_loss}, gradient norm {norm}", step, options)
+        if step == 0:
+            self.say(before_training(self.train_loss, options, self.data.vocab_size))
         self.step += 1
         self.tokens += x.numel()
         self.bar.update()
@@ -273,8 +255,8 @@ class Training:
         if not self.metrics:
             return
         flops = None
-        if self.forward_flops is not None:  # the backward pass is twice the forward pass
-            flops = 3 * self.forward_flops * self.tokens
+        if self.costs["flops_per_token"] is not None:  # a backward pass is twice a forward pass
+            flops = 3 * self.costs["flops_per_token"] * self.tokens
         seconds = time.perf_counter() - self.started
         self.metrics.log(iter=self.step, tokens=self.tokens, flops=flops, seconds=seconds, **values)
 
@@ -290,6 +272,8 @@ class Training:
 
     def evaluate_and_save(self):
         started = time.perf_counter()
+        if self.step == self.options.max_iters:
+            self.refuse_late_leaks()
         result = evaluate(self.model, self.data, self.options, self.machine)
         if not math.isfinite(result.loss):
             raise not_finite(f"validation loss {result.loss}", self.step, self.options)
@@ -306,6 +290,17 @@ class Training:
         self.save(result.loss)
         self.last_log += time.perf_counter() - started  # tokens_per_s is of training alone
         self.pace.restart()
+
+    def refuse_late_leaks(self):
+        """BadInput if the trained model leaks: its last loss is not reported, its weights are
+        kept."""
+        if self.options.allow_leak or self.options.parallel == "fsdp":  # shards cannot be copied
+            return
+        try:
+            refuse_leaks(self.model, self.options, trained=True)
+        except Exception:
+            self.save()
+            raise
 
     def say(self, line):
         """Prints a line above the progress bar."""
@@ -348,21 +343,6 @@ def not_finite(what, step, options):
     last = f"the last good checkpoint is {kept[-1]}" if kept else "before the first checkpoint"
     return BadInput(f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); "
                     f"training stops, {last}; try a lower learning_rate")
-
-
-def catch_signals():
-    """A list that holds the signal's number once SIGTERM or Ctrl-C has come. A second one ends
-    the process at once."""
-    caught = []
-
-    def handle(number, frame):
-        caught.append(number)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    return caught
 
 
 if __name__ == "__main__":

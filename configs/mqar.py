@@ -25,5 +25,5 @@ weight_decay = 0.1
 grad_clip = 1.0
 dropout = 0.0
 bias = False
-eval_interval = 250
+eval_interval = 100
 log_interval = 50

@@ -29,9 +29,9 @@ bias = False
 eval_interval = 500
 log_interval = 50
 
-# Positions by rule, not by search: RoPE for softmax attention, also beside causal reductions, which
-# tell a token from the one before it by themselves; none where a mechanism's own decay, convolution
-# or rotation says how far back a token is; otherwise learned ones
+# Positions by one rule for all, written after a few trials: RoPE for softmax attention, also beside
+# causal reductions, which tell a token from the one before it by themselves; none where a
+# mechanism's own decay, convolution or rotation tells how far back a token is; otherwise learned
 _rope, _none = dict(pos="rope"), dict(pos="none")
 _low = dict(learning_rate=4e-3)
 per_mixer = {

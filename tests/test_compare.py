@@ -1,5 +1,6 @@
 """tools/compare.py and score.py on real runs, and compare.py on records made up for it."""
 import csv
+import glob
 import json
 import math
 import os
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, metrics, one_line, run
+from conftest import ROOT, TINY, metrics, one_line, run, values_of, wandb_records
+from matplotlib.text import Text
 from scipy import stats
 
 from config import Options
@@ -22,25 +24,25 @@ from mixers import MIXERS, load_mixer_file
 from model import model_config
 from tools import compare, compare_table, records
 from tools import score as scoring
-from tools.compare_plots import outlying
+from tools.colours import colour_of
+from tools.drawing import outlying, overlap, spread
 from tools.score import STRIDE, score
 from tools.verdicts import judge
 from training import checkpoint
+from training.metrics import wandb_group
 
 SHORT = [word for word in TINY if not word.startswith("--learning_rate")]
 SHORT += ["--max_iters=4", "--eval_interval=2", "--log_interval=1"]
-ALONE = {"WANDB_MODE": "offline"}
 
 
 @pytest.fixture(scope="module")
 def swept(home, tmp_path_factory):
-    """A sweep of two mixers and two seeds, with wandb; what it said is in swept.log beside it."""
+    """A sweep of two mixers and two seeds."""
     folder = tmp_path_factory.mktemp("sweeps") / "swept"
     done = run(home, "-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--keep_last=1",
-               "--mixers=softmax,pelican", "--learning_rate=3e-2", "--seeds=2", "--wandb_log",
-               "--keep_checkpoints", f"--out_dir={folder}", env=ALONE, timeout=900)
+               "--mixers=softmax,pelican", "--learning_rate=3e-2", "--seeds=2",
+               "--keep_checkpoints", f"--out_dir={folder}", timeout=900)
     assert done.returncode == 0, done
-    folder.with_suffix(".log").write_text(done.stdout)
     return folder
 
 
@@ -181,8 +183,7 @@ def test_a_recall_task_is_chosen_by_its_val_split_and_reported_on_its_test_split
 
 @pytest.fixture(scope="module")
 def compared(home, swept):
-    done = run(home, "-m", "tools.compare", swept, "--wandb_log",
-               f"--keep={swept.parent / 'kept'}", env=ALONE)
+    done = run(home, "-m", "tools.compare", swept, f"--keep={swept.parent / 'kept'}")
     assert done.returncode == 0, done
     return done.stdout
 
@@ -441,6 +442,21 @@ def test_a_run_that_diverged_counts_as_an_even_guess(compare_these):
     assert lines["lln"]["word"] == "worse" and float(lines["lln"]["loss"]) == math.log(9)
 
 
+def test_the_steps_to_learn_a_recall_task_are_the_median_seeds(compare_these):
+    """Never, if that of most seeds."""
+    steps = {"softmax": (2, 1, None), "lln": (1, None, None), "linear": (None, None, None)}
+    some = []
+    for mixer, of_seeds in steps.items():
+        for seed, first in enumerate(of_seeds, start=1):
+            record = made_up(mixer, seed, loss=seed / 1000, accuracy=0.5)
+            record.metrics = [ROWS[0] | {"iter": step, "val_accuracy": 0.9 * (step == first)}
+                              for step in (1, 2)]
+            some.append(record)
+    lines, out = compare_these(some)
+    found = [lines[mixer]["steps_to_learn"] for mixer in steps]
+    assert found == ["2", "", ""] and "steps to 0.9" in out
+
+
 def test_a_recall_task_has_no_margin_and_is_solved_by_some_seeds(compare_these):
     some = []
     for mixer, accuracies in (("softmax", (0.99, 0.95, 0.9499)), ("lln", (0.1, 0.1, 0.1))):
@@ -490,12 +506,21 @@ def test_notes_name_seeds_that_the_baseline_lacks_and_blocks_that_go_together(co
     for record in some:
         record.scores["by_block"] = np.repeat(record.scores["by_block"], 4).tolist()
     _, out = compare_these(some)
-    assert "by more than chance: lln +0." in out
+    assert "so 8 long stretches are compared (autocorrelation of the blocks: lln +0." in out
 
 
 # -- pictures -----------------------------------------------------------------------------------
 
 DRAW = compare.plots.draw
+
+
+class Stateless(torch.nn.Linear):
+    """A mixer that does not say what its state takes."""
+    def __init__(self, config, layer):
+        super().__init__(config.n_embd, config.n_embd)
+
+    def forward(self, x, state=None):
+        return super().forward(x), state
 
 
 @pytest.fixture
@@ -511,8 +536,19 @@ def drawn(compare_these, monkeypatch):
     return figures
 
 
-def legend_of(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+def words_of(figure):
+    """All text of a figure but the ticks'."""
+    found = [figure.get_suptitle(), figure.get_supxlabel()]
+    for ax in figure.axes:
+        found += [ax.get_title(), ax.get_xlabel(), *(text.get_text() for text in ax.texts)]
+    return found
+
+
+def boxes_of(ax):
+    """Where the texts of an axes stand once it is drawn, without lines that lead to them: [(left,
+    bottom, right, top)]."""
+    ax.figure.draw_without_rendering()
+    return [tuple(Text.get_window_extent(text).extents) for text in ax.texts if text.get_text()]
 
 
 def test_every_picture_says_of_what_it_is_and_shows_what_needs_no_model(compare_these, drawn):
@@ -523,18 +559,52 @@ def test_every_picture_says_of_what_it_is_and_shows_what_needs_no_model(compare_
         assert title == "made_up, 2 steps, 5 seeds", name
     for name in ("verdicts.png", "loss.png", "position.png"):
         figure = drawn[name]
-        [unigram, grams] = [text for text in legend_of(figure) if "gram" in text]
-        assert unigram.startswith("unigram 3.000") and grams.startswith("5-grams 1.650"), name
+        [words] = [text for text in words_of(figure) if "gram" in text]
+        assert words.endswith("dashed: 5-grams 1.650; not in the picture: unigram 3.000"), name
         shown = {line.get_label(): line for line in figure.axes[0].get_lines()}
         across = "get_xdata" if name == "verdicts.png" else "get_ydata"
-        ends = getattr(shown[grams], across)()
-        assert list(ends) == [1.65, 1.65] and "not in the picture" not in grams
-    assert "not in the picture" in legend_of(drawn["verdicts.png"])[0]
+        assert list(getattr(shown["5-grams"], across)()) == [1.65, 1.65]
     right = [text.get_text() for text in drawn["verdicts.png"].axes[1].get_yticklabels()]
     assert right[0].endswith(" better") and right[1] == "baseline"
     for name in ("loss.png", "position.png"):
         colours = {line.get_label(): line.get_color() for line in drawn[name].axes[0].get_lines()}
-        assert colours["softmax"] == "black" != colours["lln"]
+        assert colours["softmax"] == "black" and colours["lln"] == colour_of("lln")
+
+
+def test_many_arms_have_panels_of_their_own_and_labels_that_keep_clear(
+        compare_these, drawn, monkeypatch):
+    """And what is far above, or has no bytes of state, is named."""
+    mixers = sorted(MIXERS)[:4] + ["softmax", "softmax,lln", "stateless"]
+    monkeypatch.setitem(MIXERS, "stateless", Stateless)
+    some = [of_blocks(mixer, i / 300) for i, mixer in enumerate(mixers)]
+    compare_these(sum(some, []) + of_blocks("pelican", 2.0))
+    labels = {mixer.replace(",", "+"): mixer for mixer in [*mixers, "pelican"]}
+    panels = [ax for ax in drawn["position.png"].axes if ax.get_title()]
+    assert sorted(ax.get_title() for ax in panels) == sorted(labels)
+    for ax in panels:
+        own = {line.get_label(): line.get_color() for line in ax.get_lines()}[ax.get_title()]
+        black = ax.get_title() == "softmax"
+        assert own == ("black" if black else colour_of(labels[ax.get_title()]))
+    assert "missing, as their state_bytes are not known: stateless" in "".join(
+        words_of(drawn["state.png"]))
+    assert any(word.startswith("pelican 3.7") for word in words_of(drawn["state.png"]))
+    for name in ("state.png", "loss.png"):
+        for ax in drawn[name].axes:
+            boxes = boxes_of(ax)
+            assert len(boxes) >= 6, name
+            for i, box in enumerate(boxes):
+                assert not any(overlap(box, other) for other in boxes[:i]), (name, i)
+                assert box[0] > 0 and box[2] < ax.figure.bbox.x1, (name, i)
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [0.0, 0.1, 9.0], [5.0, 4.9, 5.1, 0.0]])
+def test_labels_are_spread_no_further_than_they_must_be(values):
+    placed = spread(values, 1.0, 0.0, 10.0)
+    assert np.diff(sorted(placed)).min() > 1 - 1e-9 and 0 <= placed.min() <= placed.max() <= 10
+    order = np.argsort(values, kind="stable")
+    assert np.array_equal(np.argsort(placed, kind="stable"), order)
+    free = [i for i in order if min(abs(v - values[i]) for j, v in enumerate(values) if j != i) > 3]
+    assert all(placed[i] == pytest.approx(values[i]) for i in free)
 
 
 def test_the_rates_are_drawn_with_the_chosen_one_ringed(compare_these, drawn):
@@ -548,52 +618,64 @@ def test_the_rates_are_drawn_with_the_chosen_one_ringed(compare_these, drawn):
     for line in ax.get_lines():
         points = list(zip(np.atleast_1d(line.get_xdata()), np.atleast_1d(line.get_ydata())))
         marks.setdefault(line.get_marker(), []).append(points)
-    assert ax.get_xscale() == "log" and legend_of(drawn["rates.png"]) == ["lln", "softmax"]
+    assert ax.get_xscale() == "log"
+    assert [text.get_text() for text in ax.texts] == ["lln", "softmax"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["0.1", "0.2", "0.4"]
     assert marks["."] == [[(0.1, 1.7), (0.2, 1.6)], [(0.1, 2.0), (0.2, 1.8), (0.4, 1.9)]]
     assert marks["o"] == [[(0.2, 1.6)], [(0.2, 1.8)]] and marks["x"] == [[(0.4, 1)]]
 
 
 # -- wandb --------------------------------------------------------------------------------------
 
-def wandb_records(path):
-    """The records of a .wandb file: 7 bytes, then blocks of 32 KiB that hold pieces, each with 4
-    bytes of checksum, 2 of length and its type: whole, first, middle or last."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    content, at, whole = path.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        if 2**15 - at % 2**15 < 7:  # the rest of a block too short for a piece
-            at += 2**15 - at % 2**15
-            continue
-        length = int.from_bytes(content[at + 4:at + 6], "little")
-        kind = content[at + 6]
-        whole += content[at + 7:at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
 def recorded(folder):
-    """Of each offline wandb run below a folder: its record, and the keys and last values of its
-    history."""
+    """Of the wandb runs below a folder, which are offline: {id: what it was started as, its config,
+    history and summary (last values)}. A run that went on, to be scored say, is one."""
+    found = {}
     for path in sorted(folder.glob("**/offline-run-*/*.wandb")):
-        history, own = {}, None
+        of_run = found.setdefault(path.parent.name.rsplit("-", 1)[1],
+                                  {"run": None, "config": {}, "history": {}, "summary": {}})
         for record in wandb_records(path):
-            own = record.run if record.HasField("run") and own is None else own
-            for item in record.history.item:
-                history[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        yield own, history
+            if record.HasField("run"):
+                of_run["run"] = of_run["run"] or record.run
+                of_run["config"] |= values_of(record.run.config.update)
+            of_run["history"] |= values_of(record.history.item)
+            of_run["summary"] |= values_of(record.summary.update)
+    return list(found.values())
 
 
-def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(swept, compared):
-    runs = list(recorded(swept))
-    trainings = [(own, history) for own, history in runs if own.job_type != "comparison"]
-    assert {own.run_group for own, _ in runs} == {"swept"}
-    assert sorted(tuple(own.tags) for own, _ in trainings) == sorted(
-        (mixer, f"seed {seed}") for mixer in ("softmax", "pelican") for seed in (1, 2))
-    for own, history in trainings:
-        assert history["val_loss"] == metrics(swept / own.display_name)[-1]["val_loss"]
-    [(_, history)] = [entry for entry in runs if entry not in trainings]
+@pytest.mark.slow
+def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(home, tmp_path):
+    swept, alone = tmp_path / "swept", {"WANDB_MODE": "offline"}
+    done = run(home, "-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--wandb_log",
+               "--mixers=softmax,pelican", "--learning_rate=3e-2", "--seeds=1",
+               f"--out_dir={swept}", env=alone, timeout=900)
+    [command] = re.findall("wandb: to upload all that is offline here: wandb sync (.*)",
+                           done.stdout)
+    assert done.stdout.count("wandb sync") == 1
+    assert run(home, "-m", "tools.compare", swept, "--wandb_log", env=alone,
+               timeout=900).returncode == 0
+    every = {str(path.parent) for path in swept.glob("**/*.wandb")}
+    assert set(glob.glob(command)) == every and len(every) == 5
+
+    runs = recorded(swept)
+    trainings = [found for found in runs if found["run"].job_type != "comparison"]
+    [comparison] = [found for found in runs if found not in trainings]
+    [group] = {found["run"].run_group for found in runs}
+    assert group.startswith("swept-") and group != wandb_group(swept.parent / "a" / "swept")
+    assert sorted(tuple(found["run"].tags) for found in trainings) == [
+        ("pelican", "seed 1"), ("softmax", "seed 1")]
+    with open(swept / "compare" / "table.csv") as file:
+        lines = {line["mixer"]: line for line in csv.DictReader(file)}
+    for found in trainings:
+        folder = swept / found["run"].display_name
+        line = lines[found["config"]["mixer"]]
+        assert found["history"]["val_loss"] == metrics(folder)[-1]["val_loss"]
+        assert found["summary"]["report_loss"] == scores(folder)["report"]["loss"]
+        for name in ("parameters", "state_bytes", "flops_per_token"):
+            assert found["config"][name] == found["summary"][name] == float(line[name])
+    history, summary = comparison["history"], comparison["summary"]
     assert (history["comparison/_type"], history["loss/_type"]) == ("table-file", "image-file")
+    for mixer in ("softmax", "pelican"):
+        of_arm = comparison["config"]["arms"][mixer]
+        assert of_arm["word"] == summary[f"{mixer}/word"] == lines[mixer]["word"]
+        assert of_arm["loss"] == summary[f"{mixer}/loss"] == float(lines[mixer]["loss"])

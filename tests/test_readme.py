@@ -12,10 +12,14 @@ import pytest
 import torch
 from conftest import ROOT, copy_repository
 
+from base.command_line import parse_options
+from bench import BenchOptions
+from config import Options
 from data import load_dataset
 from mixers import MIXERS
 from tools import compare, compare_table
 from tools.records import read_records
+from tools.sweep import SweepOptions
 from tools.verdicts import MARGIN_BPB, judge
 
 SHORTER = {  # a word of a command: what is added to it
@@ -40,8 +44,8 @@ TEXT = "\n".join((ROOT / name).read_text()
                  for name in ("README.md", "docs/results.md", "docs/runs.md"))
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+def blocks(language, text=TEXT):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def commands():
@@ -128,34 +132,52 @@ def test_the_differences_of_the_headline_are_those_of_the_records(label):
     assert words in TEXT, words
 
 
-def test_the_table_with_the_convolution_is_that_of_the_records():
-    folders = [ROOT / "results/shakespeare", ROOT / "results/shakespeare_conv"]
+@pytest.mark.parametrize("name, baseline, first_cell, rows_there, told", [
+    ("shakespeare_conv", "softmax conv=4", "against softmax with convolution", 7,
+     {"mamba2": "undecided", "gated_deltanet": "worse"}),
+    ("shakespeare_positions", "softmax pos=learned", "against softmax with learned positions", 12,
+     {"causal_max": "undecided", "lln": "undecided"})])
+def test_the_tables_with_another_softmax_are_those_of_the_records(
+        name, baseline, first_cell, rows_there, told):
+    folders = [ROOT / "results/shakespeare", ROOT / "results" / name]
     of_records = compare.arms_of(compare.records_to_compare(folders, torch.device("cpu")))
-    margin = compare.margin_of(of_records, "softmax conv=4", MARGIN_BPB)
-    verdicts = compare.judge_arms(of_records, "softmax conv=4", margin)
+    margin = compare.margin_of(of_records, baseline, MARGIN_BPB)
+    verdicts = compare.judge_arms(of_records, baseline, margin)
     cells = {arm.label: compare_table.cells(
         compare.line_of(arm, verdicts[arm.label], margin)) for arm in of_records}
-    [rows] = tables("against softmax with convolution")
-    assert len(rows) == 7
+    [rows] = tables(first_cell)
+    assert len(rows) == rows_there
     for row in rows:
-        label = row.pop("against softmax with convolution")
+        label = row.pop(first_cell)
         assert row == {column: cells[label][column] for column in row}
-    for label in ("mamba2", "gated_deltanet"):
+    text = " ".join(TEXT.split())
+    for label, word in told.items():
         found = verdicts[label]
         low, high = found.difference_low, found.difference_high
-        assert f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]" in TEXT
-    assert {verdicts[label].word for label in ("gated_deltanet", "deltanet")} == {"worse"}
-    others = set(verdicts) - {row for row in ("softmax conv=4", "swa conv=4", "mamba2")}
-    undecided = {label for label in others if verdicts[label].word != "worse"}
-    assert undecided == {"linformer", "swa conv=null"}
+        assert found.word == word
+        assert f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]" in text
 
 
-def test_the_claims_in_the_readme_have_their_records_words():
-    words = re.search(r"Papers' claims there, by card:(.*?)```", TEXT, re.DOTALL).group(1)
-    stated = re.findall(r"\*\*(refuted|confirmed|undecided)\*\*", words)
-    recorded = [json.loads(path.read_text())["outcome"]
-                for path in (ROOT / "results/claims").glob("*/claim.json")]
-    assert sorted(stated) == sorted(recorded)
+def test_mamba2_asked_alone_is_as_told():
+    of_records = arms("shakespeare")
+    found = compare.judge_arms(of_records, "softmax", 0.02, comparisons=1)["mamba2"]
+    words = f"{found.difference:+.3f} [{found.difference_low:+.3f}, {found.difference_high:+.3f}]"
+    assert found.word == "better" and TEXT.count(words) == 2  # README and results.md
+
+
+def test_what_arms_gain_by_position_is_that_of_the_records():
+    losses = {}
+    for arm in arms("shakespeare"):
+        losses[arm.label] = {record.config["seed"]: record.scores["by_position"]
+                             for record in arm.records}
+    [rows] = tables("positions")
+    assert len(rows) == 4
+    for row in rows:
+        own = losses[row.pop("positions")]
+        gains = [[a - b for a, b in zip(losses["causal_max"][seed], own[seed])] for seed in own]
+        for columns, cell in row.items():
+            first, last = map(int, columns.split(" to "))
+            assert f"{mean(mean(gain[first - 1:last]) for gain in gains):+.3f}" == cell
 
 
 @pytest.mark.parametrize("mixer, rate", [("softmax", 0.008), ("mamba2", 0.004)])
@@ -229,7 +251,42 @@ def run_all(folder, some):
         if words[0] == "torchrun":
             python += ["-m", "torch.distributed.run"]
         done = subprocess.run([*python, *words[1:]], cwd=folder, capture_output=True, text=True,
-                              timeout=120)
+                              timeout=300)
         assert done.returncode == 0, (command, done.stdout[-1000:], done.stderr[-2000:])
         ran.append(command)
     return len(ran)
+
+
+@pytest.mark.slow
+def test_from_friday_to_saturday(folder):
+    """examples/README.md, with a card in miniature, so that two mixers train 2 steps thrice."""
+    card = folder / "examples" / "delta_rule.toml"
+    text = card.read_text()
+    for old, new in (("max_iters = 500", "max_iters = 2\neval_tokens = 3000\nn_layer = 1"),
+                     ("looks = [5]", "looks = [2]"), ("[4e-3, 8e-3, 16e-3]", "[8e-3]")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    card.write_text(text)
+    of_page = blocks("sh", (folder / "examples" / "README.md").read_text())
+    # a loop over the tokens takes minutes to audit; tests/test_audit.py does it in part
+    some = [line for block in of_page for line in block.splitlines() if "tools.audit" not in line]
+    assert run_all(folder, some) == len(some) == 7
+    found = json.loads((folder / "results/claims/delta_rule/claim.json").read_text())
+    assert found["outcome"] in ("confirmed", "refuted", "undecided")
+    assert {path.name for path in (folder / "out/saturday").iterdir()} >= {
+        "table.csv", "verdicts.png", "rates.png"}
+    assert "Erasing what a key held" in (folder / "out/saturday.html").read_text()
+
+
+@pytest.mark.parametrize("script, cls", [
+    ("train.py", Options), ("bench.py", BenchOptions), ("tools.sweep", SweepOptions)])
+def test_the_commands_for_gpus_are_understood(script, cls, monkeypatch):
+    """They cannot be run here: their recipes and options are read."""
+    monkeypatch.chdir(ROOT)
+    lines = [line.partition("  #")[0] for block in blocks("", (ROOT / "docs/gpu.md").read_text())
+             for line in block.splitlines() if script in line]
+    assert len(lines) >= 1
+    for line in lines:
+        words = shlex.split(line)
+        words = words[1 + next(i for i, word in enumerate(words) if script in word):]
+        parse_options(cls, words, "tests", file_class=Options, leave_out=("out_dir", "overwrite"))

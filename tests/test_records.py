@@ -3,6 +3,7 @@ line with status 2."""
 import gzip
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -314,23 +315,28 @@ def test_names_from_files_are_shown_and_not_obeyed(compared, tmp_path):
 
 # -- the terminal ---------------------------------------------------------------------------------
 
-def test_a_wide_table_is_shown_in_parts_that_fit(tmp_path):
-    """Every column once, each part beginning with the mixer, nothing cut off."""
-    arms = compare.arms_of([record(seed, mixer) for mixer in ("softmax", "linear")
-                            for seed in (1, 2)])
+@pytest.mark.parametrize("width", [80, 120, 200, 500])
+def test_a_terminal_gets_as_many_columns_as_fit(width, monkeypatch):
+    """The four that matter most always; names are cut off where they must be."""
+    long = "softmax,linear,linear,linear"
+    arms = compare.arms_of([record(seed, mixer) for mixer in ("softmax", long) for seed in (1, 2)])
     verdicts = compare.judge_arms(arms, "softmax")
+    verdicts[arms[1].label].word = "better"
     lines = [compare.line_of(arm, verdicts[arm.label]) for arm in arms]
-    whole = compare.table(lines)
-    assert compare.table_for_terminal(lines, 500) == whole
-    parts = compare.table_for_terminal(lines, 60).split("\n\n")
-    assert len(parts) > 2
-    columns = []
-    for part in parts:
-        rows = part.split("\n")
-        assert all(len(row) <= 60 for row in rows) and len(rows) == 4
-        names, _, *body = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-        assert names[0] == "mixer"
-        columns += list(zip(names, *body))[1:]
-    whole_rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in whole.split("\n")]
-    expected = list(zip(*(row for i, row in enumerate(whole_rows) if i != 1)))[1:]
-    assert columns == expected
+    shown = compare.table_for_terminal(lines, width).split("\n")
+    assert all(len(row) <= width for row in shown) and len(shown) == 3
+    head = shown[0]
+    for name in ("mixer", "loss", "minus baseline", "verdict"):
+        assert name in head
+    assert ("seeds" in head, "tokens/s" in head) == (width >= 120, width >= 200)
+    if width == 500:
+        names = re.split("  +", head)
+        whole = compare.table(lines).split("\n")[0]
+        assert names == [cell.strip() for cell in whole.split("|")[1:-1]]
+    assert "\x1b" not in "".join(shown)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[32m" in compare.table_for_terminal(lines, width)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert compare.table_for_terminal(lines, width).split("\n") == shown

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mixers.parts import decays
 from mixers.parts import recurrence as engine
 from mixers.parts.chunkwise import linear_attention
 from mixers.parts.recurrence import recurrence
@@ -140,7 +141,7 @@ def test_gradients_are_those_of_the_recurrence(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind, monkeypatch):
     monkeypatch.setattr(engine, "CHUNK", 4)
-    monkeypatch.setattr(engine, "MOST_EXPONENT", 3)
+    monkeypatch.setattr(decays, "MOST_EXPONENT", 3)
     arguments = {name: x[:1, :1].detach().requires_grad_() for name, x in inputs(kind, 9).items()}
     names = list(arguments)
     floor = -1.0 if kind == "gla" else None

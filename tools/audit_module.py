@@ -41,7 +41,8 @@ from base.options import checked, option
 from base.user_code import definition, files, in_words, users_place
 from tools.audit_answers import MEANING, judged, print_answer, report
 from tools.audit_tokens import QUESTIONS, Subject, answers
-from training.leaks import cast, difference, kind_of
+from training.contract import kind_of
+from training.leaks import cast, difference
 
 NOISE = 0.1
 LONGEST = 1030  # tokens that are asked about, unless --block_size says more

@@ -329,7 +329,7 @@ def origin(error):
     """Where an error was raised: in a user's file, or outside torch and these checks."""
     outside = [frame for frame in frames_of(error)
                if "/torch/" not in frame.filename and frame.filename != __file__]
-    return users_place(error) or last(outside)
+    return users_place(error) or last(outside).rpartition("site-packages/")[2]
 
 
 # Where a leak begins ------------------------------------------------------------------------------
@@ -385,4 +385,5 @@ def described(module):
         file = inspect.getsourcefile(forward)
     except (OSError, TypeError):
         return type(module).__name__
+    file = file.rpartition("site-packages/")[2]
     return f"{type(module).__name__}.forward, {file}, line {line}"

@@ -40,9 +40,10 @@ class Decision:
         return any(word is None or word.is_open for word in words)
 
 
-def decide(card, records, counting=None):
+def decide(card, records, counting=None, cards=1):
     """{arm: Decision} of a Card, look after look as far as the records reach.
 
+    cards: how many are to share one error.
     records: {arm: {seed: Record}}; counting: nats per token that counting reaches, or None. An arm
     that is decided at a look is not looked at again: what has run beyond says nothing more."""
     decisions = {name: Decision() for name in card.rivals()}
@@ -52,7 +53,7 @@ def decide(card, records, counting=None):
         for name, decision in decisions.items():
             own = up_to(records.get(name, {}), look)
             if baseline and own and decision.is_open(card.arms[name]):
-                look_at(card, name, decision, own, baseline, counting, look, weight)
+                look_at(card, name, decision, own, baseline, counting, look, weight / cards)
     return decisions
 
 
@@ -134,10 +135,10 @@ def together(outcomes):
 
 # As claim.json has it -------------------------------------------------------------------------
 
-def findings(card, records, counting, sizes):
+def findings(card, records, counting, sizes, cards=1):
     """The arms' part of a claim's record: {arm: {...}}, the baseline's first. sizes: {arm:
-    {"parameters", "state_bytes"}}."""
-    decisions = decide(card, records, counting)
+    {"parameters", "state_bytes"}}; cards: as for decide."""
+    decisions = decide(card, records, counting, cards)
     found = {}
     for name in [card.baseline, *card.rivals()]:
         own = list(records.get(name, {}).values())

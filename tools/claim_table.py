@@ -4,37 +4,56 @@ from base.files import shown
 from tools.claim_outcomes import findings, outcome_of_claim
 from tools.claim_record import (
     MEND, arms_of, card_in, check_against_card, read_claim_file, recorded)
-from tools.verdicts import Verdict, in_words
+from tools.verdicts import ALPHA, Verdict, in_words
 
-COLUMNS = ("claim", "arm", "predicted", "minus baseline, nats", "verdict", "seeds", "parameters",
-           "hours", "so")
+COLUMNS = ("so", "claim", "measured, minus the baseline, in nats")
 
 
 def table(rows):
-    """Rows, {column: text}, as a table in Markdown."""
+    """Rows, one a claim, {column: text}, as a table in Markdown."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
         lines.append("| " + " | ".join(cell(row.get(name, "")) for name in COLUMNS) + " |")
     return "\n".join(lines)
 
 
-def rows_of_claim(folder):
-    """The rows of a claim in the table, {column: text}, its words found anew from the records.
+def row_of_claim(folder):
+    """The row of a claim in the table, {column: text}, its words found anew from the records.
     BadInput if claim.json says otherwise."""
+    content, card, arms = read_claim(folder)
+    if not arms:
+        return row_of_card(card, "no look yet")
+    found = findings(card, arms, content["counting"], content["sizes"])
+    if words_of(found) != words_of(content["arms"]):
+        raise BadInput(f"{shown(folder)}/claim.json and the records beside it disagree; {MEND}")
+    measured = "<br>".join(measured_in_words(card, name, found) for name in card.rivals())
+    measured += f" ({sum(content['hours'].values()):.1f} hours)"
+    return row_of_card(card, outcome_of_claim(found), measured)
+
+
+def read_claim(folder):
+    """The content of claim.json, its Card, and {arm: {seed: Record}}."""
     content = read_claim_file(folder)
     card = card_in(content, folder)
     records = recorded(folder)
-    if not records:
-        return [first_cells(card, "no look yet")]
-    check_against_card(card, records)
-    found = findings(card, arms_of(records), content["counting"], content["sizes"])
-    if words_of(found) != words_of(content["arms"]):
-        raise BadInput(f"{shown(folder)}/claim.json and the records beside it disagree; {MEND}")
-    rows = []
-    for name in card.rivals():
-        first = first_cells(card, outcome_of_claim(found)) if not rows else {}
-        rows.append(first | arm_cells(card, name, found, content["hours"]))
-    return rows
+    if records:
+        check_against_card(card, records)
+    return content, card, arms_of(records)
+
+
+def together_in_words(folders):
+    """What becomes of the claims if all of them share one error; each has its own in the table."""
+    changed = []
+    for folder in folders:
+        content, card, arms = read_claim(folder)
+        if arms:
+            alone, shared = (
+                outcome_of_claim(findings(card, arms, content["counting"], content["sizes"], n))
+                for n in (1, len(folders)))
+            if shared != alone:
+                changed.append(f"{content['claim']} {shared}")
+    return (f"Each claim may err with a chance of {ALPHA:g}. If all {len(folders)} shared that: "
+            + (", ".join(changed) or "the same words") + ".")
 
 
 def words_of(found):
@@ -46,30 +65,27 @@ def words_of(found):
     return words
 
 
-def first_cells(card, outcome):
-    return {"claim": f"**{outcome}**: {card.claim} ({card.paper})"}
+def row_of_card(card, outcome, measured=""):
+    texts = (f"**{outcome}**", f"{card.claim} ({card.paper})", measured)
+    return dict(zip(COLUMNS, texts))
 
 
-def arm_cells(card, name, found, hours):
+def measured_in_words(card, name, found):
+    """An arm's verdict and what it rests on, and what was predicted, if it came otherwise."""
     arm, baseline = found[name], found[card.baseline]
-    verdict = verdict_in_words(arm)
+    words = [f"{difference_in_words(arm)} {verdict_in_words(arm)}".strip()]
+    if arm["outcome"] == "refuted" and arm["prediction"]:
+        words.append(f"predicted {arm['prediction']}")
     if arm["against_counting"]:
-        verdict += f"; against counting: {arm['against_counting']['word']}"
+        words.append(f"against counting {arm['against_counting']['word']}")
+    words += accuracies_in_words(arm, baseline)
+    if arm["against_baseline"]:
+        words.append(f"{arm['against_baseline']['seeds']} seeds")
     if arm["diverged"]:
-        verdict += f"; {arm['diverged']} of {arm['runs']} runs diverged"
-    times = ""
+        words.append(f"{arm['diverged']} of {arm['runs']} runs diverged")
     if "parameters" in baseline and "parameters" in arm:
-        times = f"{arm['parameters'] / baseline['parameters']:.3f}x"
-    return {
-        "arm": f"`{name}` against `{card.baseline}`",
-        "predicted": arm["prediction"] or "",
-        "minus baseline, nats": difference_in_words(arm) + accuracies_in_words(arm, baseline),
-        "verdict": verdict,
-        "seeds": str((arm["against_baseline"] or {}).get("seeds", "")),
-        "parameters": times,
-        "hours": f"{hours.get(name, 0):.1f}",
-        "so": arm["outcome"] or "",
-    }
+        words.append(f"{arm['parameters'] / baseline['parameters']:.3f}x the parameters")
+    return f"`{name}` against `{card.baseline}`: {'; '.join(words)}"
 
 
 def verdict_in_words(arm):
@@ -90,10 +106,10 @@ def difference_in_words(arm):
 
 
 def accuracies_in_words(arm, baseline):
-    """Of a recall task, beside the losses that the verdict is of."""
+    """Of a recall task, beside the losses that the verdict is of, a list of one text or none."""
     if arm["accuracy"] is None or baseline["accuracy"] is None:
-        return ""
-    return f"; accuracy {arm['accuracy']:.2f} against {baseline['accuracy']:.2f}"
+        return []
+    return [f"accuracy {arm['accuracy']:.2f} against {baseline['accuracy']:.2f}"]
 
 
 def cell(text):

@@ -11,8 +11,12 @@ COLOURS = (
 
 
 def colour_of(mixer):
-    """The colour of a mixer or a layer pattern, "#rrggbb"; of one that is not in the registry (a
-    user's own, or a pattern) by its name."""
+    """The colour of a mixer, "#rrggbb"; of one that is not in the registry (a user's own) by its
+    name. A layer pattern has the mean of its entries' colours."""
+    parts = mixer.replace("+", ",").split(",")
+    if len(parts) > 1:
+        colours = [bytes.fromhex(colour_of(part.strip())[1:]) for part in parts]
+        return "#" + "".join(f"{sum(shares) // len(shares):02x}" for shares in zip(*colours))
     names = list(MIXERS)
     number = names.index(mixer) if mixer in names else zlib.crc32(mixer.encode(errors="replace"))
     return COLOURS[number % len(COLOURS)]

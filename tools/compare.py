@@ -26,7 +26,6 @@ the mixers otherwise. The table's last lines are what needs no model: counting, 
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,10 +35,12 @@ from base.command_line import paths_and_options
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.files import exists, read_json, write_file, write_json, writing
 from base.options import checked, option
+from base.terminal import is_terminal, width, wrapped
 from mixers import load_mixer_file
 from tools import compare_plots as plots
 from tools.compare_arms import (
-    arms_of, block_count, is_diverged, is_held_out, is_tuning, tuning_arms_of)
+    arms_of, is_diverged, is_held_out, is_tuning, judge_arms, tuning_arms_of)
+from tools.compare_curves import View
 from tools.compare_table import (
     TableLine, csv_of, in_range, line_of, model_config_of, notes, references_of, table,
     table_for_terminal)
@@ -47,10 +48,11 @@ from tools.records import REMEDY, contents_of, holds_run, is_records_file, read_
 from tools.records import read_sweep, scored_runs
 from tools.score import scores_of
 from tools.sweep_file import read_sweep_file
-from tools.verdicts import MARGIN_BPB, judge, margin_in_nats
+from tools.verdicts import MARGIN_BPB, margin_in_nats
 from training.device import choose_device
-from training.metrics import start_wandb
+from training.metrics import start_wandb, wandb_group
 
+OF_ARMS = ("word", "loss", "difference", "parameters", "state_bytes", "flops_per_token")  # in wandb
 WHAT_TO_NAME = "name run folders, or a sweep: python -m tools.compare out/sweeps/shakespeare"
 
 
@@ -147,21 +149,6 @@ def margin_of(arms, baseline, margin_bpb):
     """The margin in nats per token; None of a recall task."""
     [arm] = [arm for arm in arms if arm.label == baseline]
     return margin_in_nats(margin_bpb, arm.steady.scores)
-
-
-def judge_arms(arms, baseline, margin=None):
-    """{label: Verdict}; margin in nats. What leaks has no word: its losses say nothing, and it is
-    no comparison that the others share the error with."""
-    blocks = block_count([record for arm in arms for record in arm.records])
-    losses = {arm.label: arm.block_losses(blocks) for arm in arms}
-    leaking = [arm.label for arm in arms if arm.leaks and arm.label != baseline]
-    honest = {label: of_arm for label, of_arm in losses.items() if label not in leaking}
-    verdicts = judge(honest, baseline, margin)
-    for label in leaking:
-        alone = judge({label: losses[label], baseline: losses[baseline]}, baseline)[label]
-        alone.word, alone.missing = "leaks", None
-        verdicts[label] = alone
-    return verdicts
 
 
 # Keeping --------------------------------------------------------------------------------------
@@ -261,6 +248,16 @@ def title_of(arms, names):
     return ", ".join(filter(None, words))
 
 
+def show(lines, references, below):
+    """Prints the table and what stands below it, in a terminal as it has room for them."""
+    if not is_terminal():
+        print(f"{table(lines, references)}\n\n{below}")
+        return
+    print(table_for_terminal(lines, width(), references), end="\n\n")
+    for note in below.split("\n"):
+        print(wrapped(note))
+
+
 @exit_on_bad_input("tools.compare")
 def main():
     names, options, _ = paths_and_options(
@@ -279,16 +276,12 @@ def main():
     lines.sort(key=by_loss)
     references = references_of(by_label[baseline])
     below = "\n".join(notes(arms, verdicts, baseline, options.margin_bpb, margin))
-    if sys.stdout.isatty():
-        print(table_for_terminal(lines, shutil.get_terminal_size().columns, references))
-    else:
-        print(table(lines, references))
-    print(f"\n{below}")
+    show(lines, references, below)
     out = folder_for(options, names[0])
     write_file(out / "table.md", f"{table(lines, references)}\n\n{below}\n".encode())
     write_file(out / "table.csv", csv_of(lines, references))
     groups = {line.mixer: by_label[line.mixer].records for line in lines}
-    view = plots.View(title_of(arms, names), groups, lines, references, baseline)
+    view = View(title_of(arms, names), groups, lines, references, baseline)
     pictures = list(plots.draw(out, view, tuning_arms_of(tuning_records(names))))
     written = ["table.md", "table.csv", *(path.name for path in pictures)]
     print(printable(f"{', '.join(written)} are in {out}"))
@@ -299,15 +292,21 @@ def main():
 
 
 def log_to_wandb(options, source, out, lines, pictures):
+    """A run beside those of the sweep: the table, the pictures, and each arm's verdict and figures
+    in config and summary."""
     import wandb
+    arms = {line.mixer: {name: getattr(line, name) for name in OF_ARMS} for line in lines}
+    config = {"baseline": options.baseline, "margin_bpb": options.margin_bpb, "arms": arms}
     run = start_wandb(options.wandb_project, f"{source.name} comparison", out,
-                      group=source.name, job_type="comparison")
+                      group=wandb_group(source), job_type="comparison", config=config)
     rows = [list(asdict(line).values()) for line in lines]
     names = [f.name for f in fields(TableLine)]
     content = {"comparison": wandb.Table(columns=names, data=rows)}
     for path in pictures:
         content[path.stem] = wandb.Image(str(path))
     run.log(content)
+    for label, values in arms.items():
+        run.summary.update({f"{label}/{name}": value for name, value in values.items()})
     run.finish()
 
 

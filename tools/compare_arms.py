@@ -8,6 +8,7 @@ from statistics import median
 from base.errors import BadInput
 from config import Options, filled_in
 from tools.sweep_runs import ASIDE
+from tools.verdicts import judge
 from training.run_folder import NOT_OPTIONS
 
 MUST_AGREE = ("dataset", "block_size", "eval_tokens")  # or the losses are not of the same thing
@@ -53,6 +54,17 @@ class Arm:
     def block_losses(self, blocks):
         """{seed: losses of so many blocks of text, in nats}."""
         return {seed_of(record): block_losses(record, blocks) for record in self.records}
+
+    def steps_to(self, accuracy):
+        """The steps after which each seed's accuracy on the validation split was first that high,
+        None where it never was; [] of a text."""
+        steps = []
+        for record in self.records:
+            rows = [row for row in record.metrics if row.get("val_accuracy") is not None]
+            if rows:
+                reached = [row["iter"] for row in rows if row["val_accuracy"] >= accuracy]
+                steps.append(min(reached, default=None))
+        return steps
 
     def measured(self, key, choose):
         """The median over the seeds of choose(that figure of all rows of a run), or None."""
@@ -101,6 +113,21 @@ def block_count(records):
         raise BadInput("the runs were scored on different parts of the validation text (earlier "
                        "versions took its second half): compare those of one version")
     return max({1} | counts)
+
+
+def judge_arms(arms, baseline, margin=None, comparisons=None):
+    """{label: Verdict}; margin in nats, comparisons as for judge. What leaks has no word: its
+    losses say nothing, and it is no comparison that the others share the error with."""
+    blocks = block_count([record for arm in arms for record in arm.records])
+    losses = {arm.label: arm.block_losses(blocks) for arm in arms}
+    leaking = [arm.label for arm in arms if arm.leaks and arm.label != baseline]
+    honest = {label: of_arm for label, of_arm in losses.items() if label not in leaking}
+    verdicts = judge(honest, baseline, margin, comparisons)
+    for label in leaking:
+        alone = judge({label: losses[label], baseline: losses[baseline]}, baseline)[label]
+        alone.word, alone.missing = "leaks", None
+        verdicts[label] = alone
+    return verdicts
 
 
 def setting(record, option_name):
@@ -214,9 +241,18 @@ def check_seeds(records):
 
 
 def label_of(arm, arms):
-    """The mixer's name, and the options in which the arms of that mixer differ."""
-    words = [arm.mixer.replace(",", "+")]
-    for name, value in arm.settings.items():
-        if any(other.mixer == arm.mixer and other.settings[name] != value for other in arms):
-            words.append(f"{name}={value}")
-    return " ".join(words)
+    """The mixer's name, and the options in which the arms of that mixer differ; the learning rate
+    only where nothing else tells them apart, as each may have its own."""
+    same = [other for other in arms if other.mixer == arm.mixer]
+    names = [name for name in arm.settings if len({other.settings[name] for other in same}) > 1]
+    others = [name for name in names if name != "learning_rate"]
+    if len({tuple(other.settings[name] for name in others) for other in same}) == len(same):
+        names = others
+    values = [f"{name}={without_quotes(arm.settings[name])}" for name in names]
+    return " ".join([arm.mixer.replace(",", "+"), *values])
+
+
+def without_quotes(value):
+    """An option's value, JSON, as a label has it."""
+    read = json.loads(value)
+    return read if isinstance(read, str) and read else value

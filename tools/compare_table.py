@@ -2,6 +2,7 @@
 what stands below."""
 import csv
 import io
+import math
 from dataclasses import asdict, dataclass, fields
 from statistics import mean, median
 from typing import Optional
@@ -9,15 +10,23 @@ from typing import Optional
 import torch
 
 from base.errors import BadInput, printable
+from base.terminal import coloured, fitting
 from mixers import has_effect
 from model import GPT, model_config
+from tools.compare_arms import judge_arms
 from tools.ngrams import reference_lines
 from tools.records import is_records_file
 from tools.score import DTYPES
-from tools.verdicts import ALPHA, in_words, interval, margin_in_nats
+from tools.verdicts import ALPHA, STRETCHES, in_words, interval, margin_in_nats
 
 LARGEST = 2**31  # parameters of a model that is built to be counted
 SOLVED = 0.95    # the accuracy from which on a seed has solved a recall task
+LEARNED = 0.9    # that which says when it was learned
+LEFT = ("mixer", "verdict")  # columns of text
+SECOND = ("seeds", "solved", f"steps to {LEARNED}", "lr", "parameters", "bits/byte", "state bytes",
+          "MFLOP/token", "tokens/s")  # what a terminal shows beside the four that matter most
+COLOURS = {"better": "green", "worse": "red", "equivalent": "blue", "leaks": "red",
+           "undecided": "quiet", "one seed": "quiet"}  # of verdicts, in a terminal
 
 
 # The lines ------------------------------------------------------------------------------------
@@ -44,6 +53,7 @@ class TableLine:
     accuracy: Optional[float]
     accuracy_interval: Optional[float]
     solved: Optional[int]      # seeds, of a recall task
+    steps_to_learn: Optional[float]  # the median seed's, to LEARNED; None if it never did
     difference: float          # of the seeds that the baseline has too
     difference_low: Optional[float]
     difference_high: Optional[float]
@@ -83,6 +93,7 @@ def line_of(arm, verdict, margin=None):
         accuracy=accuracy,
         accuracy_interval=accuracy_interval,
         solved=None if accuracy is None else sum(a >= SOLVED for a in accuracies),
+        steps_to_learn=median_or_never(arm.steps_to(LEARNED)),
         difference=verdict.difference,
         difference_low=verdict.difference_low,
         difference_high=verdict.difference_high,
@@ -113,6 +124,12 @@ def build(config, record):
                        "and is not built to be compared; leave it out")
     with torch.random.fork_rng():
         return GPT(config)
+
+
+def median_or_never(steps):
+    """The median of steps, of which None is never, or None if that is never, or there are none."""
+    middle = median(math.inf if s is None else s for s in steps) if steps else math.inf
+    return None if math.isinf(middle) else middle
 
 
 def mean_and_interval(values):
@@ -165,6 +182,7 @@ def cells(line):
         "bits/byte": with_interval(line.bpb, line.bpb_interval),
         "accuracy": with_interval(line.accuracy, line.accuracy_interval),
         "solved": "n/a" if line.solved is None else f"{line.solved}/{line.seeds}",
+        f"steps to {LEARNED}": in_units(line.steps_to_learn, ",.0f"),
         "minus baseline": difference,
         "verdict": in_words(line),
     }
@@ -192,48 +210,78 @@ def with_interval(value, half_width):
 
 
 def columns_of(lines, references=()):
-    """The table by columns, {name: its texts from the header down}, each padded to one width; the
-    second text is Markdown's rule. Columns that say nothing are left out."""
+    """The table by columns, {name: its texts from the header down}, each padded to one width.
+    Columns that say nothing are left out."""
     rows = [cells(line) for line in lines]
-    below = [reference_cells(reference) for reference in references]
+    names = [name for name in rows[0] if {row[name] for row in rows} != {"n/a"}]
+    return padded(rows + [reference_cells(reference) for reference in references], names)
+
+
+def padded(rows, names):
+    """Rows, {column: text}, by columns, {name: texts from the header down, of one width}."""
     columns = {}
-    for name in rows[0]:
-        texts = [row[name] for row in rows]
-        if set(texts) == {"n/a"}:
-            continue
-        texts += [row.get(name, "") for row in below]
-        width = max(map(len, [name, *texts]))
-        if name in ("mixer", "verdict"):
-            padded = [text.ljust(width) for text in [name, *texts]]
-            rule = "-" * width
-        else:
-            padded = [text.rjust(width) for text in [name, *texts]]
-            rule = "-" * (width - 1) + ":"
-        columns[name] = [padded[0], rule, *padded[1:]]
+    for name in names:
+        texts = [name, *(row.get(name, "") for row in rows)]
+        width = max(map(len, texts))
+        left = name in LEFT
+        columns[name] = [text.ljust(width) if left else text.rjust(width) for text in texts]
     return columns
 
 
 def table(lines, references=()):
     """The TableLines, then the References, as a Markdown table, aligned."""
-    return markdown(columns_of(lines, references).values())
-
-
-def markdown(columns):
+    columns = []
+    for name, texts in columns_of(lines, references).items():
+        width = len(texts[0])
+        rule = "-" * width if name in LEFT else "-" * (width - 1) + ":"
+        columns.append([texts[0], rule, *texts[1:]])
     return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns))
 
 
 def table_for_terminal(lines, width, references=()):
-    """The table in as many parts, one below the other, as it takes to fit into `width` characters;
-    each begins with the mixer."""
-    mixer, *columns = columns_of(lines, references).values()
-    parts, part = [], [mixer]
-    for column in columns:
-        if len(part) > 1 and sum(len(c[0]) + 3 for c in [*part, column]) + 1 > width:
-            parts.append(part)
-            part = [mixer]
-        part.append(column)
-    parts.append(part)
-    return "\n\n".join(map(markdown, parts))
+    """The table in `width` characters: mixer, loss, difference and verdict, as short as they must
+    be, and then as many of the other columns as there is room for. Verdicts are in colour."""
+    columns = columns_of(lines, references)
+    reached = "report loss" if lines[0].accuracy is None else "accuracy"
+    first = ("mixer", reached, "minus baseline", "verdict")
+    names = fitting({name: len(columns[name][0]) for name in columns}, width, (*first, *SECOND))
+    if not set(first) <= set(names):
+        columns = short_columns(lines, references, width)
+        names = list(columns)
+    words = [None, *(line.word for line in lines), *(None for _ in references)]
+    rows = []
+    for row, word in zip(zip(*(columns[name] for name in names)), words):
+        cells_of_row = dict(zip(names, row))
+        cells_of_row["verdict"] = coloured(cells_of_row["verdict"], COLOURS.get(word))
+        rows.append("  ".join(cells_of_row.values()).rstrip())
+    return "\n".join(rows)
+
+
+def short_columns(lines, references, width):
+    """The four columns that matter most: figures without their intervals or with fewer digits,
+    names cut off where they must be."""
+    reached = "loss" if lines[0].accuracy is None else "accuracy"
+    rows = []
+    for line in lines:
+        value = line.loss if line.accuracy is None else line.accuracy
+        difference = f"{line.difference:+.3f}"
+        if line.difference_low is not None:
+            difference += f" [{line.difference_low:+.3f}, {line.difference_high:+.3f}]"
+        rows.append({"mixer": printable(line.mixer), reached: f"{value:.4f}",
+                     "minus baseline": difference, "verdict": in_words(line)})
+    for row in map(reference_cells, references):
+        rows.append(row | {"loss": row["report loss"]})
+    columns = padded(rows, ("mixer", reached, "minus baseline", "verdict"))
+    others = sum(len(columns[name][0]) + 2 for name in columns if name != "mixer")
+    room = max(10, width - others)
+    if len(columns["mixer"][0]) > room:
+        columns["mixer"] = [cut(text, room) for text in columns["mixer"]]
+    return columns
+
+
+def cut(text, room):
+    text = text.rstrip()
+    return text.ljust(room) if len(text) <= room else text[:room - 1] + "…"
 
 
 def csv_of(lines, references=()):
@@ -261,7 +309,20 @@ def notes(arms, verdicts, baseline, margin_bpb, margin):
                  "for speed see bench.py")
     for name in arms[0].settings:
         found.append(f"not equal: {name} is {values_in_words(arms, name)}")
+    found += asked_alone(arms, verdicts, baseline, margin)
     return [printable(note) for note in found + what_to_know(arms, verdicts, baseline)]
+
+
+def asked_alone(arms, verdicts, baseline, margin):
+    """The arms that would have another word if each were the only one compared, and which; a list
+    of one note or none."""
+    words = {}
+    for label, alone in judge_arms(arms, baseline, margin, comparisons=1).items():
+        if alone.word != verdicts[label].word:
+            interval = f"[{alone.difference_low:+.4f}, {alone.difference_high:+.4f}]"
+            words.setdefault(alone.word, []).append(f"{label} {interval}")
+    texts = [f"{word}: {', '.join(labels)}" for word, labels in words.items()]
+    return ["asked alone, with the whole error for each: " + "; ".join(texts)] if texts else []
 
 
 def how_it_was_judged(arms, verdicts, baseline, is_text):
@@ -289,10 +350,10 @@ def what_to_know(arms, verdicts, baseline):
     """The notes on arms whose figures need one."""
     found = []
     together = [f"{label} {verdict.autocorrelation:+.2f}" for label, verdict in verdicts.items()
-                if verdict.blocks_go_together]
+                if verdict.joined]
     if together:
-        found.append("neighbouring blocks of text differ alike (+: the interval is too narrow) or "
-                     f"oppositely (-), by more than chance: {', '.join(together)}")
+        found.append(f"neighbouring blocks of text differ alike, so {STRETCHES} long stretches are "
+                     f"compared (autocorrelation of the blocks: {', '.join(together)})")
     alone = [f"{arm.label} {verdicts[arm.label].seeds} of {len(arm.records)}" for arm in arms
              if verdicts[arm.label].seeds < len(arm.records)]
     if alone:

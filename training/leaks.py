@@ -7,8 +7,8 @@ Everything is measured on the CPU, on a copy: of the model itself nothing change
 torch's random numbers. Mostly in float64, where rounding hides nothing, but also in the precision
 of training, for which a mixer may have other code. B batch, T time, C channels.
 """
+import contextlib
 import copy
-import inspect
 import math
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.errors import BadInput
-from base.user_code import definition
-from mixers import MIXERS, layer_mixers
+from mixers import layer_mixers
+from training.contract import check_forward
 
 HUGE = 1e4  # factor on later tokens: enough for a maximum over them to push earlier rows to 0/0
 SHORT = 71  # tokens: a chunk of 64 and a bit
@@ -27,11 +27,11 @@ SHORT = 71  # tokens: a chunk of 64 and a bit
 # (of the gradient: of the largest gradient). Rounding in float64 is 1e-16; products of HUGE
 # numbers, and sums of other lengths, round to more.
 KINDS = {
-    "repeat": ("the same call gives another output after other calls", 1e-9),
-    "rows": ("an output depends on another sequence of the batch", 1e-9),
-    "suffix": ("an output depends on a later token", 1e-9),
-    "gradient": ("an output's gradient reaches a later token", 1e-9),
-    "length": ("an output depends on how long the sequence is", 1e-6),
+    "repeat": ("the same call gives another output after other calls", 1e-12),
+    "rows": ("an output depends on another sequence of the batch", 1e-12),
+    "suffix": ("an output depends on a later token", 1e-12),
+    "gradient": ("an output's gradient reaches a later token", 1e-12),
+    "length": ("an output depends on how long the sequence is", 1e-9),
     "huge": (f"a later token of {HUGE:,.0f} times the usual size changes an earlier output", 1e-5),
 }
 
@@ -102,90 +102,51 @@ def parts(model):
     return found
 
 
-def call(module, x, autocast=False):
+def call(module, x, autocast=False, still=False):
     """The outputs (B, T, .) of a mixer or model, (y, anything) = module(x), which may write into x.
 
-    Dropout, if there is any, always drops the same."""
+    Dropout, if there is any, always drops the same; with `still` it drops nothing."""
+    chance = Chance(still=True) if still else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         torch.default_generator.manual_seed(0)
-        return module(x.clone())[0]
+        with chance:
+            return module(x.clone())[0]
 
 
-# The contract -------------------------------------------------------------------------------------
+class Chance(TorchDispatchMode):
+    """Notes the sizes of all random numbers that are drawn. still: every number drawn is 0.4 (true,
+    where it is a decision to keep), so that outputs do not depend on how many are."""
 
-def check_builders(mixer):
-    """BadInput if a builder cannot be called as builder(config, layer)."""
-    for name in layer_mixers(mixer):
-        builder = MIXERS[name]
-        if builder is None:
-            continue
-        try:
-            inspect.signature(builder).bind("config", "layer")
-        except TypeError as error:
-            code = builder.__init__ if isinstance(builder, type) else builder
-            raise BadInput(f"mixer {name}: its builder must take (config, layer): {error} "
-                           f"({definition(code)})") from error
+    def __init__(self, still=False):
+        super().__init__()
+        self.still = still
+        self.drawn = []
 
-
-def check_forward(model, dtype=torch.float64):
-    """BadInput, with the place in the user's file, unless each mixer of a GPT on the CPU is what
-    mixers/__init__.py asks for: an nn.Module with forward(x, state=None) -> (y, state), y shaped
-    like x. What a mixer raises passes through; only with a state it may raise, since a mixer that
-    cannot decode may train."""
-    names = layer_mixers(model.config.mixer, model.config.n_layer)
-    for name, block in zip(names, model.blocks):
-        mixer = block.mixer
-        if MIXERS[name] is None:
-            continue
-        if not isinstance(mixer, nn.Module):
-            raise BadInput(f"mixer {name}: its builder must return an nn.Module, "
-                           f"not {kind_of(mixer)}")
-        where = definition(type(mixer).forward)
-        check_signature(name, mixer, where)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, 5, model.config.n_embd, generator=generator).to(dtype)
-        with torch.no_grad():
-            returned = mixer(x.clone())
-            check_returned(name, x, returned, where)
-            try:
-                returned = mixer(x.clone(), returned[1])
-            except Exception:
-                continue
-            check_returned(name, x, returned, where)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name
+        if name == "aten::dropout" and self.still:  # whole, in inference mode
+            self.drawn.append(args[0].shape)
+            return args[0].clone()
+        result = function(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded not in function.tags or "fused" in name:
+            return result
+        outputs = result if isinstance(result, tuple) else (result,)
+        # what a generator of the mixer's own gives differs from call to call
+        self.drawn.append(object() if kwargs.get("generator") else outputs[0].shape)
+        if self.still and name == "aten::native_dropout":
+            return args[0].clone(), torch.ones_like(outputs[1])
+        if self.still:
+            keeps = "bernoulli" in name
+            outputs[0].fill_(1 if keeps or not outputs[0].is_floating_point() else 0.4)
+        return result
 
 
-def check_signature(name, mixer, where):
-    signature = inspect.signature(mixer.forward)
-    try:
-        signature.bind("x")
-        signature.bind("x", "state")
-    except TypeError as error:
-        raise BadInput(f"mixer {name}: forward must be forward(self, x, state=None), "
-                       f"and takes {signature} ({where})") from error
-
-
-def check_returned(name, x, returned, where):
-    """BadInput unless what forward returned for x (B, T, C) is (y, state), y a tensor that can be
-    added to x."""
-    wrong = None
-    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-        wrong = f"it returned {kind_of(returned)}"
-    elif not isinstance(returned[0], torch.Tensor) or returned[0].shape != x.shape:
-        wrong = f"y is {kind_of(returned[0])}"
-    elif torch.promote_types(returned[0].dtype, x.dtype) != x.dtype:
-        wrong = f"x is {x.dtype}, y {returned[0].dtype}: cast it, y.to(x.dtype)"
-    if wrong:
-        raise BadInput(f"mixer {name}: forward must return (y, state), y shaped like x; "
-                       f"for x {tuple(x.shape)} {wrong} ({where})")
-
-
-def kind_of(value):
-    """"a tensor (2, 5, 32)", "3 values", "None", "a dict"."""
-    if isinstance(value, torch.Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"{len(value)} values"
-    return "None" if value is None else f"a {type(value).__name__}"
+def drawn(module, x):
+    """The sizes of the random numbers that a module draws for x (B, T, C)."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), Chance() as chance:
+        module(x.clone())
+    return chance.drawn
 
 
 # Questions ----------------------------------------------------------------------------------------
@@ -210,21 +171,19 @@ def share(part, whole):
 
 
 class Narrowing(TorchDispatchMode):
-    """Notes whether any result of float32 or less, with an entry per token at least, came from
-    numbers of float64."""
+    """Counts the entries of results of float32 or less that came from numbers of float64."""
 
-    def __init__(self, tokens):
+    def __init__(self):
         super().__init__()
-        self.tokens = tokens
-        self.found = False
+        self.entries = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         wide = any(is_wide(value) for value in (*args, *kwargs.values()))
         result = function(*args, **kwargs)
-        if wide and isinstance(result, torch.Tensor) and result.numel() >= self.tokens:
-            inexact = result.is_floating_point() or result.is_complex()
-            self.found = self.found or inexact and not is_wide(result)
+        if wide and isinstance(result, torch.Tensor) and not is_wide(result):
+            if result.is_floating_point() or result.is_complex():
+                self.entries += result.numel()
         return result
 
 
@@ -237,37 +196,37 @@ def precision_within(module, x):
     float32 or less although x is float64. Differences within that are rounding."""
     if x.dtype != torch.float64:
         return x.dtype
-    with torch.no_grad(), Narrowing(x.size(0) * x.size(1)) as narrowing:
+    with torch.no_grad(), Narrowing() as narrowing:
         call(module, x)
-    return torch.float32 if narrowing.found else torch.float64
+    # an entry per token at least, at once or token by token
+    return torch.float32 if narrowing.entries >= x.size(0) * x.size(1) else torch.float64
 
 
-def draws(module, x):
-    """Whether a module draws from torch's random numbers: then other lengths see others."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        before = torch.get_rng_state()
-        module(x.clone())
-        return not torch.equal(torch.get_rng_state(), before)
-
-
-def leaks(module, x, cuts, lengths=True, huge=True, autocast=False):
+def leaks(module, x, cuts, lengths=True, huge=True, autocast=False, other=None):
     """The size of each kind of leak: kind -> size, to be held against KINDS. x (1 + len(cuts), T,
     C).
 
-    Row i + 1 changes from token cuts[i] on, row 0 nowhere; so two calls tell what all rows, before
-    their cuts, depend on. lengths: also whether beginnings of row 0 alone are those of the whole;
-    not asked in training of what draws random numbers. huge: also with HUGE changes; of little use
-    behind a norm. autocast: of the forward pass to bfloat16, as in training."""
+    Row i + 1 changes from token cuts[i] on, to `other` (as x; by default normal numbers), row 0
+    nowhere; so two calls tell what all rows, before their cuts, depend on. lengths: also whether
+    beginnings of row 0 alone are those of the whole. huge: also with HUGE changes; of little use
+    behind a norm. autocast: of the forward pass to bfloat16, as in training.
+
+    In training random numbers stand still where how many are drawn depends on what is asked."""
     B, T, _ = x.shape
     later = torch.arange(T) >= torch.tensor([T, *cuts])[:, None]  # (B, T)
     first = torch.arange(B)[:, None].expand(B, T) == 0
     earlier = ~later & ~first
     generator = torch.Generator().manual_seed(1)
-    other = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    normal = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    other = normal if other is None else other
     sizes = {}
 
-    x = x.detach().requires_grad_()
-    y = call(module, x, autocast)
+    x = x.detach()
+    changed = torch.where(later[..., None], other, x)
+    draws = drawn(module, x) if module.training else []
+    still = bool(draws) and drawn(module, changed) != draws
+    x.requires_grad_()
+    y = call(module, x, autocast, still)
     if y.requires_grad:
         seen = y[earlier]
         direction = torch.randn(seen.shape, generator=generator, dtype=y.dtype)
@@ -277,22 +236,48 @@ def leaks(module, x, cuts, lengths=True, huge=True, autocast=False):
 
     x, y = x.detach(), y.detach()
     with torch.no_grad():
-        moved = difference(call(module, torch.where(later[..., None], other, x), autocast), y)
+        moved = difference(call(module, changed, autocast, still), y)
         sizes["rows"] = moved[first].max().item()
         sizes["suffix"] = moved[earlier].max().item()
         # row 0 was the same in both calls
         sizes["repeat"] = sizes["rows"]
         if leaking(sizes):
-            sizes["repeat"] = difference(call(module, x, autocast), y).max().item()
+            sizes["repeat"] = difference(call(module, x, autocast, still), y).max().item()
         if huge:
-            changed = torch.where(later[..., None], HUGE * other, x)
-            sizes["huge"] = difference(call(module, changed, autocast), y)[~later].max().item()
-        if lengths and not (module.training and draws(module, x)):
+            changed = torch.where(later[..., None], HUGE * normal, x)
+            sizes["huge"] = difference(call(module, changed, autocast, still), y)[~later].max()
+            sizes["huge"] = sizes["huge"].item()
+        if lengths:
+            if draws and not still:
+                y = call(module, x, autocast, still=True)
             sizes["length"] = 0.0
             for t in cuts:
-                moved = difference(call(module, x[:1, :t], autocast), y[:1, :t])
+                moved = difference(call(module, x[:1, :t], autocast, bool(draws)), y[:1, :t])
+                moved = beyond_rounding(module, x[:1, :t], moved, limit("length"))
                 sizes["length"] = max(sizes["length"], moved.max().item())
     return sizes
+
+
+def sensitivity(module, x, draws=6):
+    """By how much rounding the inputs x (B, T, C) moves the outputs of each row, (B, 1): what is
+    not smooth there, as a choice of the largest among equals, differs by as much with the order of
+    sums."""
+    with torch.no_grad():
+        y = call(module, x)
+        most = torch.zeros(x.size(0), dtype=x.dtype)
+        for seed in range(draws):
+            generator = torch.Generator().manual_seed(seed)
+            jitter = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            near = x * (1 + 4 * torch.finfo(x.dtype).eps * jitter)
+            most = torch.maximum(most, difference(call(module, near), y).amax(1).to(x.dtype))
+    return most[:, None]
+
+
+def beyond_rounding(module, x, moved, limit):
+    """`moved` (B, T) without what rounding moves as far. limit: above which it matters."""
+    if moved.max() <= limit:
+        return moved
+    return moved.masked_fill(moved <= 100 * sensitivity(module, x), 0)
 
 
 @dataclass
@@ -321,17 +306,19 @@ class Probe:
         return leaking(sizes, self.precision)
 
 
-def probes(model, dtype):
+def probes(model, dtype, trained):
     """Every question that find_leak asks: of the model, and of its parts, which are then named
     rather than the model.
 
     With noise on the weights in both modes, one with the other's sign, since a weight that starts
-    at zero hides what it scales; then with the weights as they are."""
+    at zero hides what it scales; then with the weights as they are, which are all there is to ask
+    of a trained model."""
     config = model.config
     short = min(config.block_size, SHORT)
     borders = {config.n_embd // config.n_head, 64, short // 2, short - 1}
     long = config.block_size
-    for training, noise in ((True, 0.1), (False, -0.1), (False, 0)):
+    fresh = ((True, 0.1), (False, -0.1), (False, 0))
+    for training, noise in ((True, 0), (False, 0)) if trained else fresh:
         bare = bare_copy(model, noise).train(training)
         yield Probe("the model", bare, short, borders, huge=False)
         for name, part in parts(bare).items():
@@ -341,15 +328,16 @@ def probes(model, dtype):
             yield Probe(name, part, long, {long // 2, long - 1}, dtype, lengths=False, huge=False)
 
 
-def find_leak(model, dtype=torch.float32):
+def find_leak(model, dtype=torch.float32, trained=False):
     """What leaks in a GPT, "mixer lln: an output depends on a later token", or None. dtype: of its
-    heavy operations. BadInput, with the place, if a mixer's forward does not return (y, state).
+    heavy operations; trained: at the end of a run. BadInput, with the place, if a mixer's forward
+    does not return (y, state).
 
     In float64 it asks about a sequence of a chunk of 64 and a bit, if block_size lets it; in the
     run's precision about one of block_size tokens."""
     check_forward(bare_copy(model, noise=0).eval())
     where = {}  # kind -> where it was found, in a part if it is in one
-    for probe in probes(model, dtype):
+    for probe in probes(model, dtype, trained):
         for kind in probe.found(model.config.n_embd):
             if probe.where != "the model" or kind not in where:
                 where[kind] = probe.where
@@ -357,3 +345,27 @@ def find_leak(model, dtype=torch.float32):
         if kind in where:
             return f"{where[kind]}: {what}"
     return None
+
+
+def refuse_leaks(model, options, trained=False):
+    """BadInput if an output of the model sees what it must not: its losses would mean nothing. With
+    allow_leak, one line."""
+    try:
+        leak = find_leak(model, getattr(torch, options.dtype), trained)
+    except BadInput:  # it cannot be trained at all
+        raise
+    except Exception as error:  # of a mixer for GPUs alone, say
+        name = f"mixer {options.mixer} could not be checked"
+        if not options.allow_leak:
+            error.add_note(f"{name} for leaks, in float64 on the CPU; "
+                           "--allow_leak trains it unchecked")
+            raise
+        reason = " ".join(str(error).split())[:200]
+        leak = f"{name}, {type(error).__name__}: {reason}"
+    if leak and not options.allow_leak:
+        mixer_file = f" --mixer_file={options.mixer_file}" if options.mixer_file else ""
+        audit = f"python -m tools.audit{mixer_file} --mixer={options.mixer}"
+        raise BadInput(f"{leak}; so nothing is reported. `{audit}` says more; "
+                       "--allow_leak trains it all the same")
+    if leak:
+        print(f"warning    {leak}; its losses may not be compared", flush=True)

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mixers.parts.products import fast_products
 from mixers.parts.recurrence import recurrence
 
 CHUNK = 64  # tokens; of 32, 64, 128 and 256 the fastest at D = 32 and 64
@@ -118,23 +119,20 @@ def chunkwise(a, b, v, state, alone):
             x = F.pad(x, (0, 0, 0, padding), value=fill)
         return x.reshape(B * H, N, c, -1)
 
-    # a column of ones: its sums are the rows' totals, and z
-    v1 = torch.cat([v, torch.ones_like(v[..., :1])], dim=3)
-    S1 = torch.cat([state.S, state.z[..., None]], dim=3)
-    a, b, v1 = cut(a, 0.0), cut(b, -math.inf), cut(v1, 0.0)
-    y, S1, m = Chunkwise.apply(a, b, v1, S1.flatten(0, 1), state.m.flatten(0, 1), alone)
-    S1, m = S1.unflatten(0, (B, H)), m.unflatten(0, (B, H))
-    y = y.reshape(B, H, N * c, -1)[:, :, :T]
-    return y, LinearState(S1[..., :-1], S1[..., -1], m)
+    a, b, v = cut(a, 0.0), cut(b, -math.inf), cut(v, 0.0)
+    S, z, m = (x.flatten(0, 1) for x in state)
+    with fast_products():
+        y, S, z, m = Chunkwise.apply(a, b, v, S, z[..., None], m, alone)
+    S, z, m = (x.unflatten(0, (B, H)) for x in (S, z[..., 0], m))
+    return y.reshape(B, H, N * c, -1)[:, :, :T], LinearState(S, z, m)
 
 
 class Chunkwise(torch.autograd.Function):
-    """y (X, N, c, E), S1 (X, D, E + 1) and m (X, D) for a, b (X, N, c, D), v1 (X, N, c, E + 1), and
-    S1 and m before them; S1 is S with z as its last column. alone: one chunk, and nothing before
-    it."""
+    """y (X, N, c, E), S (X, D, E), z (X, D, 1) and m (X, D) for a, b (X, N, c, D), v (X, N, c, E),
+    and S, z and m before them. alone: one chunk, and nothing before it."""
 
     @staticmethod
-    def forward(ctx, a, b, v1, S1, m, alone):
+    def forward(ctx, a, b, v, S, z, m, alone):
         # the key maximum before each chunk and behind the last: (X, N + 1, D)
         ends = torch.cat([m[:, None], b.amax(2)], dim=1).cummax(dim=1).values
         before, after = ends[:, :-1], ends[:, 1:]
@@ -155,62 +153,68 @@ class Chunkwise(torch.autograd.Function):
         from_before = (before - r).exp_()[..., None]
         to_after = (reference - after).exp_()[..., None]
         shrink = (before - after).exp_()[..., None]
-        added = phi_k.mT @ v1 * to_after  # (X, N, D, E + 1): what each chunk adds to the state
-        states, S1 = running_states(added, shrink, S1)
+        # what each chunk adds to S (X, N, D, E) and z (X, N, D, 1)
+        states, S = running_states(phi_k.mT @ v * to_after, shrink, S)
+        totals, z = running_states(phi_k.sum(2)[..., None] * to_after, shrink, z)
         states *= from_before
+        totals *= from_before
 
-        w = masked_product(phi_q, phi_k)
+        w = (phi_q @ phi_k.mT).mul_(visible(a))
         exact = ()
         if any_wild:
             exact = (wild, a[wild], b[wild], M[wild])
-            w[wild] = sum(exact_weights(a[wild], b[wild], M[wild]))
-        y1 = w @ v1
+            w[wild] = sum(exact_weights(*exact[1:]))
+        y = w @ v
+        total = w.sum(3, keepdim=True)
         if not alone:
-            y1 += phi_q @ states
-        y, total = y1[..., :-1], y1[..., -1:]
-        y = y / total
+            y += phi_q @ states
+            total += phi_q @ totals
+        y /= total
         m = after[:, -1].clone()
-        ctx.save_for_backward(
-            phi_q, phi_k, v1, states, from_before, to_after, shrink, y, total, *exact)
+        ctx.save_for_backward(phi_q, phi_k, v, states, totals, from_before, to_after, shrink, w, y,
+                              total, *exact)
         ctx.mark_non_differentiable(m)
         ctx.set_materialize_grads(False)  # None says that the new state is not used
         ctx.alone = alone
-        return y, S1, m
+        return y, S, z, m
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dS1, _):
-        phi_q, phi_k, v1, states, *rest = ctx.saved_tensors
-        from_before, to_after, shrink, y, total, *exact = rest
-        dy = torch.zeros_like(y) if dy is None else dy
-        # the gradient of y1, whose last column divides the others
-        dy1 = torch.cat([dy, -(dy * y).sum(3, keepdim=True)], dim=3) / total
-        w = masked_product(phi_q, phi_k)
-        dw = masked_product(dy1, v1)
-        if exact:
-            wild, a, b, M = exact
-            w[wild] = sum(exact_weights(a, b, M))
-            dw_wild = dw[wild]
-            dw[wild] = 0
-        dv1 = w.mT @ dy1
-        da = dw @ phi_k
-        db = dw.mT @ phi_q
-        if not ctx.alone or dS1 is not None:
-            of_reads = phi_q.mT @ dy1 * from_before  # what each chunk reads of the state before it
-            if dS1 is None:
-                dS1 = torch.zeros_like(of_reads[:, 0])
-            dstates, dS1 = running_states_backward(of_reads, shrink, dS1)
-            dstates *= to_after
-            dv1 += phi_k @ dstates
-            da += dy1 @ states.mT
-            db += v1 @ dstates.mT
-        da *= phi_q
-        db *= phi_k
-        if exact:
-            for d, weights in enumerate(exact_weights(a, b, M)):
-                da[..., d][wild] += (dw_wild * weights).sum(2)
-                db[..., d][wild] += (dw_wild * weights).sum(1)
-        return da, db, dv1, dS1, None, None
+    def backward(ctx, dy, dS, dz, _):
+        with fast_products():
+            return *chunkwise_backward(ctx, dy, dS, dz), None, None
+
+
+def chunkwise_backward(ctx, dy, dS, dz):
+    """The gradients of a, b, v, S and z for those of y and of S and z behind."""
+    phi_q, phi_k, v, states, totals, *rest = ctx.saved_tensors
+    from_before, to_after, shrink, w, y, total, *exact = rest
+    dy = torch.zeros_like(y) if dy is None else dy / total  # of the sum that total divides
+    dtotal = -(dy * y).sum(3, keepdim=True)
+    dw = (dy @ v.mT).add_(dtotal).mul_(visible(v))
+    if exact:
+        wild, a, b, M = exact
+        dw_wild = dw[wild]
+        dw[wild] = 0
+    dv = w.mT @ dy
+    da = dw @ phi_k
+    db = dw.mT @ phi_q
+    if not ctx.alone or dS is not None or dz is not None:
+        # what each chunk reads of the states before it
+        dstates, dS = running_states_backward(phi_q.mT @ dy * from_before, shrink, dS)
+        dtotals, dz = running_states_backward(phi_q.mT @ dtotal * from_before, shrink, dz)
+        dstates *= to_after
+        dtotals *= to_after
+        dv += phi_k @ dstates
+        da += dy @ states.mT + dtotal * totals.mT
+        db += v @ dstates.mT + dtotals.mT
+    da *= phi_q
+    db *= phi_k
+    if exact:
+        for d, weights in enumerate(exact_weights(a, b, M)):
+            da[..., d][wild] += (dw_wild * weights).sum(2)
+            db[..., d][wild] += (dw_wild * weights).sum(1)
+    return da, db, dv, dS, dz
 
 
 def running_states(added, shrink, state):
@@ -228,7 +232,10 @@ def running_states(added, shrink, state):
 
 def running_states_backward(of_reads, shrink, dstate):
     """The gradient of the state behind each chunk, written over of_reads, and that of the state
-    before the first; the same recurrence, from the last chunk to the first."""
+    before the first; the same recurrence, from the last chunk to the first. dstate: that of the
+    state behind them all, or None."""
+    if dstate is None:
+        dstate = torch.zeros_like(of_reads[:, 0])
     for i in reversed(range(of_reads.size(1))):
         next_dstate = torch.addcmul(of_reads[:, i], dstate, shrink[:, i])
         of_reads[:, i] = dstate
@@ -236,11 +243,10 @@ def running_states_backward(of_reads, shrink, dstate):
     return of_reads, dstate
 
 
-def masked_product(q, k):
-    """The products of rows t of q (X, N, c, .) and s <= t of k (X, N, c, .): (X, N, c, c)."""
-    c = q.size(2)
-    visible = torch.ones(c, c, dtype=q.dtype, device=q.device).tril_()
-    return (q @ k.mT).mul_(visible)
+def visible(x):
+    """1 for rows t and s <= t, 0 above, (c, c), for x (X, N, c, .)."""
+    c = x.size(2)
+    return torch.ones(c, c, dtype=x.dtype, device=x.device).tril_()
 
 
 def exact_weights(a, b, M):
@@ -258,8 +264,8 @@ def linear_attention_flops(T, H, D, E):
     half of a chunk counts."""
     N = math.ceil(T / CHUNK)
     c = math.ceil(T / N)
-    within = 2 * (c + 1) / 2 * (D + E + 1)
-    adds = 2 * D * (E + 1)  # what a chunk adds to the state
+    within = 2 * (c + 1) / 2 * (D + E)
+    adds = 2 * D * E  # what a chunk adds to the state
     reads = 2 * D * (E + 1) if N > 1 else 0  # what its rows read from it
     return H * (within + adds + reads)
 

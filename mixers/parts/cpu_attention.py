@@ -3,22 +3,26 @@
     P_ts = softmax_{s<=t}(q_t . k_s / sqrt(D)),   y = P v
 
 For blocks of queries at a time: a block's rows of P are whole, so it takes a product, a softmax
-and a product, and memory stays linear in T. The backward pass forms each block of P again. With
-dP = dy v^T and dS = P (dP - sum_s P dP):
+and a product. With dP = dy v^T and dS = P (dP - sum_s P dP):
 
     dv = P^T dy,   dq = dS k / sqrt(D),   dk = dS^T q / sqrt(D)
+
+Of short sequences P is kept for the backward pass, of long ones its blocks are formed again, so
+that memory stays linear in T.
 
 q, k, v, y (B, H, T, D) are bfloat16. Scores, softmax, dP and dS are float32, and so are the sums
 of dk and dv over the blocks; P and dS are rounded to bfloat16 only as factors of a product, as
 in the fused kernel.
 """
 import math
-from contextlib import contextmanager
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from mixers.parts.products import exact_product
+
 BLOCK = 128  # queries; of 64, 128 and 256 the fastest at T = 256 to 4,096
+KEPT = 512   # tokens up to which P is kept: at 4,096 tokens a pass 5 MB a head at most
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -26,44 +30,62 @@ class BlockedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v):
         shape = q.shape
         q, k, v = (t.contiguous().flatten(0, 1) for t in (q, k, v))  # (X, T, D), X = B H
-        y = torch.empty_like(q)
-        for rows, seen, P in probabilities(q, k):
-            y[:, rows] = P.to(v.dtype) @ v[:, seen]
-        ctx.save_for_backward(q, k, v)
-        return y.view(shape)
+        wide_q, wide_k = q.float(), k.float()
+        y, kept = [], []
+        for rows in blocks(q.size(1)):
+            P = probabilities(wide_q, wide_k, rows)
+            y.append(P.to(v.dtype) @ v[:, :rows.stop])
+            if q.size(1) <= KEPT:
+                kept.append(P)
+        ctx.save_for_backward(q, k, v, *kept)
+        return joined(y).view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         shape = dy.shape
         dy = dy.contiguous().flatten(0, 1)
-        dq = torch.empty_like(q)
-        dk = torch.zeros_like(k, dtype=torch.float32)
-        dv = torch.zeros_like(v, dtype=torch.float32)
         wide_v, wide_dy = v.float(), dy.float()
+        if not kept:
+            wide_q, wide_k = q.float(), k.float()
         scale = 1 / math.sqrt(q.size(-1))
-        for rows, seen, P in probabilities(q, k):
-            dv[:, seen] += P.to(v.dtype).mT @ dy[:, rows]
+        dq, dk, dv = [], None, None
+        for rows in reversed(blocks(q.size(1))):  # the last one sees all keys
+            seen = slice(rows.stop)
+            P = kept.pop() if kept else probabilities(wide_q, wide_k, rows)
             # dS is linear in dP, which carries the scale of dq and dk
             dP = exact_product(wide_dy[:, rows], wide_v[:, seen].mT, scale)
             dS = softmax_backward(dP, P).to(k.dtype)
-            dq[:, rows] = dS @ k[:, seen]
-            dk[:, seen] += dS.mT @ q[:, rows]
+            dq.append(dS @ k[:, seen])
+            of_k, of_v = dS.mT @ q[:, rows], P.to(v.dtype).mT @ dy[:, rows]
+            if dk is None:
+                dk, dv = of_k, of_v
+            else:
+                dk, dv = dk.float(), dv.float()  # sums
+                dk[:, seen] += of_k
+                dv[:, seen] += of_v
+        dq = joined(dq[::-1])
         return dq.view(shape), dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape)
 
 
-def probabilities(q, k):
-    """P block by block, for q and k (X, T, D): the block's queries and the keys they see, both as
-    slices, and P (X, c, seen) in float32."""
-    T, D = q.shape[1:]
-    q, k = q.float(), k.float()
-    future = torch.full((BLOCK, BLOCK), -math.inf, device=q.device).triu(1)
-    for start in range(0, T, BLOCK):
-        end = min(start + BLOCK, T)
-        scores = exact_product(q[:, start:end], k[:, :end].mT, 1 / math.sqrt(D))
-        scores[:, :, start:] += future[:end - start, :end - start]
-        yield slice(start, end), slice(end), scores.softmax(-1)
+def joined(parts):
+    """Those of the blocks, (X, c, D), as one tensor (X, T, D)."""
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def blocks(T):
+    """The blocks of T queries, slices."""
+    return [slice(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+
+
+def probabilities(q, k, rows):
+    """P (X, c, seen) of c queries, the slice `rows`, and the keys that they see; all in float32,
+    q and k (X, T, D)."""
+    scores = exact_product(q[:, rows], k[:, :rows.stop].mT, 1 / math.sqrt(q.size(-1)))
+    c = rows.stop - rows.start
+    scores[:, :, rows.start:] += torch.full((c, c), -math.inf, device=q.device).triu(1)
+    return scores.softmax(-1)
 
 
 def softmax_backward(dP, P):
@@ -72,30 +94,3 @@ def softmax_backward(dP, P):
     if fused is None:
         return P * (dP - (P * dP).sum(-1, keepdim=True))
     return fused(dP, P, -1, P.dtype)
-
-
-def exact_product(a, b, scale=1.0):
-    """scale a b in float32, for a (X, n, d) and b (X, d, m), float32 tensors of bfloat16 values.
-
-    The product of two bfloat16 values is a float32 value, so bfloat16 instructions, which are
-    faster, lose nothing. PyTorch lets them write float32 only where the operands are float32."""
-    with torch.autocast(a.device.type, enabled=False), bfloat16_instructions():
-        return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
-
-
-@contextmanager
-def bfloat16_instructions():
-    """Float32 products on a CPU use bfloat16 instructions, where the machine has them. Elsewhere,
-    or with a PyTorch that has no such setting, they stay as they are, and exact_product is slower.
-
-    The setting is the process's, not the thread's: nothing else may multiply meanwhile."""
-    setting = getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(setting, "fp32_precision") or torch.compiler.is_compiling():
-        yield
-        return
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before

@@ -29,49 +29,51 @@ system, the UT transform of the DeltaNet paper (Yang et al. 2024, arXiv 2406.064
 Outputs and the state behind the chunk are products then; only the states are computed one chunk
 after the other.
 
-Why nothing overflows. Only sums of g over tokens *between* s and t are exponentiated, each a short
-cumulative sum of its own and never a difference of two long ones: every exponent is <= 0, decays of
--inf included. For one decay a head that is a c x c table. For one a channel the chunk is halved
-again and again: rows of a second half meet columns of its first half, each side decayed to the
-border between them. Where the caller guarantees g >= floor, blocks of up to 40 / |floor| tokens
-stay whole, relative to their first token: exponents within +-40. (A reference further back, in the
-middle say, would allow blocks twice as long, but rounds a row by what comes after it.) The system
-is solved by forward substitution: the product (I + L)(I + L^2)(I + L^4)... of many kernels loses
-all digits where keys repeat, as those of real text do.
+The chunks' states follow from each other by one product: with P = (I - L)^-1 (e * exp(up)),
+
+    S behind = (diag(exp(up_c)) + (w * exp(down))^T P) S_before + what the chunk writes by itself
+
+Decays are the business of mixers/parts/decays.py, which says why nothing overflows. The system is
+solved by forward substitution in blocks: the product (I + L)(I + L^2)(I + L^4)... of many kernels
+loses all digits where keys repeat, as those of real text do.
 """
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-CHUNK = 64          # tokens; a power of two
-MOST_EXPONENT = 40  # nats over a block that is left whole; float32 ends at exp(88)
+from mixers.parts.decays import diagonal_blocks, make_decays
+from mixers.parts.products import fast_products
+
+CHUNK = 32  # tokens; a power of two
+SOLVED = 16  # tokens of the blocks that are solved one by one; a power of two
 
 
 def recurrence(q, k, v, g=None, e=None, w=None, state=None, floor=None):
     """y (B, H, T, E) in v's dtype, and the new state S (B, H, D, E), in at least float32.
 
-    q, k, e, w (B, H, T, D), v (B, H, T, E), g (B, H, T, 1 or D) <= 0, may be -inf; state as it was
-    returned, or None: zeros. q and k may have one head for all where g has one channel. floor: a
-    number that no g is below, by the caller's word."""
+    q, k, e, w (B, H, T, D), v (B, H, T, E), g (1 or B, H, T, 1 or D) <= 0, may be -inf; state as it
+    was returned, or None: zeros. q and k may have one head for all where g has one channel. floor:
+    a number that no g is below, by the caller's word."""
     with torch.autocast(v.device.type, enabled=False):
         dtype = torch.float32
         for x in (q, k, v):
             dtype = torch.promote_types(dtype, x.dtype)
-        q, k, values, g, e, w = (None if x is None else x.to(dtype) for x in (q, k, v, g, e, w))
-        if state is None:
-            S = values.new_zeros(*v.shape[:2], k.size(-1), v.size(-1))
-        else:
-            S = state.to(dtype)
+        q, k, wide_v, g, e, w, S = (
+            None if x is None else x.to(dtype) for x in (q, k, v, g, e, w, state))
         if v.size(2) == 1:
-            y, S = one_token(q, k, values, g, e, w, S)
+            y, S = one_token(q, k, wide_v, g, e, w, S)
         else:
-            y, S = chunks(q, k, values, g, e, w, S, floor)
+            with fast_products():
+                y, S = Chunks.apply(q, k, wide_v, g, e, w, S, floor)
     return y.to(v.dtype), S
 
 
 def one_token(q, k, v, g, e, w, S):
     """The recurrence as it stands above, on new tensors: T = 1."""
+    if S is None:
+        S = v.new_zeros(*v.shape[:2], k.size(-1), v.size(-1))
     if g is not None:
         S = S * g.exp().mT
     written = v
@@ -85,159 +87,229 @@ def one_token(q, k, v, g, e, w, S):
     return q @ S, S
 
 
-def chunks(q, k, v, g, e, w, S, floor):
-    """Any number of tokens, in chunks of c. S (B, H, D, E)."""
-    T = v.size(2)
-    c = min(CHUNK, 2 ** math.ceil(math.log2(T)))
-    N = math.ceil(T / c)
-
-    def cut(x):  # (B, H, T, .) -> (B, H, N, c, .); zeros at the end change nothing
-        return None if x is None else F.pad(x, (0, 0, 0, N * c - T)).unflatten(2, (N, c))
-
-    q, k, v, g, e, w = (cut(x) for x in (q, k, v, g, e, w))
-    up = down = None
-    if g is not None:
-        up = g.cumsum(3)
-        down = after(g, 3)
-    gram = Grams(g, floor)
-    q_up, k_down = decayed(q, up), decayed(k, down)
-    # (B, H, N, 1 or D, 1): what is left of a state after a chunk
-    total = None if g is None else up[:, :, :, -1, :, None].exp()
-
-    if e is None:
-        before, S = scan(k_down.mT @ v, total, S)
-        y = q_up @ before + gram(q, k) @ v
-    elif w is None:
-        L = gram(e, k).tril(-1)
-        U0, P = solve(L, v, decayed(e, up))
-        before, U, S = scan_erased(None, U0, P, k_down, total, S)
-        y = q_up @ before + gram(q, k) @ U
-    else:
-        L_k, L = gram(e, k).tril(-1), gram(e, w).tril(-1)
-        R0, P = solve(L, L_k @ v, decayed(e, up))
-        before, R, S = scan_erased(k_down.mT @ v, R0, P, decayed(w, down), total, S)
-        y = q_up @ before + gram(q, k) @ v + gram(q, w) @ R
-    return y.flatten(2, 3)[:, :, :T], S
+def chunk_size(T):
+    """Tokens of a chunk: of so few tokens that one chunk holds them, or the next power of two."""
+    return CHUNK if T > 2 * CHUNK else 2 ** math.ceil(math.log2(T))
 
 
-def decayed(x, exponent):
-    return x if exponent is None else x * exponent.exp()
+class Chunks(torch.autograd.Function):
+    """Any number of tokens, in chunks of c. The gradient is written out, for it takes a fraction of
+    the time and memory that recorded operations do.
 
+    A chunk writes u under the keys k, or v under k and r under w: the contents. From the last chunk
+    to the first, dS being the gradient of the state behind a chunk,
 
-def after(g, dim):
-    """At each place along dim the sum of g over all later places, with no -inf minus -inf in it."""
-    later = g.narrow(dim, 1, g.size(dim) - 1).flip(dim).cumsum(dim).flip(dim)
-    return torch.cat([later, torch.zeros_like(g.narrow(dim, 0, 1))], dim)
+        du = [q, k]^T dy + (k * exp(down)) dS
+        dS before = exp(up_c) * dS + (q * exp(up))^T dy + P^T du
 
+    and then for all at once z = (I - L)^-T du, dv = z, d[q, k] = dy u^T, d[e, k] = z u^T. Decays
+    need no pass of their own. exp(sum of g up to t) is a factor of q_t and e_t and, inverted, of
+    k_t and w_t: dg_t is the sum of q dq + e de - k dk - w dw over all tokens from t on, of which
+    those behind the chunk come as S dS at its end."""
 
-def solve(L, *sides):
-    """(I - L)^-1 side for each side (B, H, N, c, .). L (B, H, N, c, c) is strictly lower."""
-    sizes = [side.size(-1) for side in sides]
-    heads = torch.broadcast_shapes(*(side.shape[:-1] for side in sides))
-    both = torch.cat([side.expand(*heads, -1) for side in sides], -1)
-    solution = torch.linalg.solve_triangular(-L, both, upper=False, unitriangular=True)
-    return solution.split(sizes, -1)
+    @staticmethod
+    def forward(ctx, q, k, v, g, e, w, S, floor):
+        T = v.size(2)
+        c = chunk_size(T)
+        ctx.shapes = [None if x is None else x.shape for x in (q, k, v, g, e, w)]
+        q, k, v, g, e, w = (None if x is None else cut(x, c) for x in (q, k, v, g, e, w))
+        decays = make_decays(g, floor)
+        keys, contents, inverse = [k], [v], None
+        if e is not None:
+            keys = [k] if w is None else [k, w]
+            inverse = inverted(decays.gram(e, keys[-1]).tril_(-1))
+            u = inverse @ (v if w is None else decays.gram(e, k).tril_(-1) @ v)
+            contents = [u] if w is None else [v, u]
 
-
-def scan(added, total, S):
-    """S <- total * S + added, chunk by chunk: the states before each (B, H, N, D, E), the last."""
-    before = []
-    for i in range(added.size(2)):
-        before.append(S)
-        kept = S if total is None else S * total[:, :, i]
-        S = kept + added[:, :, i]
-    return torch.stack(before, 2), S
-
-
-def scan_erased(added, U0, P, w_down, total, S):
-    """U = U0 + P S, then S <- total * S + added + w_down^T U, chunk by chunk: the states before
-    each (B, H, N, D, E), all U (B, H, N, c, E), the last state. added may be None."""
-    before, us = [], []
-    for i in range(U0.size(2)):
-        before.append(S)
-        u = U0[:, :, i] + P[:, :, i] @ S
-        us.append(u)
-        if total is not None:
-            S = S * total[:, :, i]
-        if added is not None:
-            S = S + added[:, :, i]
-        S = S + w_down[:, :, i].mT @ u
-    return torch.stack(before, 2), torch.stack(us, 2), S
-
-
-class Grams:
-    """gram(a, b): [a, b]_ts for s <= t and 0 above, (B, H, N, c, c).
-
-    g: the decays within the chunks, (B, H, N, c, 1 or D), or None. block: the tokens of a block on
-    the diagonal that is one product; None where there is one decay a head, or none."""
-
-    def __init__(self, g, floor):
-        self.table = None
-        self.levels = []
-        self.block = None
-        if g is not None and g.size(-1) == 1:
-            self.table = decay_table(g[..., 0])
-        elif g is not None:
-            self.decays_by_level(g, floor)
-
-    def __call__(self, a, b):
-        if self.block is None:
-            products = a @ b.mT
-            return products.tril() if self.table is None else products * self.table
-        return self.by_halves(a, b)
-
-    def decays_by_level(self, g, floor):
-        """Of each level of halving: the decays of rows from the border on, of columns up to it."""
-        c = g.size(3)
-        self.block = 1
-        while floor is not None and 2 * self.block * -floor <= MOST_EXPONENT and self.block < c:
-            self.block *= 2
-        whole = g.unflatten(3, (-1, self.block)).cumsum(4)
-        first = whole[..., :1, :]
-        self.inside = None if self.block == 1 else ((whole - first).exp(), (first - whole).exp())
-        half = self.block
-        while half < c:
-            first, second = g.unflatten(3, (-1, 2, half)).unbind(4)  # (B, H, N, pairs, half, D)
-            self.levels.append((second.cumsum(4).exp(), after(first, 4).exp()))
-            half *= 2
-
-    def by_halves(self, a, b):
-        """From blocks on the diagonal, (B, H, N, blocks, size, size), to half as many of twice the
-        size at each level, to the whole."""
-        rows, columns = a.unflatten(3, (-1, self.block)), b.unflatten(3, (-1, self.block))
-        if self.block == 1:
-            gram = (rows * columns).sum(-1, keepdim=True)
+        added = sum_of(decays.to_end(key).mT @ x for key, x in zip(keys, contents))
+        before = P = kept = None
+        if S is None and v.size(2) == 1:
+            S = added[:, :, 0]
         else:
-            from_first, to_first = self.inside
-            gram = ((rows * from_first) @ (columns * to_first).mT).tril()
-        half = self.block
-        for from_border, to_border in self.levels:
-            rows = a.unflatten(3, (-1, 2, half))[:, :, :, :, 1] * from_border
-            columns = b.unflatten(3, (-1, 2, half))[:, :, :, :, 0] * to_border
-            below = rows @ columns.mT
-            first, second = gram.unflatten(3, (-1, 2)).unbind(4)
-            above = torch.zeros_like(below)
-            gram = torch.cat([torch.cat([first, above], -1), torch.cat([below, second], -1)], -2)
-            half *= 2
-        return gram.squeeze(3)
+            kept = decays.total
+            if e is not None:
+                P = inverse @ decays.from_start(e)
+                kept = transition(kept, decays.to_end(keys[-1]).mT @ P)
+            S = torch.zeros_like(added[:, :, 0]) if S is None else S
+            before, S = scan(added, kept, S)
+            if e is not None:
+                u += P @ before
+
+        grams = [decays.gram(q, key) for key in keys]
+        y = sum_of(gram @ x for gram, x in zip(grams, contents))
+        if before is not None:
+            y += decays.from_start(q) @ before
+        y = y.flatten(2, 3)[:, :, :T]
+        ctx.save_for_backward(q, k, v, e, w, contents[-1], inverse, P, before, kept, y, S, *grams)
+        ctx.decays = decays
+        ctx.set_materialize_grads(False)  # None says that the new state is not used
+        return y, S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dS):
+        with fast_products():
+            return *chunks_backward(ctx, dy, dS), None
 
 
-def decay_table(g):
-    """exp(sum of g_i over s < i <= t) for s <= t and 0 above, (..., c, c), for g (..., c)."""
-    c = g.size(-1)
-    below = torch.ones(c, c, dtype=torch.bool, device=g.device).tril(-1)
-    sums = g[..., None].expand(*g.shape, c).masked_fill(~below, 0).cumsum(-2)
-    return sums.masked_fill(~(below | below.new_ones(c).diag()), -math.inf).exp()
+def chunks_backward(ctx, dy, dS):
+    """The gradients of q, k, v, g, e, w and S for those of y and of the S behind, or None."""
+    q, k, v, e, w, u, inverse, P, before, kept, y, S, *grams = ctx.saved_tensors
+    decays = ctx.decays
+    dy = torch.zeros_like(v) if dy is None else cut(dy, v.size(3))
+    keys, contents = ([k], [u]) if w is None else ([k, w], [v, u])
+
+    d_contents = [gram.mT @ dy for gram in grams]
+    behind = None if dS is None else dS[:, :, None]  # of the states behind the chunks
+    if before is not None:
+        reads = decays.from_start(q).mT @ dy
+        if e is not None:
+            reads += P.mT @ d_contents[-1]
+            kept = kept.mT
+        dS = torch.zeros_like(S) if dS is None else dS
+        behind, dS = scan(reads, kept, dS, backwards=True)
+    if behind is not None:
+        for key, dx in zip(keys, d_contents):
+            dx += decays.to_end(key) @ behind
+
+    # what reads the state, the gradient of what it read, and whether at its own token
+    readers = [(q, dy, 0)]
+    dv = d_contents[0]
+    if e is not None:
+        z = inverse.mT @ d_contents[-1]
+        readers.append((e, z, -1))
+        dv = z if w is None else dv + decays.gram(e, k).tril_(-1).mT @ z
+    d_rows, d_keys = through_products(decays, readers, keys, contents, before, behind)
+    dg = None
+    if ctx.needs_input_grad[3]:
+        if decays.channels == 1:  # the same, summed over channels
+            at = cut(y, v.size(3)) * dy
+            at = at.sum(4, keepdim=True) - (v * dv).sum(4, keepdim=True)
+        else:
+            at = sum_of(a * d for (a, _, _), d in zip(readers, d_rows))
+            at = at - sum_of(key * d for key, d in zip(keys, d_keys))
+        dg = decay_gradient(at, before, S, behind)
+
+    dq, de = d_rows if e is not None else (*d_rows, None)
+    dk, dw = d_keys if w is not None else (*d_keys, None)
+    found = []
+    for d, shape in zip((dq, dk, dv, dg, de, dw), ctx.shapes):
+        whole = None if d is None else d.flatten(2, 3)[:, :, :y.size(2)]
+        found.append(whole if d is None else whole.sum_to_size(shape))
+    return *found, dS if ctx.needs_input_grad[6] else None
+
+
+def through_products(decays, readers, keys, contents, before, behind):
+    """The gradients of what reads and of the keys. readers: (q, dy, 0), and (e, z, -1) as it does
+    not read its own token; before, behind: the states before the chunks and the gradients of those
+    behind, or None."""
+    d_rows, d_keys = [], []
+    for x in contents:
+        d_keys.append(None if behind is None else decays.to_end(x @ behind.mT))
+    for a, da, diagonal in readers:
+        d_row = None if before is None else decays.from_start(da @ before.mT)
+        for j, (key, x) in enumerate(zip(keys, contents)):
+            d = decays.gram_backward((da @ x.mT).tril_(diagonal), a, key)
+            d_row = plus(d_row, d[0], a.shape)
+            d_keys[j] = plus(d_keys[j], d[1], key.shape)
+        d_rows.append(d_row)
+    return d_rows, d_keys
+
+
+def plus(a, b, shape):
+    """a + b, summed to a shape as where q and k have one head for all; a may be None."""
+    b = b.sum_to_size(shape)
+    return b if a is None else b.add_(a.sum_to_size(shape))
+
+
+def decay_gradient(at, before, S, behind):
+    """The gradient of g from the terms of each token (B, H, N, c, 1 or D): the sum over all later
+    tokens, of which those behind the chunk are S dS there."""
+    dg = at.flip(3).cumsum(3).flip(3)
+    if behind is not None:
+        ends = S[:, :, None]
+        if before is not None:
+            ends = torch.cat([before[:, :, 1:], ends], 2)
+        later = (ends * behind).sum(4)[:, :, :, None]  # (B, H, N, 1, D)
+        dg += later if at.size(4) > 1 else later.sum(4, keepdim=True)
+    return dg
+
+
+def cut(x, c):
+    """(B, H, T, .) -> (B, H, N, c, .); zeros at the end change nothing."""
+    missing = -x.size(2) % c
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    return x.contiguous().unflatten(2, (-1, c))
+
+
+def sum_of(parts):
+    first, *rest = parts
+    for x in rest:
+        first = first + x
+    return first
+
+
+def inverted(L):
+    """(I - L)^-1 for strictly lower L (B, H, N, c, c): of blocks on the diagonal by substitution,
+    and of twice their size from those."""
+    c = L.size(-1)
+    size = min(SOLVED, c)
+    inverse = torch.zeros_like(L)
+    one = torch.eye(size, dtype=L.dtype, device=L.device)
+    diagonal_blocks(inverse, size).copy_(torch.linalg.solve_triangular(
+        -diagonal_blocks(L, size), one, upper=False, unitriangular=True))
+    while size < c:
+        of_two, below = diagonal_blocks(inverse, 2 * size), diagonal_blocks(L, 2 * size)
+        first, second = of_two[..., :size, :size], of_two[..., size:, size:]
+        of_two[..., size:, :size] = second @ (below[..., size:, :size] @ first)
+        size *= 2
+    return inverse
+
+
+def transition(kept, M):
+    """M (B, H, N, D, D) plus the diagonal matrix of what decays keep: (B, H, N, 1 or D, 1) or None,
+    all; written over M."""
+    diagonal = M.diagonal(dim1=-2, dim2=-1)
+    diagonal += 1 if kept is None else kept[..., 0]
+    return M
+
+
+def scan(added, kept, S, backwards=False):
+    """S <- kept S + added, chunk by chunk: the states before each, written over `added` (B, H, N,
+    D, E), and the last (B, H, D, E). kept: matrices (B, H, N, D, D), diagonals (B, H, N, 1 or D, 1)
+    or None, all. backwards: from the last chunk to the first."""
+    B, H, N = added.shape[:3]
+    added, S = added.flatten(0, 1), S.flatten(0, 1)
+    if kept is not None:
+        kept = kept.expand(B, H, -1, -1, -1).flatten(0, 1)
+    for i in reversed(range(N)) if backwards else range(N):
+        if kept is None:
+            new = added[:, i] + S
+        elif kept.size(3) == 1:
+            new = torch.addcmul(added[:, i], kept[:, i], S)
+        else:
+            new = torch.baddbmm(added[:, i], kept[:, i], S)
+        added[:, i] = S
+        S = new
+    return added.unflatten(0, (B, H)), S.unflatten(0, (B, H))
 
 
 def recurrence_flops(T, H, D, E, erase=False, shared=False):
     """Multiply-adds of the products above, times 2, per token of a sequence of T tokens; the causal
-    half of a chunk counts. shared: q and k have one head for all. Exponentials are not counted:
-    some (log2(c / block) + 4) D a token for decays by channel."""
-    c = min(CHUNK, 2 ** math.ceil(math.log2(max(T, 2))))
-    if erase:
-        return H * ((c + 1) * (2 * D + E) + (c - 1) * (D + E) + 6 * D * E)
-    return (1 if shared else H) * (c + 1) * D + H * ((c + 1) * E + 4 * D * E)
+    half of a chunk counts. shared: q and k have one head for all. Exponentials are not counted, nor
+    what decays of channels cost where two factors do not hold them."""
+    c = chunk_size(max(T, 2))
+    alone = T <= c  # then nothing reads a state
+    heads_of_keys = 1 if shared else H
+    flops = heads_of_keys * (c + 1) * D + H * ((c + 1) * E + 2 * D * E)
+    if not alone:
+        flops += H * 2 * D * E
+    if erase:  # the system, its inverse, and that times v
+        flops += H * ((c - 1) * D + c * c / 3 + (c + 1) * E)
+        if not alone:  # P, the transition, the states by it, P times a state
+            flops += H * ((c + 1) * D + 2 * D * D + 2 * D * D * E / c + 2 * D * E)
+    return flops
 
 
 def recurrence_state_bytes(H, D, E, dtype):
