@@ -26,7 +26,6 @@ import queue
 import resource
 import sys
 import time
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
@@ -170,10 +169,12 @@ def in_process(name, results):
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     started = time.process_time()
-    found = {"answers": []}
+    found = {"answers": {}, "figures": {}}  # question -> verdict; of what did not pass, the text
     try:
         for answer in audit(name):
-            found["answers"].append(asdict(answer))
+            found["answers"][answer.question] = answer.verdict
+            if not answer.passed:
+                found["figures"][answer.question] = answer.figures
     except BadInput as error:
         found["skipped"] = str(error)
     except Exception as error:
@@ -191,7 +192,7 @@ def audit_apart(name):
     try:
         found = results.get(timeout=4 * SECONDS)
     except queue.Empty:
-        found = {"answers": [], "error": f"no answer within {SECONDS} s of CPU time"}
+        found = {"answers": {}, "error": f"no answer within {SECONDS} s of CPU time"}
         process.kill()
     process.join()
     return found
@@ -214,7 +215,7 @@ def audit_several(names, record):
         content["architectures"][name] = found
         print(row_of(name, found), flush=True)
         write_json(record, content)
-        passed = passed and all(answer["passed"] is not False for answer in found["answers"])
+        passed = passed and VERDICT[False] not in found["answers"].values()
     return passed
 
 
@@ -227,7 +228,7 @@ def read_record(path):
 
 
 def row_of(name, found):
-    cells = {a["question"]: a["word"] or VERDICT[a["passed"]] for a in found["answers"]}
+    cells = found["answers"]
     if not cells:
         return f"{printable(name):28} {printable(found.get('error') or found.get('skipped'))[:150]}"
     columns = " ".join(f"{cells.get(question, '-'):>8}" for question in ALL_QUESTIONS)
@@ -242,7 +243,7 @@ def table(record):
              "| | " + " | ".join(questions) + " |", "|" + "---|" * (len(questions) + 1)]
     passed, others = [], []
     for name, found in sorted(record["architectures"].items()):
-        words = {a["question"]: a["word"] or VERDICT[a["passed"]] for a in found["answers"]}
+        words = found["answers"]
         if "skipped" in found or "error" in found:
             why = found.get("skipped", found.get("error")).removeprefix(f"--hf={name}: ")
             others.append(f"- `{name}`: {why}")

@@ -22,7 +22,6 @@ VOCABULARY = 256     # more than most sequences have tokens, so that none need r
 FIRST_TOKEN = 16     # tokens with a meaning of their own have the numbers below
 WINDOW = 8           # tokens of a window, block or chunk
 NOISE = 0.2
-DOUBLE = 2**29       # parameters: up to here a folder's model is asked in float64
 
 # windows, blocks and chunks, in tokens
 WINDOWS = ("sliding_window attention_chunk_size sliding_window_size window_size local_attention "
