@@ -87,6 +87,9 @@ OWN = {
     "dory": dict(num_hidden_layers=4, n_input_layers=1, n_recurrent_layers=2, n_output_layers=1,
                  layer_types=["sliding_attention", "full_attention"] * 2),
     "dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
+    "dots3_note_text": dict(
+        swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=16,
+        swa_kv_lora_rank=16, swa_head_dim=12, swa_qk_nope_head_dim=8, swa_v_head_dim=8),
     "gemma3n_text": dict(num_hidden_layers=4, num_kv_shared_layers=2, intermediate_size=48,
                          layer_types=["sliding_attention", "full_attention"] * 2,
                          activation_sparsity_pattern=[0.9, 0.0, 0.9, 0.0]),
