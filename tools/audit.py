@@ -3,6 +3,9 @@
     python -m tools.audit --mixer=all --quick                every mixer, the first questions alone
     python -m tools.audit --mixer_file=mine.py --mixer=mine  a mixer of your own, half a minute
     python -m tools.audit --out_dir=out/shakespeare_lln      a run's newest checkpoint, as trained
+    python -m tools.audit --hf=llama             a causal language model of transformers
+    python -m tools.audit --module=model.py:GPT  a module of your own, tokens to logits
+    python -m tools.audit --metric --out_dir=... a run's metric: probabilities, bytes, splits
 
 Named mixers are built into two small models (GPT-2's and LLaMA's skeleton, the latter with RoPE and
 grouped heads) with noise on all weights; everything runs on the CPU, in float64 unless a check is
@@ -53,6 +56,7 @@ and then:
               declared FLOPs; not judged
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
+import importlib
 import sys
 import time
 from dataclasses import asdict
@@ -183,6 +187,9 @@ def write_report(subject, rows, seconds, quick):
 
 @exit_on_bad_input("tools.audit")
 def main():
+    for kind in ("metric", "module", "hf"):  # audits of other things, with options of their own
+        if any(word.split("=")[0] == f"--{kind}" for word in sys.argv[1:]):
+            return importlib.import_module(f"tools.audit_{kind}").main()
     description = __doc__.splitlines()[0]
     options, *_ = parse_options(AuditOptions, sys.argv[1:], description, with_config_file=False)
     reports = {}

@@ -50,8 +50,9 @@ from tools.score import scores_of
 from tools.sweep_file import read_sweep_file
 from tools.verdicts import MARGIN_BPB, margin_in_nats
 from training.device import choose_device
-from training.metrics import start_wandb
+from training.metrics import start_wandb, wandb_group
 
+OF_ARMS = ("word", "loss", "difference", "parameters", "state_bytes", "flops_per_token")  # in wandb
 WHAT_TO_NAME = "name run folders, or a sweep: python -m tools.compare out/sweeps/shakespeare"
 
 
@@ -291,15 +292,21 @@ def main():
 
 
 def log_to_wandb(options, source, out, lines, pictures):
+    """A run beside those of the sweep: the table, the pictures, and each arm's verdict and figures
+    in config and summary."""
     import wandb
+    arms = {line.mixer: {name: getattr(line, name) for name in OF_ARMS} for line in lines}
+    config = {"baseline": options.baseline, "margin_bpb": options.margin_bpb, "arms": arms}
     run = start_wandb(options.wandb_project, f"{source.name} comparison", out,
-                      group=source.name, job_type="comparison")
+                      group=wandb_group(source), job_type="comparison", config=config)
     rows = [list(asdict(line).values()) for line in lines]
     names = [f.name for f in fields(TableLine)]
     content = {"comparison": wandb.Table(columns=names, data=rows)}
     for path in pictures:
         content[path.stem] = wandb.Image(str(path))
     run.log(content)
+    for label, values in arms.items():
+        run.summary.update({f"{label}/{name}": value for name, value in values.items()})
     run.finish()
 
 

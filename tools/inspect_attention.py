@@ -498,6 +498,13 @@ def output_folder(out_dir):
     return folder
 
 
+def run_in_words(run, out_dir):
+    """What the pictures are of: mixer, data set, step and seed, and the run's folder."""
+    config = run.config
+    return (f"{config['mixer']} on {config.get('dataset')}, step {run.trainer['iter']:,}, "
+            f"seed {config.get('seed')} ({Path(out_dir).name})")
+
+
 @exit_on_bad_input("tools.inspect_attention")
 def main():
     description = __doc__.splitlines()[0]
@@ -514,8 +521,9 @@ def main():
     layers, matrices = inspect(model, idx)
     ids = idx[0].tolist()
     tokens = [run.tokenizer.decode_bytes([i]).decode("utf-8", "replace") for i in ids]
-    report = dict(checkpoint=str(run.folder), text=run.tokenizer.decode(ids), tokens=tokens,
-                  layers=layers, model=reach(matrices["influence.model"]))
+    report = dict(checkpoint=str(run.folder), run=run_in_words(run, options.out_dir),
+                  text=run.tokenizer.decode(ids), tokens=tokens, layers=layers,
+                  model=reach(matrices["influence.model"]))
     folder = output_folder(options.out_dir)
     write_json(folder / "attention.json", report)
     # in the order of their indices, which safetensors takes for granted

@@ -13,6 +13,7 @@ from tools.compare_table import references_of
 from tools.report_curves import curves
 from tools.report_data import Bench, Runs, Section, is_running, steps_done
 from tools.report_others import section_of_inspection, sections_of_bench
+from tools.sweep_cost import time_left
 from tools.sweep_runs import ASIDE
 from training.run_folder import NOT_OPTIONS
 
@@ -206,7 +207,7 @@ def status(runs):
         line = f"{record.name}: {state}, step {done:,} of {steps:,}"
         if record in running and done:
             left = record.seconds() / done * (steps - done)
-            line += f", about {left / 60:.0f} min left"
+            line += f", {time_left(left)}"
         lines.append(line)
     if runs.sweep:
         lines += status_of_sweep(runs, max(1, len(running)))
@@ -222,8 +223,8 @@ def status_of_sweep(runs, at_once):
         line = f"{in_number(len(missing), 'run')} of the sweep missing"
         times = [record.seconds() for record in runs.finished + runs.tuning]
         if times and waiting:
-            minutes = len(waiting) * mean(times) / at_once / 60
-            line += f", {len(waiting)} not started: about {minutes:.0f} min, {at_once} at a time"
+            left = time_left(len(waiting) * mean(times) / at_once)
+            line += f", {len(waiting)} not started, {at_once} at a time: {left}"
         lines.append(line)
     return lines
 

@@ -31,12 +31,13 @@ from config import Options, filled_in
 from tools.records import holds_run
 from tools.score import read_scores
 from training.checkpoint import remove_all
-from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options
+from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options, weights_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how, but for rounding
 ASIDE = {"out_dir", "device", "threads", "eval_interval", "keep_last", "log_interval",
          "wandb_log", "wandb_project", "wandb_run_name", *OF_ONE_COMMAND}
+OF_SCORING = ("--mixer_file=", "--device=", "--wandb_log=", "--wandb_project=")
 IN_USE = "in use by another process"  # what train_and_score returns then
 DIVERGED = re.compile(r"step \d+: .* is not finite")  # how train.py ends then
 stopping = threading.Event()  # set by a signal: all processes are told to end, no more are started
@@ -94,7 +95,8 @@ class Difference:
 
 def difference(wanted, ran, data_sha256=None):
     """The first Difference that makes a run with the config `ran` another one than that of the
-    options `wanted` on data with this checksum (None: not known), or None.
+    options `wanted` on data with this checksum (None: not known), or None. The weights that both
+    start from, init_from, are compared too.
 
     A config that lacks an option, which has come since, counts as run with its default."""
     aside = ASIDE | {"vocab_size"}
@@ -110,7 +112,19 @@ def difference(wanted, ran, data_sha256=None):
     recorded = ran.get("data_sha256")
     if data_sha256 and recorded and recorded != data_sha256:
         return Difference("data_sha256", data_sha256, recorded)
+    start = wanted["init_from"] and ran.get("init_sha256")
+    if start and start_of(wanted["init_from"]) not in (None, start):
+        return Difference("init_sha256", start_of(wanted["init_from"]), start)
     return None
+
+
+@cache  # for all runs of a process
+def start_of(init_from):
+    """The checksum of the weights that init_from names, or None if they are not here any more."""
+    try:
+        return weights_sha256(init_from)
+    except BadInput:
+        return None
 
 
 def shortened(value):
@@ -191,7 +205,7 @@ def train_and_score(run, threads=None, group=None):
     if holds_run(Path(run.folder)):
         train.append("--resume")
     score = ["tools.score", f"--out_dir={run.folder}"]
-    score += [word for word in run.arguments if word.startswith(("--mixer_file=", "--device="))]
+    score += [word for word in run.arguments if word.startswith(OF_SCORING)]
     with locked_log(run) as log:
         if log is None:
             return IN_USE
