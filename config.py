@@ -45,6 +45,8 @@ class SkeletonOptions:
     pos: Optional[Literal["learned", "rope", "none"]] = option(
         None, "position encoding [default: gpt2 learned, llama rope]")
     rope_base: float = option(10000.0, "base of RoPE's wavelengths", gt=0)
+    rotate_features: bool = option(
+        False, "RoPE also for mixers that leave q and k as they are: before their features")
     conv: Optional[int] = option(
         None, "taps of a short causal convolution, with SiLU behind it, on queries, keys and "
         "values; 0: none [default: the mixer's own]", ge=0, le=64)
@@ -219,6 +221,8 @@ def check_model(options):
     if options.pos == "rope" and C // H % 2:
         raise ValueError(f"pos 'rope' needs an even head size, but n_embd {C} / n_head {H} is "
                          f"{C // H}")
+    if options.rotate_features and options.pos != "rope":
+        raise ValueError(f"rotate_features needs pos 'rope', not {options.pos!r}")
     if options.ffn_hidden >= 2**31:
         raise ValueError(f"n_embd {C} makes ffn_hidden {options.ffn_hidden}, and less than 2**31 "
                          "is possible; choose a smaller n_embd")

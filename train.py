@@ -39,7 +39,7 @@ from training.parallel import World, join, synchronise_gradients, whole
 from training.report import before_training, costs_of, describe, show_result
 from training.run_folder import (
     FolderLock, check_data, compare_with, data_sha256, prepared_folder, read_options, start_from,
-    train_alone)
+    start_sha256, train_alone)
 
 
 @exit_on_bad_input("train.py")
@@ -90,7 +90,8 @@ def carry_out(world, lock):
         print(f"{saved.folder} is at step {saved.trainer['iter']} of {options.max_iters}: "
               "nothing left to do; for more, raise --max_iters")
     else:
-        record = asdict(options) | {"data_sha256": data_sha256(data)}
+        record = asdict(options) | {"data_sha256": data_sha256(data),
+                                    "init_sha256": start_sha256(options, saved)}
         folder = prepared_folder(options, record, lock) if first else contextlib.nullcontext()
         with folder:
             train(options, record, model, data, machine, saved)

@@ -5,8 +5,8 @@ plain baseline.
     y_t = phi(q_t)^T S_t / (phi(q_t)^T z_t)
     S_t = sum_{s<=t} phi(k_s) v_s^T,   z_t = sum_{s<=t} phi(k_s)
 
-q, k, v, y (B, H, T, D). State: that of `conv`, S, z and the key maximum, see
-mixers/parts/chunkwise.py.
+q, k, v, y (B, H, T, D); q and k are rotated with `rotate_features` alone. State: that of `conv`, S,
+z and the key maximum, see mixers/parts/chunkwise.py.
 
 Deviation: features are formed as logarithms, log phi(u) = log(1 + u) above 0 and u below. So phi
 does not round to 0 at u < -17, where float32 would make rows 0/0.
@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from mixers.parts.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
-from mixers.parts.heads import ConvolvedQKV, merge_heads, qkv_flops, repeat_heads
+from mixers.parts.heads import FeatureQKV, merge_heads, qkv_flops, repeat_heads
 
 
 def log_elu_plus_one(u):
@@ -26,11 +26,11 @@ def log_elu_plus_one(u):
 
 
 class Linear(nn.Module):
-    takes = ("conv",)
+    takes = "conv", "rotate_features"
 
     def __init__(self, config, layer):
         super().__init__()
-        self.c_attn = ConvolvedQKV(config)
+        self.c_attn = FeatureQKV(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, state=None):

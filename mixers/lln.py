@@ -4,8 +4,8 @@
     y_t = phi_q(q_t)^T S_t / (phi_q(q_t)^T z_t)
     S_t = sum_{s<=t} phi_k(k_s) v_s^T,   z_t = sum_{s<=t} phi_k(k_s)
 
-q, k, v, y (B, H, T, D); alpha, beta (H). State: that of `conv`, S, z and the key maximum, see
-mixers/parts/chunkwise.py.
+q, k, v, y (B, H, T, D), q and k rotated with `rotate_features` alone; alpha, beta (H). State: that
+of `conv`, S, z and the key maximum, see mixers/parts/chunkwise.py.
 
 Moment matching: alpha = s / sigma_q and beta = s / sigma_k, where s is such that the variance of
 the log weights, log(phi_q(q) . phi_k(k)) over independent q and k, is softmax attention's,
@@ -27,7 +27,7 @@ import torch.nn as nn
 
 from base.options import option
 from mixers.parts.chunkwise import linear_attention, linear_attention_flops, linear_state_bytes
-from mixers.parts.heads import ConvolvedQKV, Wide, merge_heads, qkv_flops, repeat_heads
+from mixers.parts.heads import FeatureQKV, Wide, merge_heads, qkv_flops, repeat_heads
 
 PUBLISHED_A, PUBLISHED_B = 0.14855178, -0.35487039
 DECAY = 0.99  # of the moving averages, per optimiser step
@@ -85,13 +85,13 @@ class Moments(Wide):
         self.collected += torch.stack([mean, square, torch.ones_like(mean)])
 
     @torch.no_grad()
-    def update(self):
+    def update(self, decay=DECAY):
         """Moves the averages towards the mean over micro-batches and processes, all of the same
-        size."""
+        size; with a decay of 0 onto it."""
         if dist.is_initialized():
             dist.all_reduce(self.collected)
         mean, square, count = self.collected
-        weight = (1 - DECAY) * (count > 0).to(mean.dtype)  # nothing collected, nothing moves
+        weight = (1 - decay) * (count > 0).to(mean.dtype)  # nothing collected, nothing moves
         self.mean.lerp_(mean / count.clamp(min=1), weight)
         self.square.lerp_(square / count.clamp(min=1), weight)
         self.collected.zero_()
@@ -101,7 +101,7 @@ class Moments(Wide):
 
 
 class LLN(nn.Module):
-    takes = ("conv",)
+    takes = "conv", "rotate_features"
 
     class Options:
         lln_matching: Literal["table", "published"] = option(
@@ -111,7 +111,7 @@ class LLN(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.published = config.lln_matching == "published"
-        self.c_attn = ConvolvedQKV(config)
+        self.c_attn = FeatureQKV(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         H, G, D = self.c_attn.sizes
         self.q_moments, self.k_moments = Moments(H), Moments(G)
@@ -130,7 +130,7 @@ class LLN(nn.Module):
         return s / sigma_q, s / sigma_k.repeat_interleave(H // G)
 
     def lln(self, q, k, v, state):
-        """Unrotated q (B, H, T, D), k and v (B, G, T, D) -> y (B, H, T, D) and the state."""
+        """q (B, H, T, D), k and v (B, G, T, D) -> y (B, H, T, D) and the state."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), k.to(dtype)
         if self.training:

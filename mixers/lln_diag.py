@@ -7,9 +7,10 @@
 with r, p learnable, per head and channel (H, D), at 0.5. Diag is causal softmax attention within
 blocks of D tokens (block size = head size), aligned to the start of the sequence. LLN, Diag, y
 (B, H, T, D). State: that of `conv`, the number of tokens, LLN's S, z and key maximum, and keys and
-values (B, G, < D, D) of the current block. With RoPE only Diag rotates: the exponential of a
-rotated vector encodes no relative position. `attn_temperature` is Diag's alone too: LLN's moment
-matching would take another scale of its queries back.
+values (B, G, < D, D) of the current block. With RoPE only Diag rotates, unless
+`rotate_features` has LLN do it too: the exponential of a rotated vector encodes no relative
+position. `attn_temperature` is Diag's alone: LLN's moment matching would take another scale of its
+queries back.
 """
 from typing import Literal
 
@@ -46,7 +47,7 @@ def block_attention(q, k, v, n_before):
 
 
 class LLNDiag(LLN):
-    takes = "conv", "attn_temperature"
+    takes = "conv", "attn_temperature", "rotate_features"
 
     class Options(LLN.Options):
         lln_diag_mode: Literal["mean", "sum", "convex"] = option(
@@ -55,7 +56,9 @@ class LLNDiag(LLN):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.rope_base = config.rope_base if config.pos == "rope" else None
+        # with rotate_features both halves have them rotated
+        by_itself = config.pos == "rope" and not config.rotate_features
+        self.rope_base = config.rope_base if by_itself else None
         self.temperature = config.attn_temperature
         H, _, D = self.c_attn.sizes
         # flat, so that weight decay, which is for matrices, leaves them alone

@@ -66,6 +66,7 @@ CHECK_OF = FIRST | {
     "carried": audit.carried,
     "derivative": audit.derivative,
     "backward": audit.derivative,
+    "slopes": audit.rough_gradients,
     "used": less_used,
     "saved": audit.saved,
     "process": audit.processes,
@@ -108,9 +109,9 @@ def test_every_wider_check_has_a_planted_fault():
     assert found >= CHECK_OF.keys() - FIRST.keys()
 
 
-@pytest.mark.parametrize("mixer", ["every_96", "in_the_module", "ring", "sign_flipped", "repeats"])
-def test_what_hides_from_the_first_questions_needs_the_wider_ones(mixer, planted):
-    assert not failed(one_skeleton(mixer), ["suffix", "bits"])
+@pytest.mark.parametrize("mixer", ["every_96", "in_the_module", "ring", "sign_flipped"])
+def test_what_hides_from_train_needs_the_audit(mixer, planted):
+    assert find_leak(make(mixer)) is None
 
 
 @pytest.mark.parametrize("mixer", HONEST_WIDE)
@@ -149,9 +150,9 @@ def quoted(place):
     ("whole_mean", "suffix", "2 tokens", "return torch.maximum(x, x.mean(1, keepdim=True)), state"),
     ("off_by_one", "suffix", "2 tokens", "return (x @ x.mT / 8).masked_fill("),
     ("batch_std", "rows", "2 tokens", "return x / x.std((0, 1))"),
-    ("border_only", "suffix", "65 tokens", "return torch.where(at_border, x + after, x), state"),
-    ("chunks_80", "lengths", "81 tokens: output 79", "return torch.where(last, x + after, x)"),
-    ("later_rows", "batches", "33 rows of 12 tokens: output 0 of row 2", "u[2] += x[3]"),
+    ("border_only", "suffix", "65 tokens", "after = torch.cat("),
+    ("chunks_80", "lengths", "81 tokens: output 79", "after = torch.cat("),
+    ("twelve_rows", "batches", "33 rows of 12 tokens: output 0", "return (x + x.roll(1, 0)"),
 ])
 def test_a_fault_is_told_with_its_place_and_the_smallest_example(
         mixer, check, smallest, code, planted):

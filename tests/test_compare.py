@@ -442,6 +442,21 @@ def test_a_run_that_diverged_counts_as_an_even_guess(compare_these):
     assert lines["lln"]["word"] == "worse" and float(lines["lln"]["loss"]) == math.log(9)
 
 
+def test_the_steps_to_learn_a_recall_task_are_the_median_seeds(compare_these):
+    """Never, if that of most seeds."""
+    steps = {"softmax": (2, 1, None), "lln": (1, None, None), "linear": (None, None, None)}
+    some = []
+    for mixer, of_seeds in steps.items():
+        for seed, first in enumerate(of_seeds, start=1):
+            record = made_up(mixer, seed, loss=seed / 1000, accuracy=0.5)
+            record.metrics = [ROWS[0] | {"iter": step, "val_accuracy": 0.9 * (step == first)}
+                              for step in (1, 2)]
+            some.append(record)
+    lines, out = compare_these(some)
+    found = [lines[mixer]["steps_to_learn"] for mixer in steps]
+    assert found == ["2", "", ""] and "steps to 0.9" in out
+
+
 def test_a_recall_task_has_no_margin_and_is_solved_by_some_seeds(compare_these):
     some = []
     for mixer, accuracies in (("softmax", (0.99, 0.95, 0.9499)), ("lln", (0.1, 0.1, 0.1))):

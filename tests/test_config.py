@@ -238,7 +238,8 @@ MIXERS["mine"] = Mine
 def test_each_mixers_options_are_named_after_it_and_declared_in_its_file():
     names = [f.name for f in fields(MixerOptions)]
     assert "ssa_share" in names and "lln_matching" in names
-    assert not {"conv", "attn_temperature"} & set(names)  # general ones that some mixers take
+    # general ones that some mixers take
+    assert not {"conv", "attn_temperature", "rotate_features"} & set(names)
     for name in names:
         mixer = mechanism_of(name)
         assert name.startswith(f"{mixer}_")

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from mixers import MIXERS
-from mixers.parts.cpu_attention import BLOCK, BlockedAttention, exact_product
+from mixers.parts.cpu_attention import BLOCK, BlockedAttention
 from mixers.parts.heads import causal_attention
+from mixers.parts.products import exact_product
 from model import GPT, Dropout, GPTConfig
 from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 

@@ -2,11 +2,13 @@
 import json
 import math
 import random
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from safetensors.torch import load_file, save_file
 
 from base.errors import BadInput
 from mixers import MIXERS
@@ -15,8 +17,10 @@ from tools import numerics, records
 from tools.experiment import Experiment
 from tools.sweep_cost import Cost, seconds_of_run
 from tools.sweep_finished import losses_of
+from tools.sweep_runs import start_of
 from tools.sweep_tuning import MOST_EXTENSIONS, Search, checked_grids, grids_in, next_value
-from training.run_folder import read_options
+from training import checkpoint
+from training.run_folder import read_options, weights_sha256
 
 ARMS = {"softmax": {"mixer": "softmax"}, "mine": {"mixer": "pelican", "n_embd": 8}}
 COMMON = {"dataset": "letters", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16,
@@ -44,7 +48,9 @@ def leave_behind(run, loss):
     options, _ = read_options(run.command()[1:], "")
     folder = Path(run.folder)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(vars(options) | {"dtype": "float32"}))
+    start = weights_sha256(options.init_from) if options.init_from else None
+    own = {"dtype": "float32", "init_sha256": start}
+    (folder / "config.json").write_text(json.dumps(vars(options) | own))
     row = {"iter": options.max_iters, "seconds": 36.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     part = {"loss": loss, "bpb": None, "accuracy": None}
@@ -81,7 +87,7 @@ def experiment(here, tmp_path, monkeypatch):
     return make
 
 
-def trained(experiment):
+def names_of(experiment):
     return sorted(experiment.executor.trained)
 
 
@@ -93,7 +99,7 @@ def test_each_arm_is_tuned_until_its_best_rate_is_inside(experiment, capsys):
     assert some.cost([1, 2]).runs == 2 * (3 + 2)
     assert some.tune() == {"softmax": {"learning_rate": 0.02}, "mine": {"learning_rate": 0.16}}
     rates = [0.01, 0.02, 0.04]
-    assert trained(some) == sorted(
+    assert names_of(some) == sorted(
         [f"softmax-lr{rate}-seed0" for rate in rates]
         + [f"mine-lr{rate}-seed0" for rate in [*rates, 0.08, 0.16, 0.32]])
     for record in records.read_records("out/sweeps/one"):
@@ -101,8 +107,8 @@ def test_each_arm_is_tuned_until_its_best_rate_is_inside(experiment, capsys):
     out = capsys.readouterr().out
     assert "mine: learning_rate 0.08 did best, at the edge of what was tried; 0.16 is next" in out
     assert out.count("is next") == 3 and "-> learning_rate 0.16\n" in out
-    before = trained(some)
-    assert some.tune() and trained(some) == before
+    before = names_of(some)
+    assert some.tune() and names_of(some) == before
     assert some.cost([1, 2]).runs == 4
 
 
@@ -118,14 +124,14 @@ def test_the_runs_to_compare_are_returned_and_named_in_sweep_json(experiment):
     content = json.loads(Path("out/sweeps/one/sweep.json").read_text())
     assert content["runs"] == names and content["chosen"] == chosen and content["tune"] == RATES
     found = some.run({"mine": chosen["mine"]}, [1, 2, 3])  # a later look, at one arm
-    assert len(found) == 3 and len(trained(some)) == 5
+    assert len(found) == 3 and len(names_of(some)) == 5
     content = json.loads(Path("out/sweeps/one/sweep.json").read_text())
     assert len(content["runs"]) == 3 and set(content["chosen"]) == {"softmax", "mine"}
 
 
 def test_without_a_grid_nothing_is_tuned(experiment):
     some = experiment()
-    assert some.tune() == {"softmax": {}, "mine": {}} and trained(some) == []
+    assert some.tune() == {"softmax": {}, "mine": {}} and names_of(some) == []
     assert [record.name for record in some.run({"mine": {}}, [3])] == ["mine-lr0.001-seed3"]
     with pytest.raises(BadInput, match="seed 0 is the one to tune by"):
         some.run({"mine": {}}, [0, 1])
@@ -136,7 +142,7 @@ def test_a_grid_of_a_mechanisms_option_is_for_its_arms_alone(experiment):
                       arms={"softmax": {"mixer": "softmax"}, "performer": {"mixer": "performer"}},
                       loss=lambda options: abs(options["performer_features"] - 17))
     assert some.tune() == {"softmax": {}, "performer": {"performer_features": 16}}
-    assert len(trained(some)) == 3
+    assert len(names_of(some)) == 3
 
 
 def test_a_failed_run_is_the_worst_and_an_arm_of_failed_runs_is_left_out(experiment, capsys):
@@ -219,7 +225,7 @@ def test_a_run_of_one_sweep_serves_another(experiment, capsys):
     second = experiment(name="two", arms=arms)
     assert second.cost([1, 2, 3]).runs == 1
     found = second.run({"attention": {}}, [1, 2, 3])
-    assert trained(second) == ["attention-lr0.001-seed3"]
+    assert names_of(second) == ["attention-lr0.001-seed3"]
     assert [record.name for record in found] == [f"attention-lr0.001-seed{k}" for k in (1, 2, 3)]
     names = [path.name for path in Path("out/sweeps/two").glob("*.gz")]
     assert names == ["attention-lr0.001.jsonl.gz"]
@@ -228,7 +234,7 @@ def test_a_run_of_one_sweep_serves_another(experiment, capsys):
     Path("out").rename("moved")
     third = experiment(name="three", arms=arms)
     assert third.cost([1, 2, 3]).runs == 0
-    assert len(third.run({"attention": {}}, [1, 2, 3])) == 3 and not trained(third)
+    assert len(third.run({"attention": {}}, [1, 2, 3])) == 3 and not names_of(third)
 
 
 @pytest.mark.parametrize("other", [
@@ -289,7 +295,7 @@ def test_damaged_files_of_other_sweeps_are_passed_over(experiment, content):
     assert experiment(name="two").cost([1]).runs == 1
 
 
-def test_first_losses_tell_what_is_learned_and_how(here):
+def test_first_losses_tell_what_is_learned_and_how(here, trained):
     def losses(*more):
         options, _ = read_options([*TINY, "--out_dir=x", *more], "")
         return numerics.first_losses(options)
@@ -300,7 +306,41 @@ def test_first_losses_tell_what_is_learned_and_how(here):
                   "--dataset=digits"):
         assert not numerics.agree(base, losses(other)), other
     assert losses("--init_from=gone", "--init_std=0.02") is None
+    started = losses(f"--init_from={trained}", "--init_std=0.02")
+    assert started[0] < base[0] - 0.1 and not numerics.agree(base, started)
+    assert numerics.agree(started, losses(f"--init_from={trained}", "--mixer=ssa"))
     assert not numerics.agree(None, None) and not numerics.agree(base, base[:2])
+
+
+def test_a_run_that_starts_from_weights_is_known_by_them(experiment, trained, here):
+    """Taken from another sweep while they are the same, and never once they are others, even if the
+    first losses could not tell, or the weights are gone."""
+    shutil.copytree(trained, "start")
+    from_it = {"common": {"init_from": "start", "bias": True},
+               "arms": {"softmax": {"mixer": "softmax"}, "ssa": {"mixer": "ssa"}}}
+    one = experiment(**from_it)
+    assert len(one.run({"softmax": {}, "ssa": {}}, [1])) == 2
+    two = experiment(name="two", **from_it)
+    assert two.cost([1]).runs == 0 and len(two.run({"softmax": {}, "ssa": {}}, [1])) == 2
+    assert not two.executor.trained
+
+    newest = Path("start/checkpoints/00000020")
+    tensors = load_file(newest / "model.safetensors")
+    tensors["norm.weight"] += 1e-6
+    save_file(tensors, newest / "model.safetensors")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["model.safetensors"] = checkpoint.sha256(newest / "model.safetensors")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    start_of.cache_clear()
+    assert experiment(name="three", **from_it).cost([1]).runs == 2
+    with pytest.raises(BadInput, match="was run with init_sha256"):
+        experiment(**from_it).cost([1])
+
+    shutil.rmtree("start/checkpoints/00000020")
+    shutil.rmtree("start/checkpoints/00000010")
+    start_of.cache_clear()
+    losses_of.cache_clear()
+    assert experiment(name="four", **from_it).cost([1]).runs == 2  # no code can be checked
 
 
 # What it takes -------------------------------------------------------------------------------
@@ -337,7 +377,7 @@ def test_no_run_starts_once_the_hours_are_over(experiment):
     with pytest.raises(BadInput, match="are over, 2 of 2 runs are left; the same command goes on"):
         some.run({"softmax": {}}, [1, 2])
     content = json.loads(Path("out/sweeps/one/sweep.json").read_text())
-    assert len(content["missing"]) == 2 and not trained(some)
+    assert len(content["missing"]) == 2 and not names_of(some)
 
 
 @pytest.mark.parametrize("device, cores, threads, expected", [

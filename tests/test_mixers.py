@@ -5,7 +5,7 @@ import torch
 
 from mixers import MIXERS, layer_mixers
 from model import GPT, GPTConfig
-from tools.audit import tensors
+from tools.audit_state import tensors
 
 T = 130  # no multiple of anything a mixer cuts time into, and longer than each
 SKELETONS = {

@@ -16,6 +16,7 @@ from test_second_wave import convolved
 from mixers import MIXERS, mixers_with
 from mixers.lln_diag import block_attention
 from mixers.parts.convolution import ShortConvolution
+from mixers.parts.heads import rotate
 from model import GPTConfig
 from tools.inspect_attention import attention_matrix
 from training.device import ready_to_decode
@@ -231,6 +232,35 @@ def test_a_run_is_evaluated_at_another_temperature_and_trained_at_none(train, tr
     line = train.refuses("--eval_only", f"--out_dir={run_folder}", "--mixer=lln",
                          "--attn_temperature=0.5")
     assert "attn_temperature has no effect" in line
+
+
+# rotate_features ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mixer", sorted(mixers_with("rotate_features")))
+def test_rotated_features_are_the_mixer_on_rotated_queries_and_keys(mixer):
+    """Against a c_attn that rotates what it returns, on a whole sequence; then in pieces."""
+    rotated = make(mixer, rotate_features=True, **LLAMA)
+    plain, idx = make(mixer, **LLAMA | dict(pos="none")), tokens()
+    for block in plain.blocks:
+        def hook(module, args, out):
+            q, k, v, state = out
+            return rotate(q, 0, 10000.0), rotate(k, 0, 10000.0), v, state
+        block.mixer.c_attn.register_forward_hook(hook)
+    whole, state = rotated(idx)[0], None
+    torch.testing.assert_close(whole, plain(idx)[0], rtol=0, atol=1e-11)
+    assert not torch.allclose(whole, make(mixer, **LLAMA)(idx)[0])
+    sizes = [70, 1, 59]
+    for part, logits in zip(idx.split(sizes, 1), whole.split(sizes, 1)):
+        y, state = rotated.step(part, state)
+        torch.testing.assert_close(y, logits, rtol=0, atol=1e-11)
+
+
+def test_rotated_features_are_for_those_that_rotate_nothing_themselves():
+    assert mixers_with("rotate_features") == ["lln", "lln_diag", "linear"]
+    with pytest.raises(ValueError, match="rotate_features has no effect"):
+        GPTConfig(vocab_size=3, mixer="swa", pos="rope", rotate_features=True)
+    with pytest.raises(ValueError, match="rotate_features needs pos 'rope', not 'learned'"):
+        GPTConfig(vocab_size=3, mixer="lln", rotate_features=True)
 
 
 # Norms and activations ---------------------------------------------------------------------------

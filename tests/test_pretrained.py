@@ -257,6 +257,20 @@ def test_an_option_that_contradicts_the_folder_is_named(option, train, gpt2, her
     assert f"with {name} {value}, which is" in line
 
 
+def test_what_no_weights_depend_on_may_be_chosen(train, gpt2, here):
+    """A temperature, and that there is no convolution."""
+    start = [*SHORT, f"--init_from={gpt2}", "--max_iters=0"]
+    train(*start, "--conv=0", "--out_dir=plain")
+    train(*start, "--attn_temperature=0.01", "--out_dir=cool")
+    assert equal(weights(here / "plain", 0), weights(here / "cool", 0))
+    losses = [metrics(name)[-1]["val_loss"] for name in ("plain", "cool")]
+    assert losses[0] != losses[1]
+    out = train("--eval_only", "--out_dir=plain", "--attn_temperature=0.01")
+    assert f"val loss {losses[1]:.4f}" in out
+    line = train.refuses(*start, "--conv=4", "--out_dir=other")
+    assert "conv 4, which is None there" in line
+
+
 def test_the_published_sizes_come_from_the_hub(train, gpt2, here, monkeypatch):
     import huggingface_hub
     asked = set()

@@ -43,6 +43,7 @@ and then:
     carried   the state holds all that goes on: sequences in turn, another copy of the model
     derivative backward
               gradients are the derivatives by differences; a second backward pass gives the same
+    slopes    gradients in the precisions of training are near those of float64
     used      the first questions after 220 steps of training and 1,000 calls
     saved     a model of another seed that loads the checkpoint gives the same
     process   so do processes with other hash seeds
@@ -68,7 +69,7 @@ from mixers import MIXERS, layer_mixers, load_mixer_file
 from tools.audit_advice import ADVICE
 from tools.audit_around import aside, bits, cost, flops, processes, saved, used
 from tools.audit_leaks import causality, forward
-from tools.audit_numbers import depth, derivative, dtypes, learns
+from tools.audit_numbers import depth, derivative, dtypes, learns, rough_gradients
 from tools.audit_state import branch, carried, decode, split, state_size
 from tools.audit_subject import Row, named, trained
 from tools.audit_wide import batches, compiled, inputs, lengths, modes, sizes
@@ -76,7 +77,7 @@ from tools.audit_wide import batches, compiled, inputs, lengths, modes, sizes
 VERDICT = {True: "pass", False: "FAIL", None: "n/a"}
 QUICK = (forward, causality, split, branch, state_size, learns, bits)
 CHECKS = (*QUICK, dtypes, depth, lengths, inputs, batches, sizes, modes, compiled,
-          decode, carried, derivative, used, saved, processes, flops, aside, cost)
+          decode, carried, derivative, rough_gradients, used, saved, processes, flops, aside, cost)
 
 
 @checked

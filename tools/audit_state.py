@@ -88,20 +88,21 @@ def tensors(state):
 def branch(subject):
     same = True
     for model in subject.bare():
-        x = normal(2, 40, model.config.n_embd)
+        x = normal(2, 100, model.config.n_embd)
         # a cache may share storage only where no gradients are recorded
-        for recording in (False, True):
-            with torch.set_grad_enabled(recording):
-                _, early = model.requires_grad_(recording).step(x[:, :10])
-                kept = [t.clone() for t in tensors(early)]
-                first, middle = model.step(x[:, 10:12], early)
-                # other continuations of the same state, and of a later one
-                for other in (x[:, 20:23], x[:, 30:31]):
-                    model.step(other, early)
-                    model.step(other, middle)
-                again, _ = model.step(x[:, 10:12], early)
-            same = same and torch.equal(again, first)
-            same = same and all(map(torch.equal, tensors(early), kept))
+        for recording in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+            for n in (10, 70):
+                with recording():
+                    _, early = model.requires_grad_(recording is torch.enable_grad).step(x[:, :n])
+                    kept = [t.clone() for t in tensors(early)]
+                    first, middle = model.step(x[:, n:n + 2], early)
+                    # other continuations of the same state, and of a later one
+                    for other in (x[:, 80:83], x[:, 90:91]):
+                        model.step(other, early)
+                        model.step(other, middle)
+                    again, _ = model.step(x[:, n:n + 2], early)
+                same = same and torch.equal(again, first)
+                same = same and all(map(torch.equal, tensors(early), kept))
     if same:
         yield Row("branch", True, "an old state goes on to the same bits")
     else:

@@ -53,6 +53,8 @@ class ClaimOptions:
         None, "start no look that is expected to end later than this many hours from now", gt=0)
     at_once: Optional[int] = option(
         None, "runs at a time [default: as tools.sweep]", ge=1, le=4096)
+    keep_checkpoints: bool = option(
+        False, "keep those of the runs that are compared, for what else is to be asked of them")
 
 
 # A claim --------------------------------------------------------------------------------------
@@ -60,13 +62,14 @@ class ClaimOptions:
 class Claim:
     """A card, its runs and its record."""
 
-    def __init__(self, path, at_once=None):
+    def __init__(self, path, at_once=None, keep_checkpoints=False):
         self.path = Path(path)
         self.name = claim_name(path)
         self.card = read_card(path)
         self.arms = arms_to_run(path, self.card)
         self.recipe = find_file(path, self.card.recipe, "recipe")
         self.at_once = at_once
+        self.keep_checkpoints = keep_checkpoints
         self.folder = folder_of(self.name)
         sums = mixer_file_sums(path, self.card)
         self.content = {
@@ -90,12 +93,12 @@ class Claim:
                                f"{NEW_NAME}, or put it back")
         self.content = earlier | {"card": self.content["card"]}  # whose texts may be others
 
-    def experiment(self, names, deadline=math.inf):
+    def experiment(self, names, deadline=math.inf, keep_checkpoints=False):
         """An Experiment of these arms, which starts no run beyond `deadline`, a monotonic time."""
         arms = {name: self.arms[name] for name in names}
         left = None if deadline == math.inf else max(1.0, deadline - time.monotonic()) / 3600
         return Experiment(RUNS / self.name, str(self.recipe), {}, arms, tune=self.card.tune or None,
-                          at_once=self.at_once, max_hours=left)
+                          at_once=self.at_once, max_hours=left, keep_checkpoints=keep_checkpoints)
 
     def say_cost(self):
         """Prints what is still to be run to the first look and to the last. Returns the first's
@@ -129,7 +132,7 @@ class Claim:
         names = list(self.arms)
         records = {record.name: record for record in recorded(self.folder)}
         for look in self.card.looks:
-            experiment = self.experiment(names, deadline)
+            experiment = self.experiment(names, deadline, self.keep_checkpoints)
             if deadline < math.inf and not fits(experiment.cost(seeds_of(look)), deadline):
                 print(f"{self.name}: the look at {look} seeds would not end in --max_hours; "
                       "the same command with more goes on")
@@ -202,7 +205,8 @@ def read_command_line(words):
     rest = [word for word in words if word not in paths]
     description = __doc__.splitlines()[0] + " Cards, claims/<name>.toml, come first."
     options, _, _ = parse_options(ClaimOptions, rest, description, with_config_file=False)
-    if options.table and (options.dry_run or options.max_hours or options.at_once):
+    of_runs = options.dry_run, options.max_hours, options.at_once, options.keep_checkpoints
+    if options.table and any(of_runs):
         raise BadInput("--table runs nothing; leave the other options out")
     if not paths and not options.table:
         raise BadInput("which claim? name its card, claims/<name>.toml, or print --table")
@@ -238,7 +242,7 @@ def main():
         if len(claimed()) > 1 and not paths:
             print(f"\n{wrapped(together_in_words(claimed()))}")
         return
-    claims = [Claim(path, options.at_once) for path in paths]
+    claims = [Claim(path, options.at_once, options.keep_checkpoints) for path in paths]
     hours = [claim.say_cost() for claim in claims]
     if options.dry_run:
         return

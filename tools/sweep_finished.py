@@ -1,9 +1,10 @@
 """Finished runs, wherever they are: one that was trained for one sweep serves every other.
 
-A run is known by its options, its data and its code, the latter by its first losses (see
-tools/numerics.py). Looked through are the sweep's own folder, those of out/sweeps and out/claims,
-and the records in results/. Runs that were recorded before first losses were are only found under
-their own name, in the sweep's folder and in results/<name of the sweep>.
+A run is known by its options, its data, the weights that it starts from (init_from) and its code,
+the latter by its first losses (see tools/numerics.py). Looked through are the sweep's own folder,
+those of out/sweeps and out/claims, and the records in results/. Runs that were recorded before
+first losses were, or whose weights to start from are gone, are only found under their own name, in
+the sweep's folder and in results/<name of the sweep>.
 """
 import json
 from dataclasses import dataclass

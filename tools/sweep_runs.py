@@ -31,7 +31,7 @@ from config import Options, filled_in
 from tools.records import holds_run
 from tools.score import read_scores
 from training.checkpoint import remove_all
-from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options
+from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options, weights_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how, but for rounding
@@ -95,7 +95,8 @@ class Difference:
 
 def difference(wanted, ran, data_sha256=None):
     """The first Difference that makes a run with the config `ran` another one than that of the
-    options `wanted` on data with this checksum (None: not known), or None.
+    options `wanted` on data with this checksum (None: not known), or None. The weights that both
+    start from, init_from, are compared too.
 
     A config that lacks an option, which has come since, counts as run with its default."""
     aside = ASIDE | {"vocab_size"}
@@ -111,7 +112,19 @@ def difference(wanted, ran, data_sha256=None):
     recorded = ran.get("data_sha256")
     if data_sha256 and recorded and recorded != data_sha256:
         return Difference("data_sha256", data_sha256, recorded)
+    start = wanted["init_from"] and ran.get("init_sha256")
+    if start and start_of(wanted["init_from"]) not in (None, start):
+        return Difference("init_sha256", start_of(wanted["init_from"]), start)
     return None
+
+
+@cache  # for all runs of a process
+def start_of(init_from):
+    """The checksum of the weights that init_from names, or None if they are not here any more."""
+    try:
+        return weights_sha256(init_from)
+    except BadInput:
+        return None
 
 
 def shortened(value):

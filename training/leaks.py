@@ -171,21 +171,19 @@ def share(part, whole):
 
 
 class Narrowing(TorchDispatchMode):
-    """Notes whether any result of float32 or less, with an entry per token at least, came from
-    numbers of float64."""
+    """Counts the entries of results of float32 or less that came from numbers of float64."""
 
-    def __init__(self, tokens):
+    def __init__(self):
         super().__init__()
-        self.tokens = tokens
-        self.found = False
+        self.entries = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         wide = any(is_wide(value) for value in (*args, *kwargs.values()))
         result = function(*args, **kwargs)
-        if wide and isinstance(result, torch.Tensor) and result.numel() >= self.tokens:
-            inexact = result.is_floating_point() or result.is_complex()
-            self.found = self.found or inexact and not is_wide(result)
+        if wide and isinstance(result, torch.Tensor) and not is_wide(result):
+            if result.is_floating_point() or result.is_complex():
+                self.entries += result.numel()
         return result
 
 
@@ -198,9 +196,10 @@ def precision_within(module, x):
     float32 or less although x is float64. Differences within that are rounding."""
     if x.dtype != torch.float64:
         return x.dtype
-    with torch.no_grad(), Narrowing(x.size(0) * x.size(1)) as narrowing:
+    with torch.no_grad(), Narrowing() as narrowing:
         call(module, x)
-    return torch.float32 if narrowing.found else torch.float64
+    # an entry per token at least, at once or token by token
+    return torch.float32 if narrowing.entries >= x.size(0) * x.size(1) else torch.float64
 
 
 def leaks(module, x, cuts, lengths=True, huge=True, autocast=False, other=None):

@@ -36,6 +36,8 @@ from training.gguf import llama_config, llama_tensors
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "smollm2")  # which are fetched
 REMEDY = "fetch the folder again"
+# model options that no weights depend on: they may be chosen anew
+OWN = {"mixer", "dropout", "attn_temperature", "rotate_features"}
 
 # config.json's name -> our option
 FIELDS = {
@@ -262,8 +264,10 @@ def take_architecture(options, explicit):
     config = read_config(options.init_from)
     values = {}
     for f in fields(ModelOptions):
-        if f.name not in ("mixer", "dropout") and not mechanism_of(f.name):
+        if f.name not in OWN and not mechanism_of(f.name):
             values[f.name] = getattr(config, f.name)
+    if options.conv == 0:  # which is none, as there
+        values["conv"] = 0
     if "block_size" in explicit:  # a shorter context than it was trained on is fine
         values["block_size"] = min(values["block_size"], options.block_size)
     contradicted = []
@@ -303,6 +307,13 @@ def weight_files(init_from):
             raise BadInput(f"{index} is damaged: its weight_map names {shard!r}, which is no file "
                            f"of this folder; {REMEDY}")
     return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def weight_paths(init_from):
+    """The paths of all files with weights of a pretrained model, of whatever kind."""
+    if is_gguf(init_from):
+        return [smollm2() if init_from == "smollm2" else Path(init_from)]
+    return weight_files(init_from)
 
 
 def read_tensors(init_from):

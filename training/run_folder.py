@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from base.command_line import one_line, one_spelling, read_given
 from base.errors import BadInput, is_out_of_memory
-from base.files import exists, read_json, write_json
+from base.files import exists, is_file, read_json, write_json
 from config import Options, filled_in
 from mixers import layer_mixers
 from model import model_config
@@ -29,7 +29,8 @@ from training import checkpoint, pretrained
 OF_ONE_COMMAND = {"resume", "overwrite", "other_data", "eval_only", "eval_split", "mixer_file"}
 # model options that change no weights, so that a trained model may be evaluated with others
 OF_EVALUATION = {"attn_temperature"}
-NOT_OPTIONS = {"vocab_size", "data_sha256"}  # which config.json has besides the options
+# which config.json has besides the options
+NOT_OPTIONS = {"vocab_size", "data_sha256", "init_sha256"}
 # what a run consists of; the rest of its folder is the user's. In the order in which --overwrite
 # moves them away
 PARTS = ("config.json", "metrics.jsonl", "checkpoints", "wandb")
@@ -289,6 +290,30 @@ def check_data(saved, data, insist=False):
 
 
 # Where weights come from ------------------------------------------------------------------------
+
+def weights_sha256(init_from):
+    """The checksum of the weights that init_from names: of its file, of the files of a folder of
+    Hugging Face's, of a run's newest checkpoint. BadInput where there are none."""
+    if not pretrained.is_pretrained(init_from):
+        [*_, newest] = checkpoint.checkpoints(init_from) or [None]
+        if newest is None:
+            raise BadInput(f"no checkpoint in {init_from}; name a run that has one")
+        return checkpoint.sha256(newest / "model.safetensors")
+    sums = []
+    for path in pretrained.weight_paths(init_from):
+        if not is_file(path):
+            raise BadInput(f"--init_from={init_from}: {path} is no regular file; fetch it again")
+        sums.append(checkpoint.sha256(path))
+    return sums[0] if len(sums) == 1 else hashlib.sha256(" ".join(sums).encode()).hexdigest()
+
+
+def start_sha256(options, saved):
+    """The same for a run's config.json: of the weights that it starts from, or once did; None for a
+    run that starts at random."""
+    if saved:
+        return saved.config.get("init_sha256")
+    return weights_sha256(options.init_from) if options.init_from else None
+
 
 def start_from(options, model, data):
     """Gives the model the weights that init_from names. Returns the names of the parameters to

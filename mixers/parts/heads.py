@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from mixers.parts.convolution import ShortConvolution
-from mixers.parts.cpu_attention import BlockedAttention, exact_product
+from mixers.parts.cpu_attention import BlockedAttention
+from mixers.parts.products import exact_product
 
 
 class QKV(nn.Module):
@@ -52,6 +53,23 @@ class ConvolvedQKV(QKV):
 
     def state_bytes(self, dtype):
         return self.conv.state_bytes(dtype) if self.conv is not None else 0
+
+
+class FeatureQKV(ConvolvedQKV):
+    """The same for mixers that leave q and k unrotated: with `rotate_features` they are rotated
+    here, and the state is a pair, the convolution's and how many tokens there were."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rope_base = config.rope_base if config.rotate_features else None
+
+    def forward(self, x, state=None):
+        if self.rope_base is None:
+            return super().forward(x, state)
+        conv, n = state or (None, 0)
+        q, k, v, conv = super().forward(x, conv)
+        q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
+        return q, k, v, (conv, n + x.size(1))
 
 
 class Wide(nn.Module):
