@@ -68,7 +68,7 @@ TWO_MIXERS = ["--mixers=softmax,softmax+pelican", "--lengths=16,64", "--batch=2"
 def finished(home, tmp_path_factory):
     """The folder of a finished benchmark, and what it printed."""
     folder = tmp_path_factory.mktemp("bench")
-    done = run(home, "bench.py", *SMALL, *TWO_MIXERS, f"--out_dir={folder}")
+    done = run(home, "bench.py", *SMALL, *TWO_MIXERS, f"--out_dir={folder}", timeout=600)
     assert done.returncode == 0 and done.stderr == "", done
     return folder, done.stdout
 

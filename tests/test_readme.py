@@ -260,14 +260,14 @@ def run_all(folder, some):
 
 @pytest.mark.slow
 def test_from_friday_to_saturday(folder):
-    """examples/README.md, with a card in miniature, so that two mixers train 2 steps thrice."""
+    """examples/README.md, with a card in miniature, so that two mixers train 2 steps twice."""
     card = folder / "examples" / "delta_rule.toml"
     text = card.read_text()
     for old, new in (("max_iters = 500", "max_iters = 2\neval_tokens = 3000\nn_layer = 1"),
-                     ("looks = [5]", "looks = [2]"), ("[4e-3, 8e-3, 16e-3]", "[8e-3]")):
+                     ("looks = [5]", "looks = [2]")):
         assert text.count(old) == 1
         text = text.replace(old, new)
-    card.write_text(text)
+    card.write_text(text.partition("[tune]")[0])
     of_page = blocks("sh", (folder / "examples" / "README.md").read_text())
     # a loop over the tokens takes minutes to audit; tests/test_audit.py does it in part
     some = [line for block in of_page for line in block.splitlines() if "tools.audit" not in line]
@@ -275,7 +275,7 @@ def test_from_friday_to_saturday(folder):
     found = json.loads((folder / "results/claims/delta_rule/claim.json").read_text())
     assert found["outcome"] in ("confirmed", "refuted", "undecided")
     assert {path.name for path in (folder / "out/saturday").iterdir()} >= {
-        "table.csv", "verdicts.png", "rates.png"}
+        "table.csv", "verdicts.png"}
     assert "Erasing what a key held" in (folder / "out/saturday.html").read_text()
 
 
