@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -679,3 +680,14 @@ def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(home, tm
         of_arm = comparison["config"]["arms"][mixer]
         assert of_arm["word"] == summary[f"{mixer}/word"] == lines[mixer]["word"]
         assert of_arm["loss"] == summary[f"{mixer}/loss"] == float(lines[mixer]["loss"])
+
+
+def test_unequal_parameters_are_said():
+    def lines(**counts):
+        return [SimpleNamespace(mixer=name, parameters=n) for name, n in counts.items()]
+
+    sizes = lines(gla=101_900, softmax=100_000, regla=103_260, causal_max=76_300)
+    assert compare_table.unequal_parameters(sizes, "softmax") == [
+        "not equal: parameters, against softmax: regla +3.3 %, causal_max -23.7 %"]
+    assert compare_table.unequal_parameters(lines(gla=100, softmax=100), "softmax") == []
+    assert compare_table.unequal_parameters(lines(gla=100), "softmax") == []  # not in the table

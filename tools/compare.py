@@ -43,7 +43,7 @@ from tools.compare_arms import (
 from tools.compare_curves import View
 from tools.compare_table import (
     TableLine, csv_of, in_range, line_of, model_config_of, notes, references_of, table,
-    table_for_terminal)
+    table_for_terminal, unequal_parameters)
 from tools.records import REMEDY, contents_of, holds_run, is_records_file, read_records
 from tools.records import read_sweep, scored_runs
 from tools.score import scores_of
@@ -275,7 +275,8 @@ def main():
     lines = [line_of(arm, verdicts[arm.label], margin) for arm in arms]
     lines.sort(key=by_loss)
     references = references_of(by_label[baseline])
-    below = "\n".join(notes(arms, verdicts, baseline, options.margin_bpb, margin))
+    found = notes(arms, verdicts, baseline, options.margin_bpb, margin)
+    below = "\n".join(found + unequal_parameters(lines, baseline))
     show(lines, references, below)
     out = folder_for(options, names[0])
     write_file(out / "table.md", f"{table(lines, references)}\n\n{below}\n".encode())

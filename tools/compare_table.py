@@ -313,6 +313,18 @@ def notes(arms, verdicts, baseline, margin_bpb, margin):
     return [printable(note) for note in found + what_to_know(arms, verdicts, baseline)]
 
 
+def unequal_parameters(lines, baseline):
+    """The arms with over 2 % more or fewer parameters than the baseline's; a list of one note or
+    none."""
+    own = [line.parameters for line in lines if line.mixer == baseline]
+    found = []
+    for line in lines:
+        percent = 100 * (line.parameters / own[0] - 1) if own else 0.0
+        if abs(percent) > 2:
+            found.append(f"{line.mixer} {percent:+.1f} %")
+    return [f"not equal: parameters, against {baseline}: {', '.join(found)}"] if found else []
+
+
 def asked_alone(arms, verdicts, baseline, margin):
     """The arms that would have another word if each were the only one compared, and which; a list
     of one note or none."""

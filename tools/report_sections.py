@@ -9,7 +9,7 @@ from tools import report_figures as figures
 from tools.compare import judge_arms, margin_of
 from tools.compare_arms import arms_of, is_diverged, rate_of, tuning_arms_of
 from tools.compare_table import cells, line_of, mean_and_interval, notes, reference_cells
-from tools.compare_table import references_of
+from tools.compare_table import references_of, unequal_parameters
 from tools.report_curves import curves
 from tools.report_data import Bench, Runs, Section, is_running, steps_done
 from tools.report_others import section_of_inspection, sections_of_bench
@@ -106,6 +106,7 @@ def add_comparison(section, arms, looks, references, margin_bpb, claim=None):
     lines.sort(key=lambda line: line.loss)
     section.table = table(lines, references, arms)
     found = notes(arms, verdicts, looks.baseline, margin_bpb, margin)
+    found += unequal_parameters(lines, looks.baseline)
     section.notes += found[1:] if claim else found  # the first says how one look was judged
     if len(arms) > 1:
         unit = "nats per answer" if margin is None else "nats per token"
