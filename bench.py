@@ -22,13 +22,13 @@ it is an average over a sequence); the ceiling is the rate of the model's own ma
 measured in the same process just before.
 
 Writes out_dir/cells.jsonl (a line as soon as a cell is measured; the same command goes on from
-there, and cells of other commands stay), results.csv and plots, both of this command's cells; the
-last line on stdout is all of it in JSON. tools/bench_measure.py measures a cell,
-tools/bench_scaling.py says what the figures mean.
+there, and cells of other commands stay), and of this command's cells results.csv, results.json and
+plots; where standard output is no terminal, its last line is that JSON too. A terminal shows as
+many columns as it has room for. tools/bench_measure.py measures a cell, tools/bench_scaling.py says
+what the figures mean.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
-import fcntl
 import hashlib
 import json
 import platform
@@ -38,26 +38,26 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Literal, Optional
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 import data.dataset
 from base.command_line import one_spelling, read_given
 from base.errors import BadInput, exit_on_bad_input, printable
-from base.files import JSON_BYTES, is_file, parse_json, read_bytes, writing
+from base.files import is_file, write_json
 from base.options import checked, option
+from base.terminal import is_terminal, width, wrapped
 from config import ModelOptions, Options
 from data.files import check_name
 from mixers import has_effect, load_mixer_file, mixer_names, mixers_in_words
 from model import model_config
 from tools import bench_scaling as scaling
 from tools.bench_measure import run_cell
+from tools.bench_results import Results
 from training.device import choose_device, choose_dtype, lacks_compiler
-from training.run_folder import open_plainly
 
 # the modes, and their batches unless set
 BATCHES = {"train": "4", "prefill": "4", "decode": "1,32"}
@@ -201,129 +201,6 @@ def git_revision():
     return done.stdout.strip() or None
 
 
-# Results ------------------------------------------------------------------------------------------
-
-Positive = Annotated[float, Field(gt=0, le=1e30)]
-Bytes = Optional[Annotated[float, Field(ge=-1e30, le=1e30)]]
-
-
-class Row(BaseModel):
-    """A line of cells.jsonl: one cell in one round."""
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-    cell: dict[str, Any]
-    round: int
-    time: Annotated[float, Field(ge=0, le=1e30)]
-    cell_seconds: Positive
-
-
-class FailedRow(Row):
-    status: Literal["oom", "timeout", "error"]
-
-
-class MeasuredRow(Row):
-    status: Literal["ok"]
-    ms: Positive
-    ms_quantiles: Annotated[list[Positive], Field(min_length=1)]
-    first_token_ms: Optional[Positive]
-    peak_bytes: Bytes
-    rise_bytes: Bytes
-    state_bytes: Bytes
-    flops_per_token: Optional[Positive]
-    ceiling_flops_per_s: Optional[Positive]
-    parameters: Annotated[int, Field(ge=0, lt=2**53)]
-
-
-ROW = TypeAdapter(Annotated[Union[FailedRow, MeasuredRow], Field(discriminator="status")])
-
-
-class Results:
-    """The rows of cells.jsonl, a line for every cell and round; no other benchmark has the file
-    until this one is closed. BadInput if it is damaged, no plain file or in use."""
-
-    def __init__(self, out_dir, overwrite):
-        self.path = Path(out_dir) / "cells.jsonl"
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open_plainly(self.path)
-        try:
-            self.lock()
-            if overwrite:
-                self.clear()
-            self.rows = self.read()
-        except BaseException:
-            self.file.close()
-            raise
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def lock(self):
-        """Two at a time would also disturb each other's figures."""
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"{self.path.parent} is in use by another benchmark; wait for it, "
-                           "or choose another --out_dir") from None
-        except OSError:
-            pass  # a file system without locks
-
-    def clear(self):
-        with writing(self.path):
-            self.file.truncate(0)
-            for path in self.path.parent.glob("*_batch*.png"):
-                path.unlink()
-            self.path.with_name("results.csv").unlink(missing_ok=True)
-
-    def read(self):
-        remedy = "clear it with --overwrite"
-        content = read_bytes(self.path, JSON_BYTES, remedy)
-        lines = content.split(b"\n")
-        cut_off = lines.pop()  # empty, unless the power failed in the middle of a line
-        with writing(self.path):
-            self.file.truncate(len(content) - len(cut_off))
-            self.file.seek(0, 2)
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            place = f"{self.path} is damaged: line {number}"
-            try:
-                row = parse_json(line)
-                ROW.validate_python(row)
-            except ValidationError as error:
-                detail = error.errors(include_url=False)[0]
-                where = ".".join(map(str, detail["loc"]))
-                what = f"{where[:100]}: {detail['msg'][:200]}"
-                raise BadInput(f"{place}: {what}; {remedy}") from error
-            except ValueError as error:
-                raise BadInput(f"{place}: no valid JSON; {remedy}") from error
-            if row["status"] != "error":  # errors get another chance
-                rows.append(row)
-        return rows
-
-    def add(self, row):
-        with writing(self.path):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        self.rows.append(row)
-
-    def of(self, cell):
-        return [row for row in self.rows if row["cell"] == cell]
-
-    def finished(self, cell, round, cell_seconds):
-        """Whether a cell needs no measuring in a round. One that failed is done with, but for more
-        time it gets another chance."""
-        for row in self.of(cell):
-            if row["status"] == "ok" and row["round"] == round:
-                return True
-            if row["status"] == "oom" or row["status"] == "error":
-                return True
-            if row["status"] == "timeout" and row["cell_seconds"] >= cell_seconds:
-                return True
-        return False
-
-
 # Measuring ----------------------------------------------------------------------------------------
 
 def to_measure(group, round, results, options):
@@ -345,11 +222,13 @@ def measure(groups, results, options):
     total = sum(map(len, groups)) * options.rounds
     bar = tqdm(total=total, unit="cell", disable=not sys.stderr.isatty())
     block = None
+    columns = scaling.columns_for(width() if is_terminal() else None)
     for group in groups:
         mode, batch = group[0]["mode"], group[0]["batch"]
         if block != (mode, batch):
             block = mode, batch
-            bar.write(f"\n{mode}, batch {batch}\n{scaling.TABLE_HEAD}", file=sys.stdout)
+            words = f"\n{mode}, batch {batch}{reused(groups, block, results, options)}"
+            bar.write(f"{words}\n{scaling.table_head(columns)}", file=sys.stdout)
         for round in range(options.rounds):
             for cell in to_measure(group, round, results, options):
                 row = {"cell": cell, "round": round, "time": time.time(),
@@ -364,17 +243,29 @@ def measure(groups, results, options):
         for cell in group:
             line = scaling.summary(cell, results.of(cell), softmax)
             table.append(line)
-            bar.write(scaling.table_line(line), file=sys.stdout)
+            bar.write(scaling.table_line(line, columns), file=sys.stdout)
     bar.close()
     return table
 
 
+def reused(groups, block, results, options):
+    """How many of a table's cells were measured before, in words; "" for none."""
+    cells = [(cell, round) for group in groups for cell in group for round in range(options.rounds)
+             if (cell["mode"], cell["batch"]) == block]
+    before = sum(results.finished(cell, round, options.cell_seconds) for cell, round in cells)
+    if not before:
+        return ""
+    return (f": {before} of {len(cells)} measurements are from {printable(str(results.path))}, "
+            "not made again")
+
+
 def print_header(options, machine, model, vocabulary_in_words, dtype):
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(wrapped(", ".join(f"{key} {value}" for key, value in machine.items())))
     compiled = ", compiled" if options.compile else ""
-    print(f"model      {model['arch']}, {model['n_layer']} layers, {model['n_embd']} channels, "
-          f"{model['n_head']} heads, vocabulary {model['vocab_size']:,} ({vocabulary_in_words}), "
-          f"positions {model['pos']}, {dtype}{compiled}")
+    print(wrapped(
+        f"model      {model['arch']}, {model['n_layer']} layers, {model['n_embd']} channels, "
+        f"{model['n_head']} heads, vocabulary {model['vocab_size']:,} ({vocabulary_in_words}), "
+        f"positions {model['pos']}, {dtype}{compiled}"))
 
 
 def measure_ceiling(cell, options):
@@ -383,19 +274,21 @@ def measure_ceiling(cell, options):
                        options.cell_seconds)
     ceiling = figures.get("ceiling_flops_per_s")
     rate = f"{ceiling / 1e9:,.0f} GFLOP/s" if ceiling else "not measured"
-    print(f"ceiling    {rate} in the products of {cell['model']['mixer']}'s linear layers alone",
-          flush=True)
+    mixer = cell["model"]["mixer"]
+    print(wrapped(f"ceiling    {rate} now, in the products of {mixer}'s linear layers alone; "
+                  "`of ceiling` is of each cell's own, measured beside it"), flush=True)
     return ceiling
 
 
 def write_results(folder, table, lines, title):
     """results.csv, and a picture for each mode and batch."""
+    from tools.bench_plots import plot  # takes a second, which the cells' processes need not spend
     scaling.write_csv(folder / "results.csv", table)
     for mode, batch in dict.fromkeys((line["mode"], line["batch"]) for line in lines):
         cells = [line for line in table if (line["mode"], line["batch"]) == (mode, batch)]
         trends = [line for line in lines if (line["mode"], line["batch"]) == (mode, batch)]
         path = folder / f"{mode}_batch{batch}.png"
-        scaling.plot(path, cells, trends, f"{mode}, batch {batch}: {title}")
+        plot(path, cells, trends, f"{mode}, batch {batch}: {title}")
 
 
 @exit_on_bad_input("bench.py")
@@ -426,15 +319,20 @@ def main():
         lines = scaling.scaling(table)
         print()
         for line in lines:
-            print(scaling.scaling_line(line))
-        title = (f"{options.n_layer} layers x {options.n_embd}, {dtype}, {machine['machine']}, "
-                 f"{machine['threads']} threads")
-        write_results(results.path.parent, table, lines, title)
-    print(f"cells.jsonl, results.csv and plots are in {printable(options.out_dir)}")
-    print(json.dumps({
-        **machine, "dtype": dtype, "compile": options.compile, "vocab_size": vocab_size,
-        "ceiling_flops_per_s": ceiling, "out_dir": options.out_dir, "cells": table,
-        "scaling": lines}))
+            print(wrapped(scaling.scaling_line(line)))
+        recipe = f"{given.config_file}, " if given.config_file else ""
+        title = (f"{recipe}{options.n_layer} layers x {options.n_embd}, {dtype}, "
+                 f"{options.rounds} rounds, {machine['machine']}, {machine['threads']} threads")
+        folder = results.path.parent
+        write_results(folder, table, lines, title)
+        found = {
+            **machine, "dtype": dtype, "compile": options.compile, "vocab_size": vocab_size,
+            "ceiling_flops_per_s": ceiling, "out_dir": options.out_dir, "cells": table,
+            "scaling": lines}
+        write_json(folder / "results.json", found)
+    print(f"cells.jsonl, results.csv, results.json and plots are in {printable(options.out_dir)}")
+    if not is_terminal():
+        print(json.dumps(found))
     if any(line["status"] == "error" for line in table):
         sys.exit(1)
 

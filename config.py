@@ -29,7 +29,9 @@ class SkeletonOptions:
         "gpt2", "gpt2: LayerNorm, learned positions, GELU, tied head; "
         "llama: RMSNorm, RoPE, SwiGLU, untied head")
     mixer: str = option(
-        "softmax", "a name, or a pattern over layers: softmax,lln,lln", names=lambda: MIXERS)
+        "softmax", "what mixes the tokens, in place of attention: a name, or a pattern that "
+        "repeats over the layers (softmax,lln,lln: the first of every three is softmax)",
+        names=lambda: MIXERS)
     block_size: int = option(64, "context length in tokens", ge=1)
     n_layer: int = option(4, "number of blocks", ge=1, le=10_000)
     n_head: int = option(4, "number of heads; divides n_embd", ge=1)
@@ -65,14 +67,16 @@ class SkeletonOptions:
     tie_head: Optional[bool] = option(
         None, "the head shares the embedding's weights [default: gpt2 yes, llama no]")
     head_temperature: Optional[float] = option(
-        None, "hidden states are divided by it before the head "
+        None, "hidden states are divided by it before the head: a smaller one makes the "
+        "predictions sharper (SSA's own temperatures multiply) "
         "[default: 0.1 if all layers are pelican, else 1]", gt=0)
     init_std: Optional[float] = option(
         None, "standard deviation of the initial weights; GPT-2's is 0.02, from which models of "
         "few channels learn later [default: 1 / sqrt(n_embd), or that of init_from]", gt=0)
     zero_init_head: bool = option(False, "the head starts at zero (untied heads only)")
     embed_rank: Optional[int] = option(
-        None, "the embedding is Embedding(V, r) and Linear(r, C) (untied heads only)", ge=1)
+        None, "rank r of the embedding, which is then Embedding(vocabulary, r) and Linear(r, "
+        "n_embd); untied heads only [default: one matrix, of full rank]", ge=1)
 
 
 @checked
@@ -84,12 +88,15 @@ class ModelOptions(MixerOptions, SkeletonOptions):
 class DataOptions:
     heading = "data and evaluation"
     dataset: str = option(
-        "shakespeare_char", "a folder of data/; prepared when missing", names=dataset_names)
+        "shakespeare_char", "what to train on, a folder of data/, prepared when missing: a text "
+        "(shakespeare_char by characters; shakespeare, books and cosmopedia in GPT-2's tokens; "
+        "your own by python -m data.text) or a recall task (all others)", names=dataset_names)
     holdout: float = option(
         0.0, "share of a text's training split, at its end, that is left out of training and "
         "evaluated on in place of val: to choose options by", ge=0, lt=1)
     eval_split: Literal["val", "test"] = option(
-        "val", "what --eval_only evaluates on; recall tasks and books have a test split")
+        "val", "what --eval_only reads, training evaluates on val; only recall tasks and books "
+        "have a test split")
     eval_interval: int = option(
         250, "optimiser steps between evaluations, each with a checkpoint", ge=1)
     eval_tokens: int = option(
@@ -101,18 +108,22 @@ class OptimiserOptions:
     heading = "optimiser"
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "muon: Muon for the weights of the blocks' linear layers, AdamW for the rest")
-    batch_size: int = option(12, "sequences per micro-step, over all processes", ge=1)
-    gradient_accumulation_steps: int = option(1, "micro-steps per optimiser step", ge=1)
+    batch_size: int = option(
+        12, "sequences of block_size tokens per micro-step, those of all processes together", ge=1)
+    gradient_accumulation_steps: int = option(
+        1, "micro-steps per optimiser step, which has so many times batch_size sequences", ge=1)
     max_iters: int = option(2000, "optimiser steps", ge=0)
-    learning_rate: float = option(1e-3, "peak learning rate", ge=0)
-    lr_schedule: Literal["cosine", "linear"] = option("cosine", "shape of the decay")
+    learning_rate: float = option(1e-3, "the highest learning rate, at the end of warm-up", ge=0)
+    warmup_iters: int = option(100, "first steps, over which the learning rate rises", ge=0)
     decay_lr: bool = option(
-        True, "decay the learning rate; otherwise it is constant after warm-up")
-    warmup_iters: int = option(100, "steps of linear warm-up", ge=0)
+        True, "after warm-up the learning rate falls to min_lr; otherwise it stays the same")
+    lr_schedule: Literal["cosine", "linear"] = option(
+        "cosine", "how the learning rate falls: along half a cosine, or a straight line")
     lr_decay_iters: Optional[int] = option(
-        None, "the step at which min_lr is reached [default: max_iters]", ge=0)
+        None, "the step at which the learning rate is down at min_lr, where it stays "
+        "[default: max_iters]", ge=0)
     min_lr: Optional[float] = option(
-        None, "learning rate at the end of the decay [default: learning_rate / 10]", ge=0.0)
+        None, "the learning rate at the end of its fall [default: learning_rate / 10]", ge=0.0)
     weight_decay: float = option(0.1, "of AdamW, on matrices only", ge=0)
     beta1: float = option(0.9, "of AdamW", ge=0, lt=1)
     beta2: float = option(0.99, "of AdamW", ge=0, lt=1)
@@ -135,8 +146,8 @@ class RunOptions:
         "gpt2-xl, smollm2, of a Hugging Face folder (GPT-2, LLaMA) or of a LLaMA's .gguf",
         min_length=1)
     train_only: Literal["all", "mixer_new"] = option(
-        "all", "all parameters, or only those that the weights of init_from lack: the mixer's new "
-        "ones")
+        "all", "with init_from, what is trained: all parameters, or those alone that the weights "
+        "of init_from lack, which are the new mixer's")
     mixer_file: Optional[str] = option(
         None, "a Python file of yours that registers its mixer in mixers.MIXERS; with --help, its "
         "options are listed too", min_length=1, first=load_mixer_file)

@@ -15,7 +15,6 @@ import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import contextlib
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -32,12 +31,12 @@ from training.contract import check_builders
 from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
 from training.evaluation import evaluate, print_evaluation
 from training.leaks import refuse_leaks
-from training.machine import Machine, refuse_what_cannot_fit
+from training.machine import Machine, catch_signals, refuse_what_cannot_fit
 from training.metrics import Metrics, check_wandb
 from training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, step_if_finite
 from training.pace import Pace
 from training.parallel import World, join, synchronise_gradients, whole
-from training.report import describe, show_result
+from training.report import before_training, costs_of, describe, show_result
 from training.run_folder import (
     FolderLock, check_data, compare_with, data_sha256, prepared_folder, read_options, start_from,
     start_sha256, train_alone)
@@ -160,6 +159,9 @@ def train(options, record, model, data, machine, saved):
     while True:
         if run.step < options.max_iters:
             stopping = run.update(caught)
+            if stopping:
+                run.say(f"stopping after step {run.step}, with a checkpoint; "
+                        "Ctrl-C once more ends it without")
             if run.step % options.log_interval == 0 or run.step == options.max_iters:
                 run.log_training()
         if run.step % options.eval_interval == 0 or run.step == options.max_iters:
@@ -187,7 +189,7 @@ class Training:
         device, world = machine.device, machine.world
         self.rows_at_once = rows_per_pass(
             options.batch_size, options.block_size, device, world.size)
-        self.forward_flops = model.flops_per_token(options.block_size)
+        self.costs = costs_of(options, model)
         loss_fn = model.loss
         if options.compile:
             loss_fn = compiled(
@@ -208,7 +210,7 @@ class Training:
             wandb_id = saved.trainer["wandb_id"]
             print(f"going on from {saved.folder}")
         first = world.rank == 0
-        self.metrics = Metrics(options, self.step, wandb_id) if first else None
+        self.metrics = Metrics(options, self.step, wandb_id, self.costs) if first else None
         self.bar = tqdm(total=options.max_iters, initial=self.step, unit="step",
                         disable=not first or not sys.stderr.isatty())
         # the clock goes on where the saved run stopped
@@ -241,6 +243,8 @@ class Training:
         self.train_loss, norm = sum(losses) / world.size, norm / world.size
         if not math.isfinite(self.train_loss + norm):
             raise not_finite(f"loss {self.train_loss}, gradient norm {norm}", step, options)
+        if step == 0:
+            self.say(before_training(self.train_loss, options, self.data.vocab_size))
         self.step += 1
         self.tokens += x.numel()
         self.bar.update()
@@ -251,8 +255,8 @@ class Training:
         if not self.metrics:
             return
         flops = None
-        if self.forward_flops is not None:  # the backward pass is twice the forward pass
-            flops = 3 * self.forward_flops * self.tokens
+        if self.costs["flops_per_token"] is not None:  # a backward pass is twice a forward pass
+            flops = 3 * self.costs["flops_per_token"] * self.tokens
         seconds = time.perf_counter() - self.started
         self.metrics.log(iter=self.step, tokens=self.tokens, flops=flops, seconds=seconds, **values)
 
@@ -339,21 +343,6 @@ def not_finite(what, step, options):
     last = f"the last good checkpoint is {kept[-1]}" if kept else "before the first checkpoint"
     return BadInput(f"step {step}: {what} is not finite (batch {step} of seed {options.seed}); "
                     f"training stops, {last}; try a lower learning_rate")
-
-
-def catch_signals():
-    """A list that holds the signal's number once SIGTERM or Ctrl-C has come. A second one ends
-    the process at once."""
-    caught = []
-
-    def handle(number, frame):
-        caught.append(number)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    return caught
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ argparse reads the command line, runpy a config file; pydantic checks the values
 import argparse
 import difflib
 import runpy
+import textwrap
 import types
 import typing
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from base.errors import BadInput
 from base.files import is_file
+from base.terminal import is_terminal, width
 
 # what newcomers type -> what it is called here, or where it is
 OTHER_NAMES = {
@@ -134,6 +136,17 @@ def read_config_file(path, cls):
 
 # The command line -------------------------------------------------------------------------------
 
+class Help(argparse.HelpFormatter):
+    """As wide as the terminal, up to 120 characters; a name is never broken at its hyphens."""
+
+    def __init__(self, prog):
+        columns = min(120, max(80, width())) if is_terminal() else 120
+        super().__init__(prog, max_help_position=34, width=columns)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message)
@@ -145,8 +158,7 @@ def make_parser(cls, description, with_config_file):
         usage = "%(prog)s [--option=value ...]"
     parser = Parser(
         usage=usage, description=description, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
+        argument_default=argparse.SUPPRESS, formatter_class=Help)
     if with_config_file:
         parser.add_argument("config_file", nargs="?", help=(
             "a Python file that sets options, for example configs/shakespeare.py"))

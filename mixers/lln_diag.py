@@ -51,7 +51,8 @@ class LLNDiag(LLN):
 
     class Options(LLN.Options):
         lln_diag_mode: Literal["mean", "sum", "convex"] = option(
-            "mean", "LLN and Diag: half each, r and p learnable, r and 1 - r learnable")
+            "mean", "how LLN and Diag, the softmax within blocks, are added: mean: half of each; "
+            "sum: r LLN + p Diag; convex: r LLN + (1 - r) Diag; r and p are learned")
 
     def __init__(self, config, layer):
         super().__init__(config, layer)

@@ -49,10 +49,10 @@ class RetNet(nn.Module):
 
     def forward(self, x, state=None):
         conv, n, S = (None, 0, None) if state is None else state
-        B, T, _ = x.shape
+        T = x.size(1)
         q, k, v, conv = self.c_attn(x, conv)
         q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
-        g = self.decays.log_gamma.view(1, -1, 1, 1).expand(B, -1, T, -1)
+        g = self.decays.log_gamma.view(1, -1, 1, 1).expand(-1, -1, T, -1)
         y, S = recurrence(q / math.sqrt(q.size(-1)), k, v, g=g, state=S)
         return self.c_proj(merge_heads(self.norm(y)) * F.silu(self.gate(x))), (conv, n + T, S)
 

@@ -124,8 +124,10 @@ class SSA(nn.Module):
         ssa_position: Literal["authors", "paper"] = option(
             "authors", "SSA's position term: exp(-exp(b)) log n, or sigmoid(a) log n")
         ssa_share: bool = option(
-            True, "SSA's token terms reuse the projection that they scale; otherwise an MLP each")
-        ssa_per_head: bool = option(False, "SSA's temperatures differ between heads")
+            True, "SSA's token terms read the queries, keys or values that they scale; otherwise "
+            "the hidden states, each through an MLP of its own")
+        ssa_per_head: bool = option(
+            False, "SSA's temperatures, which multiply, differ between heads")
 
     def __init__(self, config, layer):
         super().__init__()

@@ -75,6 +75,31 @@ def content(folder):
     return files
 
 
+def wandb_records(path):
+    """The records of a .wandb file: 7 bytes, then blocks of 32 KiB that hold pieces, each with 4
+    bytes of checksum, 2 of length and its type: whole, first, middle or last."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    content, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 2**15 - at % 2**15 < 7:  # the rest of a block too short for a piece
+            at += 2**15 - at % 2**15
+            continue
+        length = int.from_bytes(content[at + 4:at + 6], "little")
+        kind = content[at + 6]
+        whole += content[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def values_of(items):
+    """{key: value} of the config, history or summary in a record of wandb's."""
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
 @pytest.fixture
 def clone(tmp_path):
     """A copy of the repository's sources that a test may change."""

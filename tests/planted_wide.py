@@ -359,6 +359,17 @@ class DecodeOfManyRows(Running):
         return super().mix(x, state)
 
 
+class InPlaceLate(Running):
+    """Adds to its sum in place beyond 64 tokens, in inference mode."""
+
+    def mix(self, x, state):
+        u, (total, n) = super().mix(x, state)
+        if state is not None and state[1] > 64 and torch.is_inference_mode_enabled():
+            state[0].copy_(total)
+            total = state[0]
+        return u, (total, n)
+
+
 # Gradients ----------------------------------------------------------------------------------------
 
 class Scale(torch.autograd.Function):
@@ -410,6 +421,14 @@ class TwiceWrong(Scaled):
 class FlippedByDetach(Scaled):
     def mix(self, x, state):
         return x * (2 * self.scale.detach() - self.scale), state
+
+
+class FlippedInFloats(Scaled):
+    """The sign of the gradient is wrong in float32 alone."""
+
+    def mix(self, x, state):
+        fault = "sign" if x.dtype == torch.float32 else ""
+        return Scale.apply(x, self.scale.to(x.dtype), fault), state
 
 
 class KeptForBackward(Scaled):
@@ -514,6 +533,18 @@ class Reseeds(Honest):
         return x, state
 
 
+class Overwritten(Honest):
+    """Gives its outputs in the same tensor every time, where no gradients are recorded."""
+
+    def forward(self, x, state=None):
+        y = self.proj(x)
+        if torch.is_grad_enabled():
+            return y, state
+        if getattr(self, "room", y[:0]).shape != y.shape or self.room.dtype != y.dtype:
+            self.room = torch.empty_like(y)
+        return self.room.copy_(y), state
+
+
 class SeesEvaluation(Honest):
     """Collects its statistics from validation too."""
 
@@ -587,6 +618,9 @@ PLANTED_WIDE = {
     "flipped_by_detach": (FlippedByDetach, "derivative"),
     "twice_wrong": (TwiceWrong, "backward"),
     "kept_for_backward": (KeptForBackward, "backward"),
+    "flipped_in_floats": (FlippedInFloats, "slopes"),
+    "overwritten": (Overwritten, "aside"),
+    "in_place_late": (InPlaceLate, "branch"),
     "not_saved": (NotSaved, "saved"),
     "not_saved_list": (NotSavedList, "saved"),
     "counter_not_saved": (CounterNotSaved, "saved"),

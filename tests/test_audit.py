@@ -329,7 +329,7 @@ def test_a_mistake_in_a_mixer_is_told_first(name, here, monkeypatch, capsys):
         assert out == "" and status == 2
         line = err.strip()
     else:
-        line, last = out.strip().splitlines()
+        line, *_, last = out.strip().splitlines()
         assert line.startswith("forward    FAIL  ") and last.startswith("mine: FAIL (forward), ")
         assert err == "" and status == 1
     assert mistake.says in line and f"mine.py, line {mistake.line}" in line

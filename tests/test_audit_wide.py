@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics
+from conftest import ROOT, TINY, metrics, run
 from honest import HONEST
 from honest_wide import HONEST_WIDE
 from planted import PLANTED, Honest
@@ -66,6 +66,7 @@ CHECK_OF = FIRST | {
     "carried": audit.carried,
     "derivative": audit.derivative,
     "backward": audit.derivative,
+    "slopes": audit.rough_gradients,
     "used": less_used,
     "saved": audit.saved,
     "process": audit.processes,
@@ -90,13 +91,15 @@ def failed(subject, names):
     return {row.check: row for row in rows if row.passed is False}
 
 
-def by_speed(names, checks_of):
-    for name in names:
-        slow = SLOW & set(checks_of[name][1].split())
-        yield pytest.param(name, marks=[pytest.mark.slow] if slow else [])
+def by_speed():
+    found = []
+    for name, (_, checks) in PLANTED_WIDE.items():
+        slow = SLOW & set(checks.split())
+        found.append(pytest.param(name, marks=[pytest.mark.slow] if slow else []))
+    return found
 
 
-@pytest.mark.parametrize("mixer", by_speed(PLANTED_WIDE, PLANTED_WIDE))
+@pytest.mark.parametrize("mixer", by_speed())
 def test_a_planted_fault_is_found_by_the_check_it_is_for(mixer, planted):
     expected = PLANTED_WIDE[mixer][1].split()
     found = failed(one_skeleton(mixer), expected)
@@ -108,9 +111,9 @@ def test_every_wider_check_has_a_planted_fault():
     assert found >= CHECK_OF.keys() - FIRST.keys()
 
 
-@pytest.mark.parametrize("mixer", ["every_96", "in_the_module", "ring", "sign_flipped", "repeats"])
-def test_what_hides_from_the_first_questions_needs_the_wider_ones(mixer, planted):
-    assert not failed(one_skeleton(mixer), ["suffix", "bits"])
+@pytest.mark.parametrize("mixer", ["every_96", "in_the_module", "ring", "sign_flipped"])
+def test_what_hides_from_train_needs_the_audit(mixer, planted):
+    assert find_leak(make(mixer)) is None
 
 
 @pytest.mark.parametrize("mixer", HONEST_WIDE)
@@ -149,9 +152,9 @@ def quoted(place):
     ("whole_mean", "suffix", "2 tokens", "return torch.maximum(x, x.mean(1, keepdim=True)), state"),
     ("off_by_one", "suffix", "2 tokens", "return (x @ x.mT / 8).masked_fill("),
     ("batch_std", "rows", "2 tokens", "return x / x.std((0, 1))"),
-    ("border_only", "suffix", "65 tokens", "return torch.where(at_border, x + after, x), state"),
-    ("chunks_80", "lengths", "81 tokens: output 79", "return torch.where(last, x + after, x)"),
-    ("later_rows", "batches", "33 rows of 12 tokens: output 0 of row 2", "u[2] += x[3]"),
+    ("border_only", "suffix", "65 tokens", "after = torch.cat("),
+    ("chunks_80", "lengths", "81 tokens: output 79", "after = torch.cat("),
+    ("twelve_rows", "batches", "33 rows of 12 tokens: output 0", "return (x + x.roll(1, 0)"),
 ])
 def test_a_fault_is_told_with_its_place_and_the_smallest_example(
         mixer, check, smallest, code, planted):
@@ -186,6 +189,14 @@ def test_a_fault_is_printed_with_what_to_look_at(here, monkeypatch, capsys):
 
 def test_the_quick_questions_come_first():
     assert audit.CHECKS[:len(audit.QUICK)] == audit.QUICK
+
+
+@pytest.mark.slow
+def test_a_run_passes_the_whole_audit(home, trained):
+    done = run(home, "-m", "tools.audit", f"--out_dir={trained}", timeout=900)
+    assert done.returncode == 0 and done.stderr == "", done
+    checks = {line.split()[0] for line in done.stdout.splitlines() if line}
+    assert checks >= CHECK_OF.keys() - {"causality"}
 
 
 # -- train.py --------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from bench import BenchOptions, code_of, model_of
 from mixers import MIXERS
 from model import GPT, GPTConfig
 from tools import bench_measure as measure
-from tools.bench_scaling import crossover, exponent, plot, scaling, summary
+from tools.bench_plots import plot
+from tools.bench_scaling import (
+    IN_TABLE, columns_for, crossover, exponent, scaling, summary, table_head, table_line)
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--device=cpu", "--dtype=float32",
          "--dataset=letters", "--rounds=1", "--seconds=0.01"]
@@ -66,7 +68,7 @@ TWO_MIXERS = ["--mixers=softmax,softmax+pelican", "--lengths=16,64", "--batch=2"
 def finished(home, tmp_path_factory):
     """The folder of a finished benchmark, and what it printed."""
     folder = tmp_path_factory.mktemp("bench")
-    done = run(home, "bench.py", *SMALL, *TWO_MIXERS, f"--out_dir={folder}")
+    done = run(home, "bench.py", *SMALL, *TWO_MIXERS, f"--out_dir={folder}", timeout=600)
     assert done.returncode == 0 and done.stderr == "", done
     return folder, done.stdout
 
@@ -92,6 +94,8 @@ def test_every_cell_is_in_the_table_the_csv_the_json_and_the_plots(finished):
         "decode_batch2.png", "prefill_batch2.png", "train_batch2.png"]
     for line in found["cells"]:
         assert f"{line['mixer']:<20} {line['ms']:>9,.2f}" in out
+    assert json.loads((folder / "results.json").read_text()) == found
+    assert "not made again" not in out
 
 
 def test_the_header_says_on_what_and_the_ceiling_comes_before_the_cells(finished):
@@ -136,6 +140,7 @@ def test_finished_cells_are_kept_and_only_what_is_missing_is_measured(finished, 
     same = bench(*SMALL, *TWO_MIXERS, "--out_dir=o")
     assert rows(folder) == first
     assert result(same)["cells"] == result(finished[1])["cells"]
+    assert same.count(": 4 of 4 measurements are from o/cells.jsonl, not made again") == 3
     # a mixer more: softmax is measured again beside it; another width is another cell
     more = [*SMALL, "--mixers=softmax,pelican", "--lengths=16", "--batch=2", "--mode=prefill",
             "--out_dir=o"]
@@ -496,6 +501,17 @@ def test_decoding_with_softmax_needs_its_state_and_with_a_linear_mixer_no_more_a
 
 
 # What the figures are turned into -----------------------------------------------------------------
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_table_is_as_wide_as_the_terminal(width):
+    line = summary(cell("train", "softmax"), [row(10, 0)], [row(10, 0)])
+    columns = columns_for(width)
+    shown = [table_head(columns), table_line(line, columns)]
+    assert len(shown[0]) == len(shown[1]) <= width and columns_for(None) == list(IN_TABLE)
+    for name in ("mixer", "ms", "of softmax", "[p20, p80]"):
+        assert name in shown[0]
+    assert ("of ceiling" in shown[0], len(columns) == len(IN_TABLE)) == (width > 80, width == 200)
+
 
 def test_an_exponent_is_that_of_a_power_law_through_the_longest_three():
     slope, lengths = exponent({T: 7 * T**1.5 for T in (1024, 64, 256)})

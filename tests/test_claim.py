@@ -24,6 +24,7 @@ from tools import claim, claim_record, records, sweep_runs
 from tools.claim_cards import (
     Arm, Card, find_file, mixer_file_sums, read_card, sha256_of)
 from tools.claim_outcomes import outcome_of_word
+from tools.claim_table import COLUMNS, table_for_terminal
 from tools.records import Record
 from tools.sweep_cost import Cost
 from tools.sweep_runs import Run
@@ -643,6 +644,20 @@ def test_the_table_is_of_the_records(write_card, drawn, call, claimed, tmp_path)
     assert call("--table", path)[0] == 2
     status, out, _ = call("--table", write_card(CARD, "other"))
     assert status == 0 and "| **not run yet** | lln is better" in out
+
+
+def test_a_terminal_shows_each_claim_in_lines_that_fit(monkeypatch):
+    row = dict(zip(COLUMNS, ("**refuted**", f"\x1b[31mIt {'helps ' * 30}(Somebody 2026)",
+                             "`a` against `b`: worse; 5 seeds<br>`c` against `b`: better")))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert table_for_terminal([row]).startswith("\x1b[31mrefuted\x1b[0m     \\x1b[31mIt helps")
+    monkeypatch.setenv("NO_COLOR", "1")
+    lines = table_for_terminal([row]).split("\n")
+    assert all(len(line) <= 80 for line in lines) and "\x1b" not in "".join(lines)
+    assert lines[-2:] == [f"{'':12}a against b: worse; 5 seeds", f"{'':12}c against b: better"]
 
 
 def test_a_recall_tasks_table_has_accuracies(write_card, drawn, call, claimed, monkeypatch):

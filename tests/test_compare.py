@@ -1,5 +1,6 @@
 """tools/compare.py and score.py on real runs, and compare.py on records made up for it."""
 import csv
+import glob
 import json
 import math
 import os
@@ -9,12 +10,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, metrics, one_line, run
+from conftest import ROOT, TINY, metrics, one_line, run, values_of, wandb_records
 from matplotlib.text import Text
 from scipy import stats
 
@@ -28,21 +30,20 @@ from tools.drawing import outlying, overlap, spread
 from tools.score import STRIDE, score
 from tools.verdicts import judge
 from training import checkpoint
+from training.metrics import wandb_group
 
 SHORT = [word for word in TINY if not word.startswith("--learning_rate")]
 SHORT += ["--max_iters=4", "--eval_interval=2", "--log_interval=1"]
-ALONE = {"WANDB_MODE": "offline"}
 
 
 @pytest.fixture(scope="module")
 def swept(home, tmp_path_factory):
-    """A sweep of two mixers and two seeds, with wandb; what it said is in swept.log beside it."""
+    """A sweep of two mixers and two seeds."""
     folder = tmp_path_factory.mktemp("sweeps") / "swept"
     done = run(home, "-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--keep_last=1",
-               "--mixers=softmax,pelican", "--learning_rate=3e-2", "--seeds=2", "--wandb_log",
-               "--keep_checkpoints", f"--out_dir={folder}", env=ALONE, timeout=900)
+               "--mixers=softmax,pelican", "--learning_rate=3e-2", "--seeds=2",
+               "--keep_checkpoints", f"--out_dir={folder}", timeout=900)
     assert done.returncode == 0, done
-    folder.with_suffix(".log").write_text(done.stdout)
     return folder
 
 
@@ -183,8 +184,7 @@ def test_a_recall_task_is_chosen_by_its_val_split_and_reported_on_its_test_split
 
 @pytest.fixture(scope="module")
 def compared(home, swept):
-    done = run(home, "-m", "tools.compare", swept, "--wandb_log",
-               f"--keep={swept.parent / 'kept'}", env=ALONE)
+    done = run(home, "-m", "tools.compare", swept, f"--keep={swept.parent / 'kept'}")
     assert done.returncode == 0, done
     return done.stdout
 
@@ -443,6 +443,21 @@ def test_a_run_that_diverged_counts_as_an_even_guess(compare_these):
     assert lines["lln"]["word"] == "worse" and float(lines["lln"]["loss"]) == math.log(9)
 
 
+def test_the_steps_to_learn_a_recall_task_are_the_median_seeds(compare_these):
+    """Never, if that of most seeds."""
+    steps = {"softmax": (2, 1, None), "lln": (1, None, None), "linear": (None, None, None)}
+    some = []
+    for mixer, of_seeds in steps.items():
+        for seed, first in enumerate(of_seeds, start=1):
+            record = made_up(mixer, seed, loss=seed / 1000, accuracy=0.5)
+            record.metrics = [ROWS[0] | {"iter": step, "val_accuracy": 0.9 * (step == first)}
+                              for step in (1, 2)]
+            some.append(record)
+    lines, out = compare_these(some)
+    found = [lines[mixer]["steps_to_learn"] for mixer in steps]
+    assert found == ["2", "", ""] and "steps to 0.9" in out
+
+
 def test_a_recall_task_has_no_margin_and_is_solved_by_some_seeds(compare_these):
     some = []
     for mixer, accuracies in (("softmax", (0.99, 0.95, 0.9499)), ("lln", (0.1, 0.1, 0.1))):
@@ -613,45 +628,66 @@ def test_the_rates_are_drawn_with_the_chosen_one_ringed(compare_these, drawn):
 
 # -- wandb --------------------------------------------------------------------------------------
 
-def wandb_records(path):
-    """The records of a .wandb file: 7 bytes, then blocks of 32 KiB that hold pieces, each with 4
-    bytes of checksum, 2 of length and its type: whole, first, middle or last."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    content, at, whole = path.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        if 2**15 - at % 2**15 < 7:  # the rest of a block too short for a piece
-            at += 2**15 - at % 2**15
-            continue
-        length = int.from_bytes(content[at + 4:at + 6], "little")
-        kind = content[at + 6]
-        whole += content[at + 7:at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
 def recorded(folder):
-    """Of each offline wandb run below a folder: its record, and the keys and last values of its
-    history."""
+    """Of the wandb runs below a folder, which are offline: {id: what it was started as, its config,
+    history and summary (last values)}. A run that went on, to be scored say, is one."""
+    found = {}
     for path in sorted(folder.glob("**/offline-run-*/*.wandb")):
-        history, own = {}, None
+        of_run = found.setdefault(path.parent.name.rsplit("-", 1)[1],
+                                  {"run": None, "config": {}, "history": {}, "summary": {}})
         for record in wandb_records(path):
-            own = record.run if record.HasField("run") and own is None else own
-            for item in record.history.item:
-                history[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        yield own, history
+            if record.HasField("run"):
+                of_run["run"] = of_run["run"] or record.run
+                of_run["config"] |= values_of(record.run.config.update)
+            of_run["history"] |= values_of(record.history.item)
+            of_run["summary"] |= values_of(record.summary.update)
+    return list(found.values())
 
 
-def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(swept, compared):
-    runs = list(recorded(swept))
-    trainings = [(own, history) for own, history in runs if own.job_type != "comparison"]
-    assert {own.run_group for own, _ in runs} == {"swept"}
-    assert sorted(tuple(own.tags) for own, _ in trainings) == sorted(
-        (mixer, f"seed {seed}") for mixer in ("softmax", "pelican") for seed in (1, 2))
-    for own, history in trainings:
-        assert history["val_loss"] == metrics(swept / own.display_name)[-1]["val_loss"]
-    [(_, history)] = [entry for entry in runs if entry not in trainings]
+@pytest.mark.slow
+def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(home, tmp_path):
+    swept, alone = tmp_path / "swept", {"WANDB_MODE": "offline"}
+    done = run(home, "-m", "tools.sweep", "configs/shakespeare.py", *SHORT, "--wandb_log",
+               "--mixers=softmax,pelican", "--learning_rate=3e-2", "--seeds=1",
+               f"--out_dir={swept}", env=alone, timeout=900)
+    [command] = re.findall("wandb: to upload all that is offline here: wandb sync (.*)",
+                           done.stdout)
+    assert done.stdout.count("wandb sync") == 1
+    assert run(home, "-m", "tools.compare", swept, "--wandb_log", env=alone,
+               timeout=900).returncode == 0
+    every = {str(path.parent) for path in swept.glob("**/*.wandb")}
+    assert set(glob.glob(command)) == every and len(every) == 5
+
+    runs = recorded(swept)
+    trainings = [found for found in runs if found["run"].job_type != "comparison"]
+    [comparison] = [found for found in runs if found not in trainings]
+    [group] = {found["run"].run_group for found in runs}
+    assert group.startswith("swept-") and group != wandb_group(swept.parent / "a" / "swept")
+    assert sorted(tuple(found["run"].tags) for found in trainings) == [
+        ("pelican", "seed 1"), ("softmax", "seed 1")]
+    with open(swept / "compare" / "table.csv") as file:
+        lines = {line["mixer"]: line for line in csv.DictReader(file)}
+    for found in trainings:
+        folder = swept / found["run"].display_name
+        line = lines[found["config"]["mixer"]]
+        assert found["history"]["val_loss"] == metrics(folder)[-1]["val_loss"]
+        assert found["summary"]["report_loss"] == scores(folder)["report"]["loss"]
+        for name in ("parameters", "state_bytes", "flops_per_token"):
+            assert found["config"][name] == found["summary"][name] == float(line[name])
+    history, summary = comparison["history"], comparison["summary"]
     assert (history["comparison/_type"], history["loss/_type"]) == ("table-file", "image-file")
+    for mixer in ("softmax", "pelican"):
+        of_arm = comparison["config"]["arms"][mixer]
+        assert of_arm["word"] == summary[f"{mixer}/word"] == lines[mixer]["word"]
+        assert of_arm["loss"] == summary[f"{mixer}/loss"] == float(lines[mixer]["loss"])
+
+
+def test_unequal_parameters_are_said():
+    def lines(**counts):
+        return [SimpleNamespace(mixer=name, parameters=n) for name, n in counts.items()]
+
+    sizes = lines(gla=101_900, softmax=100_000, regla=103_260, causal_max=76_300)
+    assert compare_table.unequal_parameters(sizes, "softmax") == [
+        "not equal: parameters, against softmax: regla +3.3 %, causal_max -23.7 %"]
+    assert compare_table.unequal_parameters(lines(gla=100, softmax=100), "softmax") == []
+    assert compare_table.unequal_parameters(lines(gla=100), "softmax") == []  # not in the table

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from mixers import MIXERS
-from mixers.parts.cpu_attention import BLOCK, BlockedAttention, exact_product
+from mixers.parts.cpu_attention import BLOCK, BlockedAttention
 from mixers.parts.heads import causal_attention
+from mixers.parts.products import exact_product, fast_products, onednn_is_exact
 from model import GPT, Dropout, GPTConfig
 from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 
@@ -88,6 +89,31 @@ def test_the_exact_product_loses_nothing_and_leaves_the_setting():
         product = exact_product(a.float(), b.float(), 0.5)
     assert product.dtype == torch.float32 and setting.fp32_precision == before
     assert relative(product, 0.5 * (a.double() @ b.double())) < 1e-6
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_fast_products_round_nothing_and_leave_the_setting(exact, monkeypatch):
+    if not exact:  # as on a processor that would round: MKL then
+        monkeypatch.setattr("mixers.parts.products.onednn_is_exact", lambda: False)
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    a, b = torch.randn(48, 64, 64), torch.randn(48, 64, 32)
+    with fast_products():
+        product = a @ b
+        assert exact or setting.fp32_precision == before
+    assert relative(product, a.double() @ b.double()) < 1e-6
+    assert setting.fp32_precision == before
+
+
+def test_a_processor_that_rounds_is_noticed(monkeypatch):
+    plain = torch.Tensor.__matmul__
+
+    def rounding(a, b):
+        a = a.bfloat16().float() if a.dtype == torch.float32 else a
+        return plain(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    assert not onednn_is_exact.__wrapped__()
 
 
 @pytest.mark.parametrize("missing", ["setting", "softmax_backward"])

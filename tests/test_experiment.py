@@ -354,7 +354,7 @@ def test_the_cost_is_that_of_runs_that_have_ended_or_of_a_few_steps(experiment):
     assert cost.runs == 4 and cost.hours == pytest.approx(4 * 36 / 2 / 3600)
     some.found.clear()
     some.max_hours = 1e-9
-    with pytest.raises(BadInput, match="4 runs, about 1 minutes; raise it"):
+    with pytest.raises(BadInput, match="4 runs, about 1 minute; raise it"):
         some.check_hours(cost)
     options, _ = read_options([*TINY, "--out_dir=x", "--dtype=float32"], "")
     short = seconds_of_run(options, threads=1)

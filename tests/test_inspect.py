@@ -583,6 +583,7 @@ def test_report_and_pictures_of_a_mixed_model(command, here, drawn):
     ticks = [label.get_text() for label in drawn["ssa_temperature.png"].axes[-1].get_xticklabels()]
     assert len(ticks) == 26 and ticks[3] == "␣" and ticks[16] == "↵" and ticks[10] == r"\$"
     for figure in drawn.values():
+        assert figure.get_suptitle().startswith(f"{pattern} on ")
         figure.canvas.draw()  # no label that cannot be drawn
 
 

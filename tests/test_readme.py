@@ -1,5 +1,6 @@
 """Every command of the README, docs/results.md and docs/runs.md runs, shortened, in order, in a
 copy of the repository; every table and difference in them is that of the records."""
+import json
 import re
 import shlex
 import shutil
@@ -11,10 +12,14 @@ import pytest
 import torch
 from conftest import ROOT, copy_repository
 
+from base.command_line import parse_options
+from bench import BenchOptions
+from config import Options
 from data import load_dataset
 from mixers import MIXERS
 from tools import compare, compare_table
 from tools.records import read_records
+from tools.sweep import SweepOptions
 from tools.verdicts import MARGIN_BPB, judge
 
 SHORTER = {  # a word of a command: what is added to it
@@ -24,6 +29,7 @@ SHORTER = {  # a word of a command: what is added to it
     "--mixers=causal_max_leak": "--max_iters=2 --eval_tokens=3000 --seeds=1",
     "--linformer_segment":
         "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,linformer",
+    "tools.audit": "--quick",
     "tools.sweep": "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,pelican "
                    "--tune= --learning_rate=1e-3",
     "tools.verdicts": "--tables=20",
@@ -39,8 +45,8 @@ TEXT = "\n".join((ROOT / name).read_text()
                  for name in ("README.md", "docs/results.md", "docs/runs.md"))
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+def blocks(language, text=TEXT):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def commands():
@@ -246,7 +252,42 @@ def run_all(folder, some):
         if words[0] == "torchrun":
             python += ["-m", "torch.distributed.run"]
         done = subprocess.run([*python, *words[1:]], cwd=folder, capture_output=True, text=True,
-                              timeout=120)
+                              timeout=300)
         assert done.returncode == 0, (command, done.stdout[-1000:], done.stderr[-2000:])
         ran.append(command)
     return len(ran)
+
+
+@pytest.mark.slow
+def test_from_friday_to_saturday(folder):
+    """examples/README.md, with a card in miniature, so that two mixers train 2 steps twice."""
+    card = folder / "examples" / "delta_rule.toml"
+    text = card.read_text()
+    for old, new in (("max_iters = 500", "max_iters = 2\neval_tokens = 3000\nn_layer = 1"),
+                     ("looks = [5]", "looks = [2]")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    card.write_text(text.partition("[tune]")[0])
+    of_page = blocks("sh", (folder / "examples" / "README.md").read_text())
+    # a loop over the tokens takes minutes to audit; tests/test_audit.py does it in part
+    some = [line for block in of_page for line in block.splitlines() if "tools.audit" not in line]
+    assert run_all(folder, some) == len(some) == 7
+    found = json.loads((folder / "results/claims/delta_rule/claim.json").read_text())
+    assert found["outcome"] in ("confirmed", "refuted", "undecided")
+    assert {path.name for path in (folder / "out/saturday").iterdir()} >= {
+        "table.csv", "verdicts.png"}
+    assert "Erasing what a key held" in (folder / "out/saturday.html").read_text()
+
+
+@pytest.mark.parametrize("script, cls", [
+    ("train.py", Options), ("bench.py", BenchOptions), ("tools.sweep", SweepOptions)])
+def test_the_commands_for_gpus_are_understood(script, cls, monkeypatch):
+    """They cannot be run here: their recipes and options are read."""
+    monkeypatch.chdir(ROOT)
+    lines = [line.partition("  #")[0] for block in blocks("", (ROOT / "docs/gpu.md").read_text())
+             for line in block.splitlines() if script in line]
+    assert len(lines) >= 1
+    for line in lines:
+        words = shlex.split(line)
+        words = words[1 + next(i for i, word in enumerate(words) if script in word):]
+        parse_options(cls, words, "tests", file_class=Options, leave_out=("out_dir", "overwrite"))

@@ -105,16 +105,22 @@ def test_an_older_state_stays_as_it_was(T):
     assert torch.equal(arguments["state"], before)
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Decays as on devices whose numbers cannot be looked at without waiting: in halves, all."""
+    monkeypatch.setattr(decays, "can_look", lambda x: False)
+
+
 @pytest.mark.parametrize("floor", [None, -10.0, -5.0, -1.1])
 @pytest.mark.parametrize("kind", ["gla", "kda", "rwkv7"])
-def test_a_floor_changes_no_number(kind, floor):
+def test_a_floor_changes_no_number(elsewhere, kind, floor):
     arguments = inputs(kind, 150)
     y, S = recurrence(**arguments, floor=floor)
     expected_y, expected_S = loop(**arguments)
     assert worst(y, expected_y) < 1e-11 and worst(S, expected_S) < 1e-12
 
 
-def test_a_floor_is_exact_where_decays_sit_on_it():
+def test_a_floor_is_exact_where_decays_sit_on_it(elsewhere):
     arguments = inputs("gla", 150, torch.float32)
     arguments["g"] = torch.full_like(arguments["g"], -10.0)
     expected, _ = loop(**{name: x.double() for name, x in arguments.items()})
@@ -152,22 +158,50 @@ def test_gradcheck(kind, monkeypatch):
     assert torch.autograd.gradcheck(compute, tuple(arguments.values()))
 
 
-@pytest.mark.parametrize("channels", [1, D])
-@pytest.mark.parametrize("erasing", [False, True])
-def test_decays_of_any_size(channels, erasing):
-    """0, a little, 1,000 nats and all of it, mixed: outputs and gradients stay numbers."""
-    T = 150
-    arguments = inputs("kda" if erasing else "gla", T, torch.float32)
-    choices = torch.tensor([0.0, -1e-3, -1000.0, -math.inf])
+def mixed_decays(kind, T, channels, dtype):
+    """Decays of 0, a little, 1,000 nats and all of it: a chunk may have none, some or many of the
+    large ones."""
+    arguments = inputs(kind, T, dtype)
+    choices = torch.tensor([0.0, -1e-3, -1000.0, -math.inf], dtype=dtype)
     chosen = torch.randint(4, (B, H, T, channels), generator=torch.Generator().manual_seed(1))
-    rare = torch.rand(B, H, T, channels, generator=torch.Generator().manual_seed(2)) < 0.9
+    rare = torch.rand(B, H, T, channels, generator=torch.Generator().manual_seed(2)) < 0.98
     arguments["g"] = choices[torch.where(rare, chosen % 2, chosen)]
-    arguments = {name: x.requires_grad_() for name, x in arguments.items()}
+    return {name: x.requires_grad_() for name, x in arguments.items()}
+
+
+@pytest.mark.parametrize("channels", [1, D])
+@pytest.mark.parametrize("kind", ["gla", "kda", "rwkv7"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 5e-6)])
+def test_decays_of_any_size(kind, channels, dtype, tolerance):
+    """Outputs and gradients are numbers, and those of the recurrence."""
+    arguments = mixed_decays(kind, 150, channels, dtype)
+    names = list(arguments)
     y, S = recurrence(**arguments)
-    expected_y, expected_S = loop(**{name: x.double() for name, x in arguments.items()})
-    assert worst(y, expected_y) < 5e-6 and worst(S, expected_S) < 5e-6
-    for gradient in torch.autograd.grad(y.sum() + S.sum(), list(arguments.values())):
-        assert gradient.isfinite().all()
+    exact = {name: x.detach().double().requires_grad_() for name, x in arguments.items()}
+    expected_y, expected_S = loop(**exact)
+    assert worst(y, expected_y) < tolerance and worst(S, expected_S) < tolerance
+    found = torch.autograd.grad(y.sum() + S.sum(), [arguments[name] for name in names])
+    expected = torch.autograd.grad(expected_y.sum() + expected_S.sum(),
+                                   [exact[name] for name in names])
+    for name, a, b in zip(names, found, expected):
+        assert a.isfinite().all() and worst(a, b) < 10 * tolerance, name
+
+
+@pytest.mark.parametrize("kind", ["gla", "kda", "rwkv7"])
+def test_decays_elsewhere_are_the_same(elsewhere, kind):
+    test_decays_of_any_size(kind, D, torch.float64, 1e-10)
+    test_gradients_are_those_of_the_recurrence(kind)
+
+
+def test_a_row_is_not_rounded_by_a_decay_behind_it():
+    """One token forgets all, in the middle of a chunk: the rows before it stay to a bit."""
+    arguments = inputs("kda", 64, torch.float32)
+    arguments["g"] = 0.1 * arguments["g"]
+    later = dict(arguments, g=arguments["g"].clone())
+    later["g"][:, :, 40, 3] = -math.inf
+    before, after = recurrence(**arguments)[0], recurrence(**later)[0]
+    assert torch.equal(before[:, :, :40], after[:, :, :40])
+    assert not torch.allclose(before[:, :, 40:], after[:, :, 40:])
 
 
 @pytest.mark.parametrize("key", ["repeated", "alike"])

@@ -21,9 +21,11 @@ from tools.compare import judge_arms, margin_of
 from tools.compare_arms import arms_of
 from tools.records import Record, read_records, write_records
 from tools.report_data import read_all
+from tools.report_figures import cut_off
 from tools.report_live import server_of
 from tools.report_page import page
 from tools.report_sections import sections_of
+from tools.sweep_cost import time_left
 from tools.verdicts import in_words
 
 STRONG = ROOT / "results/shakespeare_strong"
@@ -129,6 +131,18 @@ def test_the_page_is_whole_and_asks_for_nothing():
     assert "default-src 'none'" in policy and "connect-src 'none'" in policy
     assert "'unsafe-inline'" not in policy.split("script-src")[1]
     assert "Against softmax" in parsed.text
+
+
+def test_an_arm_far_above_all_others_is_left_out_of_the_frame_and_named():
+    def cut(losses):
+        return cut_off({"title": "Losses", "layout": {"yaxis": {}}}, "yaxis", losses)
+
+    near = {name: [1.5 + i / 100, 1.52 + i / 100] for i, name in enumerate("abcd")}
+    assert cut(near) == {"title": "Losses", "layout": {"yaxis": {}}}
+    found = cut(near | {"<far>": [2.4, 2.5, 2.7]})
+    assert found["title"] == "Losses; not in the picture until a double click: &lt;far&gt; 2.500"
+    low, high = found["layout"][found["cut"]]["range"]
+    assert 1.4 < low < 1.5 and 1.55 < high < 1.7
 
 
 def test_another_baseline_can_be_named():
@@ -260,13 +274,13 @@ def test_a_sweep_in_the_middle_says_what_runs_and_the_time_left(tmp_path):
     write_file(tmp_path / names[2] / "metrics.jsonl", lines.encode())
     write_json(tmp_path / names[3] / "config.json", records[3].config)  # has just begun
     [section] = sections(tmp_path)
-    left = rows[-1]["seconds"] / 500 * 1500 / 60
+    left = time_left(rows[-1]["seconds"] / 500 * 1500)
     runs, failed, missing = section.status
-    assert runs == f"{names[2]}: runs, step 500 of 2,000, about {left:.0f} min left"
+    assert runs == f"{names[2]}: runs, step 500 of 2,000, {left}"
     assert failed == f"failed: {names[4]}: not <finite>"
     seconds = mean(max(row["seconds"] for row in record.metrics) for record in records[:2])
-    assert missing == ("2 runs of the sweep missing, 1 not started: "
-                       f"about {seconds / 60:.0f} min, 1 at a time")
+    assert missing == ("2 runs of the sweep missing, 1 not started, 1 at a time: "
+                       f"{time_left(seconds)}")
     assert any("metrics.jsonl" in note for note in section.notes)
     [arm] = section.curves["arms"]
     assert [run["seed"] for run in arm["runs"]] == [1, 2, 3]

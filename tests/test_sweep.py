@@ -102,8 +102,8 @@ def test_a_sweep_runs_every_mixer_and_says_how_long_it_will_take(swept):
         assert len(scores(swept / name)["first_losses"]) == numerics.STEPS
         assert not (swept / name / "checkpoints").exists()
     out = swept.with_suffix(".log").read_text()
-    assert out.count("min left") == 1  # after the first of two
-    assert out.startswith("2 runs, about 1 minutes\n")
+    assert out.count(" left") == 1  # after the first of two
+    assert out.startswith("2 runs, about 1 minute\n")
 
 
 @pytest.mark.slow

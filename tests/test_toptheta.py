@@ -267,7 +267,7 @@ def test_a_calibrated_run_passes_the_audit(softmax_run, command, monkeypatch):
     from tools import audit
     for name, variant in (("a", []), ("b", ["--placement=post", "--vmc"])):
         command("--out_dir=run", "--k=5", f"--out={name}", *variant)
-        monkeypatch.setattr(sys, "argv", ["audit", f"--out_dir={name}"])
+        monkeypatch.setattr(sys, "argv", ["audit", f"--out_dir={name}", "--quick"])
         with pytest.raises(SystemExit) as exit:
             audit.main()
         assert not exit.value.code

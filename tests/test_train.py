@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, content, metrics, one_line, run, untimed
+from conftest import (
+    ROOT, TINY, content, metrics, one_line, run, untimed, values_of, wandb_records)
 from safetensors.torch import load_file
 from test_checkpoint import rewrite
 
@@ -793,6 +794,8 @@ def test_a_run_ends_with_some_of_its_text_and_the_next_command(train, trained):
     assert len(text) >= 90 and set(text) <= set("abcdefghijklmnopqrstuvwxyz \n")
     assert f"the run is in {trained}\n" in out
     assert f"python sample.py --out_dir={trained}\n" in out and "pelican" not in out
+    assert f"python train.py --resume --out_dir={trained} --max_iters=40\n" in out
+    assert f"python -m tools.report {trained}\n" in out and "outlasts" not in out
 
 
 def test_the_pelican_recipe_names_a_mixer_that_sees_more(shakespeare_char, clone):
@@ -1046,12 +1049,29 @@ def test_wandb_without_account_records_offline_and_says_so_in_one_line(home, tmp
                f"--out_dir={folder}", env=alone)
     assert done.returncode == 0 and done.stderr == "", done
     [line] = [line for line in done.stdout.splitlines() if line.startswith("wandb")]
-    assert "offline" in line
-    [record] = folder.glob("wandb/offline-run-*/*.wandb")
-    recorded = record.read_bytes()
-    assert all(key.encode() in recorded for key in ("train_loss", "val_loss", "val_bpb",
-                                                    "tokens_per_s"))
-    assert repr(metrics(folder)[-1]["val_loss"]).encode() in recorded
+    assert "offline, as there is no account" in line
+    [path] = folder.glob("wandb/offline-run-*/*.wandb")
+    assert line.endswith(f"wandb sync {path.parent}")
+    config, history, summary, defined = {}, {}, {}, {}
+    for record in wandb_records(path):
+        config |= values_of(record.run.config.update)
+        history |= values_of(record.history.item)
+        summary |= values_of(record.summary.update)
+        defined[record.metric.name or record.metric.glob_name] = record.metric
+    rows = metrics(folder)
+    last, lowest = rows[-1], min(row["val_loss"] for row in rows if row["val_loss"] is not None)
+    assert history["val_loss"] == last["val_loss"] and history["iter"] == 5
+    assert {"train_loss", "val_bpb", "tokens_per_s"} < set(history)
+    assert summary["val_loss"] == {"min": lowest}
+    parameters = sum(t.numel() for t in weights(folder, 5).values())
+    assert config["parameters"] == summary["parameters"] == parameters
+    assert config["learning_rate"] == 0.01 and config["state_bytes"] > 0
+    assert defined["*"].step_metric == defined["val_loss"].step_metric == "iter"
+    assert defined["val_loss"].summary.min
+    for name in ("iter", "seconds", "tokens", "flops"):
+        assert defined[name].options.hidden
+    first = f"step      0/5 | loss {rows[0]['train_loss']:.4f} nats | an even guess has 3.3322"
+    assert first in done.stdout and "warning    the warm-up outlasts the run" in done.stdout
     assert len(metrics(folder)) == 6
 
 

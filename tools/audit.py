@@ -3,6 +3,9 @@
     python -m tools.audit --mixer=all --quick                every mixer, the first questions alone
     python -m tools.audit --mixer_file=mine.py --mixer=mine  a mixer of your own, half a minute
     python -m tools.audit --out_dir=out/shakespeare_lln      a run's newest checkpoint, as trained
+    python -m tools.audit --hf=llama             a causal language model of transformers
+    python -m tools.audit --module=model.py:GPT  a module of your own, tokens to logits
+    python -m tools.audit --metric --out_dir=... a run's metric: probabilities, bytes, splits
 
 Named mixers are built into two small models (GPT-2's and LLaMA's skeleton, the latter with RoPE and
 grouped heads) with noise on all weights; everything runs on the CPU, in float64 unless a check is
@@ -43,6 +46,7 @@ and then:
     carried   the state holds all that goes on: sequences in turn, another copy of the model
     derivative backward
               gradients are the derivatives by differences; a second backward pass gives the same
+    slopes    gradients in the precisions of training are near those of float64
     used      the first questions after 220 steps of training and 1,000 calls
     saved     a model of another seed that loads the checkpoint gives the same
     process   so do processes with other hash seeds
@@ -52,6 +56,7 @@ and then:
               declared FLOPs; not judged
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
+import importlib
 import sys
 import time
 from dataclasses import asdict
@@ -68,7 +73,7 @@ from mixers import MIXERS, layer_mixers, load_mixer_file
 from tools.audit_advice import ADVICE
 from tools.audit_around import aside, bits, cost, flops, processes, saved, used
 from tools.audit_leaks import causality, forward
-from tools.audit_numbers import depth, derivative, dtypes, learns
+from tools.audit_numbers import depth, derivative, dtypes, learns, rough_gradients
 from tools.audit_state import branch, carried, decode, split, state_size
 from tools.audit_subject import Row, named, trained
 from tools.audit_wide import batches, compiled, inputs, lengths, modes, sizes
@@ -76,7 +81,7 @@ from tools.audit_wide import batches, compiled, inputs, lengths, modes, sizes
 VERDICT = {True: "pass", False: "FAIL", None: "n/a"}
 QUICK = (forward, causality, split, branch, state_size, learns, bits)
 CHECKS = (*QUICK, dtypes, depth, lengths, inputs, batches, sizes, modes, compiled,
-          decode, carried, derivative, used, saved, processes, flops, aside, cost)
+          decode, carried, derivative, rough_gradients, used, saved, processes, flops, aside, cost)
 
 
 @checked
@@ -182,6 +187,9 @@ def write_report(subject, rows, seconds, quick):
 
 @exit_on_bad_input("tools.audit")
 def main():
+    for kind in ("metric", "module", "hf"):  # audits of other things, with options of their own
+        if any(word.split("=")[0] == f"--{kind}" for word in sys.argv[1:]):
+            return importlib.import_module(f"tools.audit_{kind}").main()
     description = __doc__.splitlines()[0]
     options, *_ = parse_options(AuditOptions, sys.argv[1:], description, with_config_file=False)
     reports = {}

@@ -77,6 +77,9 @@ ADVICE = {
     "derivative":
         "the number is the relative error of the gradient along random directions. Look at: "
         "custom backward passes, detach().",
+    "slopes":
+        "the number is the error of the gradient over its size. Look at: custom backward passes "
+        "for one precision, sums in bfloat16.",
     "used":
         f"{SHARE}, of a mixer after training and many calls. Look at: counters, statistics, "
         "gates that open late.",

@@ -290,6 +290,8 @@ def aside(subject):
                           if value != before[name]]
             if dataclasses.asdict(model.config) != options:
                 found.append("the model's options are changed by a call")
+            if any(overwrites(module, model.config.n_embd) for module in asked(model).values()):
+                found.append("an output is overwritten by the next call")
             if leaves_a_trace(model.eval(), idx.flip(1)[:, :9]):
                 found.append("what is seen in evaluation changes the model at the next "
                              "apply_statistics()")
@@ -308,6 +310,15 @@ def settings():
             "the precision of products": torch.get_float32_matmul_precision(),
             "the state of Python's random": hash(random.getstate()),
             "the state of numpy's random": hash(np.random.get_state()[1].tobytes())}
+
+
+@torch.no_grad()
+def overwrites(module, C):
+    x, other = normal(2, 20, C).float(), normal(2, 20, C, seed=1).float()
+    y, _ = module(x.clone())
+    kept = y.clone()
+    module(other)
+    return not torch.equal(y, kept)
 
 
 @torch.no_grad()

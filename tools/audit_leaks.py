@@ -3,7 +3,8 @@ import copy
 
 import torch
 
-from tools.audit_subject import EXACT, ROUGH, Row, Worst, asked, first_over, normal, place_of
+from tools.audit_place import entering
+from tools.audit_subject import EXACT, ROUGH, Row, Worst, asked, first_over, normal
 from training.contract import check_forward
 from training.leaks import (
     HUGE, KINDS, call, cast, difference, leaking, leaks, limit, precision_within)
@@ -54,19 +55,19 @@ def words(module, kind, x, cut, limit, other):
     changed[1, cut:] = (HUGE * normal if kind == "huge" else late)[1, cut:]
     if kind == "gradient":
         return (f"{T} tokens: the gradient of an output before token {cut} reaches it",
-                place_of(module, x, changed, time=(T, cut)))
+                entering(module, x, changed, time=(T, cut)))
     if kind == "length":
         return (f"{T} tokens: outputs are others if the sequence ends before token {cut}",
-                place_of(module, x, x[:, :cut]))
+                entering(module, x, x[:, :cut]))
     if kind == "repeat":
-        return f"{T} tokens, called twice", place_of(module, x, x)
+        return f"{T} tokens, called twice", entering(module, x, x)
     with torch.no_grad():
         moved = difference(call(module, changed), call(module, x))
     moved[1, cut:] = 0
     if kind == "rows":
-        where = place_of(module, x, changed, rows=(2, 1))
+        where = entering(module, x, changed, rows=torch.tensor([True, False]))
     else:
-        where = place_of(module, x, changed, time=(T, cut))
+        where = entering(module, x, changed, time=(T, cut))
     if not (moved > limit).any():
         return f"{T} tokens", where
     row, position = first_over(moved, limit)

@@ -13,6 +13,8 @@ from training.leaks import bare_copy, call, cast, drawn, parts, precision_within
 FLOAT32_LIMIT = 0.1  # as BFLOAT16_LIMIT
 LARGE = 1e3
 DEPTH_LIMIT = 100
+FLOAT32_GRADIENT_LIMIT = 0.05  # error over size
+ROUGH_GRADIENT_LIMIT = 0.5
 DERIVATIVE_LIMIT = 1e-4  # of a difference quotient
 DRAWS = 8  # passes in which a parameter may get its gradient, where chance decides
 
@@ -233,3 +235,52 @@ def backward_again(module, where, T, C):
     if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(once, behind)):
         found.append(f"{where}: the backward pass of a call gives others after a later call's")
     return found
+
+
+def rough_gradients(subject, T=66):
+    """In the precisions of training gradients are near those of float64."""
+    worst = Worst(ROUGH_GRADIENT_LIMIT)
+    for model in subject.bare():
+        for name, module in asked(model).items():
+            for training in (False, True):
+                module.train(training)
+                x = normal(2, T, model.config.n_embd)
+                still = training and bool(drawn(module, x))
+                exact = all_gradients(module, x, EXACT, still)
+                rounded = cast(cast(copy.deepcopy(module), torch.bfloat16), torch.float64)
+                by_rounding = off(all_gradients(rounded, x.bfloat16(), EXACT, still), exact)[0]
+                for precision in ROUGH:
+                    found = all_gradients(module, x, precision, still)
+                    error, of = off(found, exact)
+                    most = FLOAT32_GRADIENT_LIMIT
+                    if precision.rounding == torch.bfloat16:
+                        most = max(ROUGH_GRADIENT_LIMIT, 4 * by_rounding)
+                    mode = "training" if training else "evaluation"
+                    worst.note(error, most, f"{name}, {mode}, {precision.name}, of {of}",
+                               f"2 rows of {T} tokens")
+    row = worst.row("slopes", "a gradient is another than in float64", "; in every precision")
+    row.figures = row.figures.replace("of the largest at most", "off at most")
+    yield row
+
+
+def all_gradients(module, x, precision, still):
+    """name -> the gradient of a random combination of the outputs, in a copy of a module."""
+    module = cast(copy.deepcopy(module), precision.dtype).requires_grad_()
+    x = x.to(precision.dtype).requires_grad_()
+    y = call(module, x, precision.autocast, still)
+    inputs = {"the input": x} | dict(module.named_parameters())
+    total = (y.double() * normal(*y.shape, seed=1)).sum()
+    found = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
+    return dict(zip(inputs, found))
+
+
+def off(gradients, exact):
+    """(error of the gradient that is off by most, its name), over its own size; a gradient that is
+    next to nothing is measured by the largest."""
+    largest = max(g.norm().item() for g in exact.values())
+    errors = {}
+    for name, g in exact.items():
+        error = (gradients[name].to(g.dtype) - g).norm().item()
+        errors[name] = error / max(g.norm().item(), 0.05 * largest, 1e-300)
+    of = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    return errors[of], of

@@ -35,10 +35,10 @@ def traced(module, x, file):
     return trace.results
 
 
-def still_part(t, size, kept, dims):
-    """The entries of a tensor that must not move: the first `kept` of each axis of that size."""
-    for dim in dims:
-        if dim < t.dim() and t.size(dim) == size:
+def beginning(t, T, kept):
+    """The entries of a tensor that are of the first `kept` of T tokens, whatever the axes."""
+    for dim in range(1, t.dim()):
+        if t.size(dim) == T:
             t = t.narrow(dim, 0, kept)
     return t
 
@@ -48,9 +48,9 @@ def forward_of(module):
 
 
 def entering(module, x, changed, time=None, rows=None):
-    """"mine.py, line 12, in mix": the first line of a mixer's file whose result, at what is before
-    a change, differs between x and `changed` (B, T, C). time: (T, tokens before the change); rows:
-    (B, rows before it). Else where the mixer's forward begins; of a model, nothing."""
+    """"mine.py, line 12, in mix": the first line of a mixer's file whose result, at what must not
+    move, differs between x and `changed` (B, T, C). time: (T, tokens before the change); rows (B):
+    which do not change. Else where the mixer's forward begins; of a model, nothing."""
     if isinstance(module, GPT):
         return ""
     try:
@@ -64,10 +64,10 @@ def entering(module, x, changed, time=None, rows=None):
         has_axis = False
         if time and time[0] in a.shape[1:]:
             has_axis = True
-            a, b = (still_part(t, *time, range(1, 8)) for t in (a, b))
-        if rows and a.dim() and a.size(0) == rows[0]:
+            a, b = (beginning(t, *time) for t in (a, b))
+        if rows is not None and a.dim() and a.size(0) == len(rows):
             has_axis = True
-            a, b = (still_part(t, *rows, range(1)) for t in (a, b))
+            a, b = a[rows], b[rows]
         if has_axis and not torch.allclose(a, b, rtol=1e-9, atol=0, equal_nan=True):
             line, function = place
             return f"{file}, line {line}, in {function}"

@@ -88,20 +88,21 @@ def tensors(state):
 def branch(subject):
     same = True
     for model in subject.bare():
-        x = normal(2, 40, model.config.n_embd)
+        x = normal(2, 100, model.config.n_embd)
         # a cache may share storage only where no gradients are recorded
-        for recording in (False, True):
-            with torch.set_grad_enabled(recording):
-                _, early = model.requires_grad_(recording).step(x[:, :10])
-                kept = [t.clone() for t in tensors(early)]
-                first, middle = model.step(x[:, 10:12], early)
-                # other continuations of the same state, and of a later one
-                for other in (x[:, 20:23], x[:, 30:31]):
-                    model.step(other, early)
-                    model.step(other, middle)
-                again, _ = model.step(x[:, 10:12], early)
-            same = same and torch.equal(again, first)
-            same = same and all(map(torch.equal, tensors(early), kept))
+        for recording in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+            for n in (10, 70):
+                with recording():
+                    _, early = model.requires_grad_(recording is torch.enable_grad).step(x[:, :n])
+                    kept = [t.clone() for t in tensors(early)]
+                    first, middle = model.step(x[:, n:n + 2], early)
+                    # other continuations of the same state, and of a later one
+                    for other in (x[:, 80:83], x[:, 90:91]):
+                        model.step(other, early)
+                        model.step(other, middle)
+                    again, _ = model.step(x[:, n:n + 2], early)
+                same = same and torch.equal(again, first)
+                same = same and all(map(torch.equal, tensors(early), kept))
     if same:
         yield Row("branch", True, "an old state goes on to the same bits")
     else:
@@ -216,16 +217,18 @@ def in_runs(sizes, position):
 def look_at_rough_steps(worst, module, x, where):
     """In low precision single tokens may err as the whole does, and four times as much."""
     y = call(module, x)
+    T = x.size(1)
+    half = T // 2
     for precision in ROUGH:
         rough = cast(copy.deepcopy(module), precision.dtype)
         given = x.to(precision.dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
             whole = call(rough, given, precision.autocast)
-            stepped = in_pieces(rough, given, [64] + [1] * (x.size(1) - 64))
+            stepped = in_pieces(rough, given, [half] + [1] * (T - half))
         eps = torch.finfo(precision.rounding).eps
         allowed = 4 * max(error_of(whole, y), BFLOAT16_LIMIT * eps / 4)
         worst.note(error_of(stepped, y), allowed, f"{where}, token by token in {precision.name}",
-                   f"{x.size(1)} tokens, the last {x.size(1) - 64} one by one")
+                   f"{T} tokens, the last {T - half} one by one")
 
 
 def error_of(y, expected):

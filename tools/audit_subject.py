@@ -9,7 +9,6 @@ import torch
 
 from mixers import layer_mixers
 from model import GPT, GPTConfig
-from tools.audit_place import entering
 from training import checkpoint
 from training.contract import check_builders
 from training.leaks import bare_copy, parts
@@ -103,13 +102,19 @@ class Worst:
     size: float = 0.0
     where: str = ""
     smallest: str = ""
-    place: str = ""
     explain: Optional[Callable] = None  # -> (smallest, place); only what failed is looked into
 
     def note(self, size, limit, where, smallest="", explain=None):
         if math.isnan(size):
             size = math.inf
-        if size / limit > self.size / self.limit:
+        over, before = size / limit, self.size / self.limit
+        # a mixer rather than the model around it, which has no place in a user's file
+        model, model_before = where.startswith("model"), self.where.startswith("model")
+        if min(over, before) > 1 and model != model_before:
+            replaces = model_before
+        else:
+            replaces = over > before
+        if replaces:
             self.size, self.limit, self.where = size, limit, where
             self.smallest, self.explain = smallest, explain
 
@@ -168,9 +173,3 @@ def first_over(moved, limit):
     """(row, position) of the first that moved (B, T) over a limit."""
     position = int((moved > limit).any(0).nonzero()[0])
     return int((moved[:, position] > limit).nonzero()[0]), position
-
-
-def place_of(module, x, changed, time=None, rows=None):
-    """Where in a mixer's file a change of x enters what must not move; else where its forward
-    begins."""
-    return entering(module, x, changed, time, rows)

@@ -7,8 +7,9 @@ import torch
 from base.user_code import in_words
 from model import GPT
 from tools.audit_leaks import explain
+from tools.audit_place import entering
 from tools.audit_subject import (
-    SKELETONS, Row, Worst, asked, first_over, in_pieces, normal, place_of)
+    SKELETONS, Row, Worst, asked, first_over, in_pieces, normal)
 from training.leaks import (
     KINDS, beyond_rounding, call, difference, drawn, leaks, limit, precision_within)
 
@@ -75,7 +76,7 @@ def look_at_lengths(worst, module, x, most, where, asking):
                 words = f"{T} tokens: output {position} is another than with {S} tokens"
                 changed = x[:, :T].clone()
                 changed[:, S:] += 1
-                place = place_of(module, x[:, :T], changed, time=(T, S))
+                place = entering(module, x[:, :T], changed, time=(T, S))
                 worst.note(moved.max().item(), most, where, words, lambda: (words, place))
                 return
             worst.note(moved.max().item(), most, where)
@@ -189,7 +190,7 @@ def look_at_batch(worst, module, B, T, C, where):
             changed = torch.where(changes[:, None, None], other, x)
             moved = difference(call(module, changed, still=still), y)
             moved[changes] = 0
-            note_rows(worst, module, moved, most, where, x, changed)
+            note_rows(worst, module, moved, most, where, x, changed, ~changes)
     if draws:
         return
     most = limit("length", precision)
@@ -199,17 +200,22 @@ def look_at_batch(worst, module, B, T, C, where):
         moved = difference(call(module, x[chosen]), y[chosen])
         moved = beyond_rounding(module, x[chosen], moved, most)
         note_rows(worst, module, moved, most, f"{where}, {len(chosen)} rows of {B}, in another "
-                  "order", x[chosen], x[chosen])
+                  "order")
 
 
-def note_rows(worst, module, moved, most, where, x, changed):
+def note_rows(worst, module, moved, most, where, x=None, changed=None, kept=None):
+    """x (B, T, C), of which other rows than `kept` (B) became `changed`; None: another order."""
+    words = explanation = ""
     if moved.max() > most:
         row, position = first_over(moved, most)
-        words = f"{len(x)} rows of {x.size(1)} tokens: output {position} of row {row}"
-        worst.note(moved.max().item(), most, where, words,
-                   lambda: (words, place_of(module, x, changed, rows=(len(x), row + 1))))
-    else:
-        worst.note(moved.max().item(), most, where)
+        words = f"{len(moved)} rows of {moved.size(1)} tokens: output {position} of row {row}"
+        if x is not None:
+            training = module.training
+
+            def explanation():
+                module.train(training)
+                return words, entering(module, x, changed, rows=kept)
+    worst.note(moved.max().item(), most, where, words, explanation or None)
 
 
 def sizes(subject, T=130):

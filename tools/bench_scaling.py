@@ -1,5 +1,5 @@
 """What bench.py's figures say about the sequence length T: medians, ratios to softmax, exponents,
-crossovers, plots.
+crossovers.
 
 An exponent is the slope of log(total time), or log(memory), over log(T) through the longest
 lengths, at most FITTED. The crossover is the length from which on a mixer is as fast as softmax up
@@ -14,6 +14,7 @@ import numpy as np
 
 from base.errors import printable
 from base.files import write_file
+from base.terminal import fitting
 
 FITTED = 3  # the longest lengths; at short ones what does not depend on T dominates
 
@@ -22,10 +23,23 @@ MEASURED = ("first_token_ms", "peak_bytes", "rise_bytes", "ceiling_flops_per_s")
 KNOWN = ("state_bytes", "flops_per_token", "parameters")
 COLUMNS = (*NAMES, "status", "error", "rounds", "ms", "ms_p20", "ms_p80", "ms_of_rounds",
            *MEASURED, *KNOWN, "tokens_per_s", "ms_per_token", "of_softmax", "of_ceiling")
-TABLE_HEAD = (
-    f"{'length':>7}  {'mixer':<20} {'ms':>9} {'[p20, p80]':>19} {'of softmax':>10} "
-    f"{'tokens/s':>10} {'first ms':>9} {'peak MiB':>9} {'rise MiB':>9} {'state KiB':>9} "
-    f"{'MFLOP/tok':>9} {'of ceiling':>10}")
+IN_TABLE = {  # column: (characters, what it shows, its form, its unit)
+    "length": (7, "length", ",", 1),
+    "mixer": (21, "mixer", "", 1),
+    "ms": (9, "ms", ",.2f", 1),
+    "[p20, p80]": (19, "ms_p20", ",.2f", 1),
+    "of softmax": (10, "of_softmax", ".2f", 1),
+    "tokens/s": (10, "tokens_per_s", ",.0f", 1),
+    "first ms": (9, "first_token_ms", ",.1f", 1),
+    "peak MiB": (9, "peak_bytes", ",.1f", 2**20),
+    "rise MiB": (9, "rise_bytes", ",.1f", 2**20),
+    "state KiB": (9, "state_bytes", ",.1f", 2**10),
+    "MFLOP/tok": (9, "flops_per_token", ",.2f", 1e6),
+    "ceiling GFLOP/s": (15, "ceiling_flops_per_s", ",.0f", 1e9),
+    "of ceiling": (10, "of_ceiling", ".1%", 1),
+}
+FIRST = ("length", "mixer", "ms", "of softmax", "[p20, p80]", "rise MiB", "tokens/s", "of ceiling",
+         "state KiB", "first ms")  # what a narrow terminal shows rather
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -81,28 +95,39 @@ def ratio(rows, softmax_rows):
     return median(ratios)
 
 
-def table_line(line):
-    start = f"{line['length']:>7,}  {line['mixer']:<20} "
+def columns_for(width):
+    """The columns of IN_TABLE that fit into so many characters; None: all."""
+    if width is None:
+        return list(IN_TABLE)
+    return fitting({name: column[0] for name, column in IN_TABLE.items()}, width, FIRST, gap=1)
+
+
+def table_head(names):
+    return " ".join(padded(name, name) for name in names)
+
+
+def padded(name, text):
+    width = IN_TABLE[name][0]
+    return f" {text:<{width - 1}}" if name == "mixer" else f"{text:>{width}}"
+
+
+def table_line(line, names):
     if line["status"] != "ok":
+        start = " ".join(padded(name, in_table(line, name)) for name in ("length", "mixer"))
         error = f": {printable(line['error'])}" if line["error"] else ""
-        return start + f"{line['status']:>9}{error}"
+        return f"{start} {line['status']:>9}{error}"
+    return " ".join(padded(name, in_table(line, name)) for name in names)
 
-    def value_of(name, form, unit=1):
-        return "n/a" if line[name] is None else format(line[name] / unit, form)
 
-    spread = f"[{line['ms_p20']:,.2f}, {line['ms_p80']:,.2f}]"
-    return start + " ".join([
-        f"{line['ms']:>9,.2f}",
-        f"{spread:>19}",
-        f"{value_of('of_softmax', '.2f'):>10}",
-        f"{line['tokens_per_s']:>10,.0f}",
-        f"{value_of('first_token_ms', ',.1f'):>9}",
-        f"{value_of('peak_bytes', ',.1f', 2**20):>9}",
-        f"{value_of('rise_bytes', ',.1f', 2**20):>9}",
-        f"{value_of('state_bytes', ',.1f', 2**10):>9}",
-        f"{value_of('flops_per_token', ',.2f', 1e6):>9}",
-        f"{value_of('of_ceiling', '.1%'):>10}",
-    ])
+def in_table(line, name):
+    _, key, form, unit = IN_TABLE[name]
+    if name == "mixer":
+        return line[key]
+    if line[key] is None:
+        return "n/a"
+    if name == "[p20, p80]":
+        return f"[{line['ms_p20']:,.2f}, {line['ms_p80']:,.2f}]"
+    return format(line[key] / unit, form) if unit != 1 else format(line[key], form)
 
 
 def write_csv(path, table):
@@ -185,73 +210,3 @@ def scaling_line(line):
     memory = power(line["memory_exponent"], line["memory_lengths"])
     return (f"{line['mode']:<8} batch {line['batch']:<4} {line['mixer']:<20} time {time}; "
             f"memory {memory}; faster than softmax: {line['faster_than_softmax']}")
-
-
-# The picture --------------------------------------------------------------------------------------
-
-def plot(path, table, lines, title):
-    """A log-log picture of one mode and batch: `table` and `lines` hold its cells and its scaling.
-    A mixer keeps its colour."""
-    import matplotlib  # takes a second, which the cells' processes need not spend
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    decoding = table[0]["mode"] == "decode"
-    panels = {"ms_per_token": "time per token (ms)", "tokens_per_s": "tokens/s",
-              "rise_bytes": "memory of a step (MiB)"}
-    if decoding:
-        panels = {"first_token_ms": "time to first token (ms)"} | panels
-    size = (4.2 * len(panels), 4.2 + 0.18 * len(lines))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
-    for axis, (column, label) in zip(axes, panels.items()):
-        axis.set(xlabel="length T (tokens)", ylabel=label)
-        draw(axis, table, lines, column)
-    labels = [legend(line, "step" if decoding else "total") for line in lines]
-    figure.legend(axes[0].lines, labels, loc="outside lower center", fontsize=8,
-                  ncols=2 if len(lines) > 7 else 1)
-    fitted = set()
-    for line in lines:
-        fitted.update(line["time_lengths"], line["memory_lengths"])
-    over = ", ".join(f"{T:,}" for T in sorted(fitted)) or "n/a"
-    figure.suptitle(f"{title}\nexponents fitted over T = {over}", fontsize=9)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=130)
-    plt.close(figure)
-    write_file(path, content.getvalue())
-
-
-def draw(axis, table, lines, column):
-    """A column of the table over the length, a curve for each mixer."""
-    from matplotlib import colormaps, ticker
-
-    unit = 2**20 if column == "rise_bytes" else 1
-    anything = False
-    for i, line in enumerate(lines):
-        lengths, values = [], []
-        for cell in table:
-            if cell["mixer"] == line["mixer"] and cell[column] is not None and cell[column] > 0:
-                lengths.append(cell["length"])
-                values.append(cell[column] / unit)
-        colour = f"C{i}" if len(lines) <= 10 else colormaps["tab20"](i % 20)
-        axis.plot(lengths, values, "o-", markersize=4, color=colour)
-        anything = anything or bool(values)
-    if not anything:
-        return  # nothing here that a logarithmic axis could show
-    ticks = sorted({cell["length"] for cell in table})
-    axis.set(xscale="log", yscale="log")
-    axis.set_xticks(ticks, [f"{T:,}" for T in ticks], rotation=45 if len(ticks) > 5 else 0)
-    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:,g}")
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-
-
-def legend(line, time_of):
-    def short(exponent):
-        return "n/a" if exponent is None else f"T^{exponent:.2f}"
-
-    words = (f"{line['mixer']}: {time_of} time {short(line['time_exponent'])}, "
-             f"memory {short(line['memory_exponent'])}")
-    if line["mixer"] == "softmax":
-        return words
-    return f"{words}, faster than softmax: {line['faster_than_softmax']}"

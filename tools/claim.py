@@ -25,6 +25,7 @@ from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input
 from base.files import exists, read_json, shown, write_json
 from base.options import checked, option
+from base.terminal import is_terminal, wrapped
 from tools.claim_cards import (
     arms_to_run, claim_name, find_file, mixer_file_sums, read_card, recipe_settings, sha256_of)
 from tools.claim_outcomes import decide, findings, open_arms, outcome_of_claim
@@ -32,7 +33,8 @@ from tools.claim_record import (
     MEND, arm_of_run, arms_of, check_against_card, claimed, counting_of, folder_of, git_state,
     hours_of, read_claim_file, recorded, sizes_of)
 from tools.claim_table import (
-    difference_in_words, row_of_card, row_of_claim, table, together_in_words, verdict_in_words)
+    difference_in_words, row_of_card, row_of_claim, table, table_for_terminal, together_in_words,
+    verdict_in_words)
 from tools.experiment import Experiment
 from tools.records import scored_runs, write_records
 from tools.sweep_runs import end_like_ctrl_c
@@ -235,9 +237,10 @@ def main():
     end_like_ctrl_c()
     paths, options = read_command_line(sys.argv[1:])
     if options.table:
-        print(table(rows_of(paths)))
+        show = table_for_terminal if is_terminal() else table
+        print(show(rows_of(paths)))
         if len(claimed()) > 1 and not paths:
-            print(f"\n{together_in_words(claimed())}")
+            print(f"\n{wrapped(together_in_words(claimed()))}")
         return
     claims = [Claim(path, options.at_once, options.keep_checkpoints) for path in paths]
     hours = [claim.say_cost() for claim in claims]

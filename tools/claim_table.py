@@ -1,12 +1,14 @@
 """The table of claims, in Markdown: its words are found anew from the records of the runs."""
 from base.errors import BadInput, printable
 from base.files import shown
+from base.terminal import coloured, wrapped
 from tools.claim_outcomes import findings, outcome_of_claim
 from tools.claim_record import (
     MEND, arms_of, card_in, check_against_card, read_claim_file, recorded)
 from tools.verdicts import ALPHA, Verdict, in_words
 
 COLUMNS = ("so", "claim", "measured, minus the baseline, in nats")
+COLOURS = {"confirmed": "green", "refuted": "red", "undecided": "quiet"}  # in a terminal
 
 
 def table(rows):
@@ -14,6 +16,21 @@ def table(rows):
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
         lines.append("| " + " | ".join(cell(row.get(name, "")) for name in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def table_for_terminal(rows):
+    """The same for a terminal: a claim's word, in colour, its sentence, and below what was
+    measured."""
+    lines = []
+    for row in rows:
+        outcome, claim, measured = (printable(" ".join(row.get(name, "").split()))
+                                    for name in COLUMNS)
+        word = outcome.strip("*")
+        sentence = wrapped(f"{word:11} {claim}", " " * 12)
+        lines.append(coloured(sentence[:len(word)], COLOURS.get(word)) + sentence[len(word):])
+        for text in filter(None, measured.replace("`", "").split("<br>")):
+            lines.append(wrapped(" " * 12 + text, " " * 14))
     return "\n".join(lines)
 
 

@@ -43,15 +43,16 @@ from tools.compare_arms import (
 from tools.compare_curves import View
 from tools.compare_table import (
     TableLine, csv_of, in_range, line_of, model_config_of, notes, references_of, table,
-    table_for_terminal)
+    table_for_terminal, unequal_parameters)
 from tools.records import REMEDY, contents_of, holds_run, is_records_file, read_records
 from tools.records import read_sweep, scored_runs
 from tools.score import scores_of
 from tools.sweep_file import read_sweep_file
 from tools.verdicts import MARGIN_BPB, margin_in_nats
 from training.device import choose_device
-from training.metrics import start_wandb
+from training.metrics import start_wandb, wandb_group
 
+OF_ARMS = ("word", "loss", "difference", "parameters", "state_bytes", "flops_per_token")  # in wandb
 WHAT_TO_NAME = "name run folders, or a sweep: python -m tools.compare out/sweeps/shakespeare"
 
 
@@ -274,7 +275,8 @@ def main():
     lines = [line_of(arm, verdicts[arm.label], margin) for arm in arms]
     lines.sort(key=by_loss)
     references = references_of(by_label[baseline])
-    below = "\n".join(notes(arms, verdicts, baseline, options.margin_bpb, margin))
+    found = notes(arms, verdicts, baseline, options.margin_bpb, margin)
+    below = "\n".join(found + unequal_parameters(lines, baseline))
     show(lines, references, below)
     out = folder_for(options, names[0])
     write_file(out / "table.md", f"{table(lines, references)}\n\n{below}\n".encode())
@@ -291,15 +293,21 @@ def main():
 
 
 def log_to_wandb(options, source, out, lines, pictures):
+    """A run beside those of the sweep: the table, the pictures, and each arm's verdict and figures
+    in config and summary."""
     import wandb
+    arms = {line.mixer: {name: getattr(line, name) for name in OF_ARMS} for line in lines}
+    config = {"baseline": options.baseline, "margin_bpb": options.margin_bpb, "arms": arms}
     run = start_wandb(options.wandb_project, f"{source.name} comparison", out,
-                      group=source.name, job_type="comparison")
+                      group=wandb_group(source), job_type="comparison", config=config)
     rows = [list(asdict(line).values()) for line in lines]
     names = [f.name for f in fields(TableLine)]
     content = {"comparison": wandb.Table(columns=names, data=rows)}
     for path in pictures:
         content[path.stem] = wandb.Image(str(path))
     run.log(content)
+    for label, values in arms.items():
+        run.summary.update({f"{label}/{name}": value for name, value in values.items()})
     run.finish()
 
 

@@ -55,6 +55,17 @@ class Arm:
         """{seed: losses of so many blocks of text, in nats}."""
         return {seed_of(record): block_losses(record, blocks) for record in self.records}
 
+    def steps_to(self, accuracy):
+        """The steps after which each seed's accuracy on the validation split was first that high,
+        None where it never was; [] of a text."""
+        steps = []
+        for record in self.records:
+            rows = [row for row in record.metrics if row.get("val_accuracy") is not None]
+            if rows:
+                reached = [row["iter"] for row in rows if row["val_accuracy"] >= accuracy]
+                steps.append(min(reached, default=None))
+        return steps
+
     def measured(self, key, choose):
         """The median over the seeds of choose(that figure of all rows of a run), or None."""
         of_runs = []

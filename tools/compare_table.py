@@ -2,6 +2,7 @@
 what stands below."""
 import csv
 import io
+import math
 from dataclasses import asdict, dataclass, fields
 from statistics import mean, median
 from typing import Optional
@@ -20,9 +21,10 @@ from tools.verdicts import ALPHA, STRETCHES, in_words, interval, margin_in_nats
 
 LARGEST = 2**31  # parameters of a model that is built to be counted
 SOLVED = 0.95    # the accuracy from which on a seed has solved a recall task
+LEARNED = 0.9    # that which says when it was learned
 LEFT = ("mixer", "verdict")  # columns of text
-SECOND = ("seeds", "solved", "lr", "parameters", "bits/byte", "state bytes", "MFLOP/token",
-          "tokens/s")        # what a terminal shows beside the four that matter most
+SECOND = ("seeds", "solved", f"steps to {LEARNED}", "lr", "parameters", "bits/byte", "state bytes",
+          "MFLOP/token", "tokens/s")  # what a terminal shows beside the four that matter most
 COLOURS = {"better": "green", "worse": "red", "equivalent": "blue", "leaks": "red",
            "undecided": "quiet", "one seed": "quiet"}  # of verdicts, in a terminal
 
@@ -51,6 +53,7 @@ class TableLine:
     accuracy: Optional[float]
     accuracy_interval: Optional[float]
     solved: Optional[int]      # seeds, of a recall task
+    steps_to_learn: Optional[float]  # the median seed's, to LEARNED; None if it never did
     difference: float          # of the seeds that the baseline has too
     difference_low: Optional[float]
     difference_high: Optional[float]
@@ -90,6 +93,7 @@ def line_of(arm, verdict, margin=None):
         accuracy=accuracy,
         accuracy_interval=accuracy_interval,
         solved=None if accuracy is None else sum(a >= SOLVED for a in accuracies),
+        steps_to_learn=median_or_never(arm.steps_to(LEARNED)),
         difference=verdict.difference,
         difference_low=verdict.difference_low,
         difference_high=verdict.difference_high,
@@ -120,6 +124,12 @@ def build(config, record):
                        "and is not built to be compared; leave it out")
     with torch.random.fork_rng():
         return GPT(config)
+
+
+def median_or_never(steps):
+    """The median of steps, of which None is never, or None if that is never, or there are none."""
+    middle = median(math.inf if s is None else s for s in steps) if steps else math.inf
+    return None if math.isinf(middle) else middle
 
 
 def mean_and_interval(values):
@@ -172,6 +182,7 @@ def cells(line):
         "bits/byte": with_interval(line.bpb, line.bpb_interval),
         "accuracy": with_interval(line.accuracy, line.accuracy_interval),
         "solved": "n/a" if line.solved is None else f"{line.solved}/{line.seeds}",
+        f"steps to {LEARNED}": in_units(line.steps_to_learn, ",.0f"),
         "minus baseline": difference,
         "verdict": in_words(line),
     }
@@ -300,6 +311,18 @@ def notes(arms, verdicts, baseline, margin_bpb, margin):
         found.append(f"not equal: {name} is {values_in_words(arms, name)}")
     found += asked_alone(arms, verdicts, baseline, margin)
     return [printable(note) for note in found + what_to_know(arms, verdicts, baseline)]
+
+
+def unequal_parameters(lines, baseline):
+    """The arms with over 2 % more or fewer parameters than the baseline's; a list of one note or
+    none."""
+    own = [line.parameters for line in lines if line.mixer == baseline]
+    found = []
+    for line in lines:
+        percent = 100 * (line.parameters / own[0] - 1) if own else 0.0
+        if abs(percent) > 2:
+            found.append(f"{line.mixer} {percent:+.1f} %")
+    return [f"not equal: parameters, against {baseline}: {', '.join(found)}"] if found else []
 
 
 def asked_alone(arms, verdicts, baseline, margin):

@@ -31,11 +31,12 @@ from data import load_dataset
 from mixers import has_effect, layer_mixers, load_mixer_file
 from tools.records import (
     RUN_NAME, checked_by, holds_run, read_run, record_of, write_records)
-from tools.sweep_cost import Cost, seconds_of_run
+from tools.sweep_cost import Cost, seconds_of_run, time_left
 from tools.sweep_file import SweepFile, locked, write_sweep_file
 from tools.sweep_finished import FinishedRuns, dtype_on_cpu, is_cpu
 from tools.sweep_runs import Run, carry_out
 from tools.sweep_tuning import DIVERGED, Search, checked_grids, in_name
+from training.metrics import wandb_group
 from training.run_folder import data_sha256
 
 TUNING_SEED = 0
@@ -309,16 +310,16 @@ class Experiment:
             print(f"[{number}/{len(runs)}] {self.found[run]}: finished before")
         after_each()
         started = time.monotonic()
-        ended = carry_out(left, self.at_once, self.executor, self.folder.name, self.until)
+        ended = carry_out(left, self.at_once, self.executor, wandb_group(self.folder), self.until)
         done = 0
         for done, (run, error) in enumerate(ended, start=1):
             name = Path(run.folder).name
             outcome = self.outcome(run, error)
             after_each()
-            minutes_each = (time.monotonic() - started) / done / 60
+            seconds_each = (time.monotonic() - started) / done
             rest = len(left) - done + to_come
-            time_left = f" | about {minutes_each * rest:.0f} min left" if rest else ""
-            print(f"[{len(before) + done}/{len(runs)}] {name}: {outcome}{time_left}", flush=True)
+            words = f" | {time_left(seconds_each * rest)}" if rest else ""
+            print(f"[{len(before) + done}/{len(runs)}] {name}: {outcome}{words}", flush=True)
         if done < len(left):
             raise BadInput(f"--max_hours={self.max_hours:g} are over, {len(left) - done} of "
                            f"{len(runs)} runs are left; the same command goes on with them")

@@ -37,6 +37,7 @@ from base.command_line import parse_options
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.files import is_file, write_file, write_json, writing
 from base.options import checked, option
+from base.terminal import is_terminal, width
 from data import files, load_dataset
 from data.tokenizer import read_prompt
 from mixers import layer_mixers, load_mixer_file
@@ -381,6 +382,7 @@ SIGNED_COLUMNS = (
     ("    size", ".3g", "row_size"),
     *OF_BOTH,
 )
+OF_WEIGHTS = "  ln var     ks    tau"
 LEGEND = """\
 entropy in bits a row, and as a share of even attention's; rank: effective; gap: 1 - |lambda_2|;
 self, prev., first: mean weight; distance in tokens; ln var, ks: variance of the log weights and
@@ -396,7 +398,7 @@ def head_line(layer, head, columns):
     """A head's line of a printed table."""
     values = [f"{head[key]:{layout}}".rjust(len(heading)) for heading, layout, key in columns]
     start = f"{layer['layer']:>5} {head['head']:>4} {layer['mixer']:14}"
-    if layer["signed"]:
+    if layer["signed"] or not has_room():
         return " ".join([start, *values])
     logs = head["log_weights"]
     ks = "-" if logs["ks"] is None else f"{logs['ks']:.3f}"
@@ -404,12 +406,17 @@ def head_line(layer, head, columns):
     return " ".join([start, *values, f"{logs['variance']:>7.3f} {ks:>6} {tau:>6.2f}"])
 
 
+def has_room():
+    """Whether all columns fit; attention.json has what a narrow terminal does not show."""
+    return not is_terminal() or width() >= 100
+
+
 def table(layers, columns, more, legend):
     """The lines of the printed table of some layers; none without layers."""
     if not layers:
         return []
     headings = [heading for heading, *_ in columns]
-    lines = [" ".join(["layer head mixer         ", *headings]) + more]
+    lines = [" ".join(["layer head mixer         ", *headings]) + (more if has_room() else "")]
     for layer in layers:
         lines += [head_line(layer, head, columns) for head in layer["heads"]]
     return [*lines, legend]
@@ -432,7 +439,7 @@ def summary(report):
     layers = report["layers"]
     with_matrix = [layer for layer in layers if layer["heads"]]
     lines = table([layer for layer in with_matrix if not layer["signed"]], COLUMNS,
-                  "  ln var     ks    tau", LEGEND)
+                  OF_WEIGHTS, LEGEND)
     lines += table([layer for layer in with_matrix if layer["signed"]], SIGNED_COLUMNS, "",
                    SIGNED_LEGEND)
     influences = {}
@@ -498,6 +505,13 @@ def output_folder(out_dir):
     return folder
 
 
+def run_in_words(run, out_dir):
+    """What the pictures are of: mixer, data set, step and seed, and the run's folder."""
+    config = run.config
+    return (f"{config['mixer']} on {config.get('dataset')}, step {run.trainer['iter']:,}, "
+            f"seed {config.get('seed')} ({Path(out_dir).name})")
+
+
 @exit_on_bad_input("tools.inspect_attention")
 def main():
     description = __doc__.splitlines()[0]
@@ -514,8 +528,9 @@ def main():
     layers, matrices = inspect(model, idx)
     ids = idx[0].tolist()
     tokens = [run.tokenizer.decode_bytes([i]).decode("utf-8", "replace") for i in ids]
-    report = dict(checkpoint=str(run.folder), text=run.tokenizer.decode(ids), tokens=tokens,
-                  layers=layers, model=reach(matrices["influence.model"]))
+    report = dict(checkpoint=str(run.folder), run=run_in_words(run, options.out_dir),
+                  text=run.tokenizer.decode(ids), tokens=tokens, layers=layers,
+                  model=reach(matrices["influence.model"]))
     folder = output_folder(options.out_dir)
     write_json(folder / "attention.json", report)
     # in the order of their indices, which safetensors takes for granted

@@ -5,7 +5,7 @@ from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 
-from tools.drawing import save
+from tools.drawing import plain, save
 from tools.inspect_measures import LONGEST, entropy, log_weights, uniform, weight_by_distance
 
 FAINTEST = 1e-3  # weights below it look like it
@@ -14,11 +14,19 @@ TAU_TOKENS = 44  # of the text, under the temperatures
 LABELLED = 44    # most tokens of a map that are written at its axes,
 ROOM = 0.085     # inches, which each of them needs at least
 WIDE = 16        # inches, of all panels of a figure
+PLAIN = "{x:g}"  # of ticks: 0.01, not a power of ten
 GREY, COLOURS = "0.55", ("#3b6fb6", "#d1603d", "#4f9d69", "#8a5fa8")
 
 
 def draw(folder, report, matrices):
     """Writes the pictures that there is something to show in; yields their paths."""
+    for name, figure in figures(report, matrices):
+        figure.suptitle(plain(report["run"]), fontsize=9)
+        yield save(folder / name, figure)
+
+
+def figures(report, matrices):
+    """Yields (file name, Figure)."""
     layers, tokens = report["layers"], report["tokens"]
     with_matrix = [row for row in layers if row["heads"]]
     weights = [row for row in with_matrix if not row["signed"]]
@@ -28,20 +36,20 @@ def draw(folder, report, matrices):
     gated = [row for row in layers if row["gates"]]
     T = len(tokens)
     if weights:
-        yield save(folder / "attention_maps.png", attention_maps(weights, matrices, tokens))
-        yield save(folder / "log_weights.png", log_weight_histograms(weights, matrices))
-        yield save(folder / "entropy.png", entropy_over_depth(weights, T))
+        yield "attention_maps.png", attention_maps(weights, matrices, tokens)
+        yield "log_weights.png", log_weight_histograms(weights, matrices)
+        yield "entropy.png", entropy_over_depth(weights, T)
     if signed:
-        yield save(folder / "signed_maps.png", signed_maps(signed, matrices, tokens))
+        yield "signed_maps.png", signed_maps(signed, matrices, tokens)
     if with_matrix:
-        yield save(folder / "distance.png", weight_over_distance(with_matrix, T))
-    yield save(folder / "influence.png", influence_maps(report, matrices))
+        yield "distance.png", weight_over_distance(with_matrix, T)
+    yield "influence.png", influence_maps(report, matrices)
     if tempered:
-        yield save(folder / "ssa_temperature.png", ssa_temperatures(tempered, tokens))
+        yield "ssa_temperature.png", ssa_temperatures(tempered, tokens)
     if decaying:
-        yield save(folder / "half_lives.png", half_life_histograms(decaying, T))
+        yield "half_lives.png", half_life_histograms(decaying, T)
     if gated:
-        yield save(folder / "gates.png", gate_histograms(gated))
+        yield "gates.png", gate_histograms(gated)
 
 
 def panels(rows, columns, size, **options):
@@ -110,7 +118,8 @@ def attention_maps(layers, matrices, tokens):
     norm = LogNorm(FAINTEST, 1)
     figure, axes, image = head_maps(
         layers, matrices, tokens, lambda ax, P: log_map(ax, P, norm))
-    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.6, extend="min")
+    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.6, extend="min",
+                    format=PLAIN)
     return figure
 
 
@@ -126,7 +135,8 @@ def signed_maps(layers, matrices, tokens):
                          interpolation="nearest")
 
     figure, axes, image = head_maps(layers, matrices, tokens, show)
-    figure.colorbar(image, ax=axes, label="weight, as a share of the row's |P|", shrink=0.6)
+    figure.colorbar(image, ax=axes, label="weight, as a share of the row's |P|", shrink=0.6,
+                    format=PLAIN)
     return figure
 
 
@@ -189,6 +199,7 @@ def weight_over_distance(layers, T):
         ax.plot(even, color=GREY, linestyle="--", linewidth=1, label="even")
         ax.set(title=title(layer), yscale="log", ylim=(FAINTEST / 10, 1))
         ax.title.set_fontsize(9)
+        ax.yaxis.set_major_formatter(PLAIN)
     axes[0, -1].legend(fontsize=7, frameon=False)
     figure.supxlabel("tokens back", fontsize=9)
     figure.supylabel("mean weight", fontsize=9)
@@ -211,7 +222,8 @@ def influence_maps(report, matrices):
     label_maps(axes, tokens)
     figure.supxlabel("token s that is changed", fontsize=9)
     figure.supylabel("output t", fontsize=9)
-    figure.colorbar(image, ax=axes, label="|dy$_t$/dx$_s$|, largest = 1", shrink=0.8, extend="min")
+    figure.colorbar(image, ax=axes, label="|dy$_t$/dx$_s$|, largest = 1", shrink=0.8, extend="min",
+                    format=PLAIN)
     return figure
 
 
@@ -256,6 +268,7 @@ def half_life_histograms(layers, T):
         ax.hist(values, edges, weights=np.full(len(values), 1 / len(values)), color=COLOURS[0])
         ax.axvline(T, color=GREY, linestyle="--", linewidth=1)
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(PLAIN)
         ax.set_title(title(layer), fontsize=9)
     figure.supxlabel("half-life of a channel, tokens; dashed: the text's length", fontsize=9)
     figure.supylabel("share of channels", fontsize=9)

@@ -27,8 +27,8 @@ from base.files import write_file
 from base.options import checked, option
 from config import Options
 from data import load_dataset
-from tools.drawing import save
-from tools.inspect_plots import COLOURS, GREY
+from tools.colours import colour_of
+from tools.drawing import BASELINE, GREY, save
 from tools.ngrams import ngram_losses
 from tools.records import find_record, holds_run, read_run
 from tools.sweep_runs import ROOT, Run, carry_out, difference, end_like_ctrl_c
@@ -244,7 +244,7 @@ def picture(curves, counted, title, vocab_size):
     left, right = figure.subplots(1, 2, sharey=True)
     for cell, label in CELLS.items():
         style = {
-            "color": COLOURS[cell.startswith("pelican")],
+            "color": colour_of("pelican") if cell.startswith("pelican") else BASELINE,
             "linestyle": "-" if label.endswith("0.1") else "--",
             "linewidth": 1.8,
             "label": label.replace("tau", "$\\tau$ ="),
@@ -297,7 +297,7 @@ def main():
     words = table(curves, counted)
     write_file(out_dir / "figure3.md", words.encode())
     title = (f"{data.name}, vocabulary {data.vocab_size:,}, {tokens:,} tokens a step, "
-             f"{len(data.train):,} to train on")
+             f"{len(data.train):,} to train on; one seed")
     save(out_dir / "figure3.png", picture(curves, counted, title, data.vocab_size))
     print(f"{title}\n\n{words}\nin {printable(str(out_dir))}: figure3.png, figure3.md")
 

@@ -103,13 +103,19 @@ function curvesOf(curves, element) {
   const x = value("x"), y = value("y");
   const drawn = value("seeds") === "band" ? band : eachSeed;
   const traces = curves.arms.flatMap(arm => drawn(arm, x, y));
-  const lines = y === "val_accuracy" ? [] : near(curves.lines, traces.flatMap(trace => trace.y));
+  // far above all others: left out of the frame until it is chosen
+  const cut = chosen.size === 0 && y !== "val_accuracy" ? curves.beyond : [];
+  const values = traces.filter(trace => !cut.includes(trace.meta.label)).flatMap(trace => trace.y);
+  const lines = y === "val_accuracy" ? [] : near(curves.lines, values);
+  const room = 0.05 * (Math.max(...values) - Math.min(...values));
+  const low = Math.min(...values, ...lines.map(({loss}) => loss)) - room;
+  const range = cut.length ? {range: [low, Math.max(...values) + room]} : {};
   const shapes = lines.map(({name, loss}) => ({
     type: "line", xref: "paper", x0: 0, x1: 1, y0: loss, y1: loss, line: {dash: "dot", width: 1},
     label: {text: name, textposition: "end", font: {size: 10}}}));
   return [traces, {xaxis: {title: {text: curves.axes[x]}, rangemode: "tozero"},
-                   yaxis: {title: {text: curves.quantities[y]}}, shapes,
-                   uirevision: `${x} ${y}`, height: 420}];
+                   yaxis: {title: {text: curves.quantities[y]}, ...range}, shapes,
+                   uirevision: `${x} ${y} ${cut.length}`, height: 420}];
 }
 
 // Maps ----------------------------------------------------------------------------------------
@@ -144,7 +150,9 @@ function contentOf(element) {
   if (what === "curves") return curvesOf(of.curves, element);
   if (what === "map") return mapOf(of.maps, element);
   const figure = of.figures[what.slice(1)];
-  return [figure.traces, figure.layout];
+  if (!figure.cut || chosen.size === 0) return [figure.traces, figure.layout];
+  const {range, ...whole} = figure.layout[figure.cut];  // what was chosen is shown whole
+  return [figure.traces, {...figure.layout, [figure.cut]: whole, uirevision: "whole"}];
 }
 
 function draw(element) {
@@ -191,6 +199,7 @@ addEventListener("beforeprint", () => document.querySelectorAll(".plot").forEach
 // Live ----------------------------------------------------------------------------------------
 
 const SECONDS = 5;  // between two looks at the runs
+const said = {};    // id of an element: the words that it has
 
 // What a page must have anew to show other numbers than it was made for.
 function shape(of) {
@@ -210,7 +219,8 @@ async function update() {
     const before = JSON.stringify(numbers);
     numbers = news.numbers;
     for (const [id, words] of Object.entries(news.words)) {
-      document.getElementById(id).innerHTML = words;
+      if (words === said[id]) continue;  // what was folded open stays so
+      document.getElementById(id).innerHTML = said[id] = words;
     }
     filter();
     if (JSON.stringify(numbers) !== before) drawAgain();

@@ -2,6 +2,7 @@
 there one chooses what stands on the axes."""
 from base.errors import printable
 from tools import report_figures as figures
+from tools.drawing import outlying
 
 ROWS = 300  # of a run, at most; of more every n-th is taken, evaluations all
 AXES = {"iter": "steps", "tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds"}
@@ -11,9 +12,10 @@ QUANTITIES = {"val_loss": "validation loss, nats per target",
 
 
 def curves(arms, runs, looks, references):
-    """{"axes": {key: name}, "quantities": {key: name}, "lines": [{"name", "loss"}], "arms":
-    [{"name", "meta", "dash", "runs": [{"seed", key: [a value a row, or null]}]}]}, or None without
-    a curve. Runs that are not in `arms`, still running say, are arms of their own mixer."""
+    """{"axes": {key: name}, "quantities": {key: name}, "lines": [{"name", "loss"}], "beyond":
+    [label of an arm far above all others], "arms": [{"name", "meta", "dash", "runs": [{"seed", key:
+    [a value a row, or null]}]}]}, or None without a curve. Runs that are not in `arms`, still
+    running say, are arms of their own mixer."""
     found = {arm.label: {"mixer": arm.mixer, "records": list(arm.records)} for arm in arms}
     for record in runs.others if arms else runs.others + runs.finished:
         mixer = record.config["mixer"].replace(",", "+")
@@ -33,7 +35,11 @@ def curves(arms, runs, looks, references):
     order = sorted(filter(counts.get, counts), key=lambda name: counts[name] == 1)
     if not order:
         return None
+    ends = {of_arm["meta"]["label"]: [run["val_loss"][-1] for run in of_arm["runs"]
+                             if run["val_loss"] and run["val_loss"][-1] is not None]
+            for of_arm in listed}
     return {"axes": AXES, "quantities": {name: QUANTITIES[name] for name in order},
+            "beyond": sorted(outlying(ends)),
             "lines": [{"name": figures.plain(reference.name), "loss": reference.loss}
                       for reference in references],
             "arms": listed}

@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from base.errors import BadInput
 from base.files import JSON_BYTES, exists, is_file, parse_json, read_bytes, read_json, shown
-from bench import ROW
+from tools.bench_results import ROW
 from tools.compare_arms import is_diverged, is_tuning
 from tools.records import REMEDY, Sweep, holds_run, inside, is_records_file, lines_of
 from tools.records import read_records, read_run, read_sweep

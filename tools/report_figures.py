@@ -3,7 +3,8 @@
 A figure is {"title": text, "traces": [...], "layout": {...}}, traces and layout as plotly.js has
 them, without colours: the page gives each trace that of its meta.colour, or black (on a dark page
 white) where that is null, the baseline's. What plotly.js shows as text it reads as HTML of sorts,
-so that all text of others goes through plain().
+so that all text of others goes through plain(). "cut" names an axis whose range leaves out arms far
+above all others, until they are chosen.
 """
 import html
 import math
@@ -12,7 +13,7 @@ from statistics import mean, median
 from base.errors import printable
 from tools.colours import colour_of
 from tools.compare_curves import position_edges
-from tools.drawing import in_bytes, near
+from tools.drawing import doublings, in_bytes, near, outlying
 from tools.verdicts import in_words
 
 NAME_LENGTH = 60  # of what is shown of a name
@@ -73,6 +74,21 @@ def line_across(name, value):
             "label": {"text": plain(name), "textposition": "end", "font": {"size": 10}}}
 
 
+def cut_off(figure, axis_name, values):
+    """The figure, with a range of that axis that leaves out the arms which are outlying by their
+    values, {label: [number]}, and names them in the title."""
+    beyond = outlying(values)
+    if not beyond:
+        return figure
+    kept = [value for label, of_arm in values.items() if label not in beyond for value in of_arm]
+    room = 0.08 * (max(kept) - min(kept)) or 0.01
+    figure["layout"][axis_name]["range"] = [min(kept) - room, max(kept) + room]
+    figure["cut"] = axis_name
+    names = ", ".join(f"{plain(label)} {median(values[label]):.3f}" for label in sorted(beyond))
+    figure["title"] += f"; not in the picture until a double click: {names}"
+    return figure
+
+
 # Losses ---------------------------------------------------------------------------------------
 
 def differences(verdicts, looks, margin, unit):
@@ -105,8 +121,12 @@ def differences(verdicts, looks, margin, unit):
     title = "Difference from the baseline, and the interval that the word rests on"
     if margin is not None:
         title += f"; shaded: the margin of {margin:.3f}"
-    return {"title": title,
-            "traces": traces, "layout": layout}
+    spans = {}
+    for label, verdict in verdicts.items():
+        if verdict.word not in ("baseline", "leaks"):
+            ends = verdict.difference_low, verdict.difference, verdict.difference_high
+            spans[label] = [end for end in ends if end is not None]
+    return cut_off({"title": title, "traces": traces, "layout": layout}, "xaxis", spans)
 
 
 def over_rate(losses, chosen, looks):
@@ -123,8 +143,10 @@ def over_rate(losses, chosen, looks):
     layout = {"xaxis": axis("learning rate", type="log", tickvals=ticks,
                             ticktext=[f"{rate:g}" for rate in ticks]),
               "yaxis": axis("loss to choose by, nats per target")}
-    return {"title": "Loss against learning rate; large points were chosen", "traces": traces,
-            "layout": layout}
+    figure = {"title": "Loss against learning rate; large points were chosen", "traces": traces,
+              "layout": layout}
+    return cut_off(figure, "yaxis", {label: list(of_arm.values())
+                                     for label, of_arm in losses.items()})
 
 
 def over_position(arms, looks, references):
@@ -142,12 +164,19 @@ def over_position(arms, looks, references):
                 y.append(mean(values))
         traces.append(trace(looks, arm.label, x, y, "lines", "position %{x}: %{y:.4f}"))
     values = [value for one in traces for value in one["y"]] or [0]
-    layout = {"xaxis": axis("position in the context, from 1", type="log", dtick="D2"),
+    longest = max([x for one in traces for x in one["x"]], default=1)
+    ticks = doublings(1, 2 * longest)
+    layout = {"xaxis": axis("position in the context, from 1", type="log", tickvals=ticks,
+                            ticktext=[f"{tick:,}" for tick in ticks]),
               "yaxis": axis("loss, nats per token"),
               "shapes": [line_across(reference.name, reference.loss)
                          for reference in near(references, min(values), max(values))]}
-    return {"title": "Loss by position: it falls as long as a mixer makes use of more context",
-            "traces": traces, "layout": layout}
+    figure = {"title": "Loss by position: it falls as long as a mixer makes use of more context",
+              "traces": traces, "layout": layout}
+    # the first positions are alike and far above all that comes
+    late = {one["meta"]["label"]: [y for x, y in zip(one["x"], one["y"]) if x > longest ** 0.5]
+            for one in traces}
+    return cut_off(figure, "yaxis", late)
 
 
 def over_cells(arms, looks):
@@ -186,7 +215,9 @@ def over_state(lines, looks):
     span = [min(ticks) - 1, max(max(ticks), *powers) + 1]
     points = {line.mixer: (math.log2(line.state_bytes) if line.state_bytes else nothing, line.loss)
               for line in lines}
-    named = with_space(points, span[1] - span[0])
+    far = outlying({line.mixer: [line.loss] for line in lines})
+    near_each_other = {name: place for name, place in points.items() if name not in far}
+    named = [*with_space(near_each_other, span[1] - span[0]), *far]
     traces = []
     for line in lines:
         x, y = points[line.mixer]
@@ -198,8 +229,9 @@ def over_state(lines, looks):
     layout = {"xaxis": axis("state of one sequence",
                             tickvals=list(ticks), ticktext=list(ticks.values()), range=span),
               "yaxis": axis("loss, nats per target")}
-    return {"title": "Loss against the state of a sequence as long as the context",
-            "traces": traces, "layout": layout}
+    figure = {"title": "Loss against the state of a sequence as long as the context",
+              "traces": traces, "layout": layout}
+    return cut_off(figure, "yaxis", {line.mixer: [line.loss] for line in lines})
 
 
 def with_space(points, width):

@@ -12,7 +12,8 @@ from plotly.offline import get_plotlyjs
 from base.errors import printable
 
 HERE = Path(__file__).parent
-SHOWN_ON_A_PHONE = 4  # columns of a table
+SHOWN_ON_A_PHONE = 4     # columns of a table
+UNEQUAL = "not equal: "  # how a note on an option begins, see tools/compare_table.py
 
 PAGE = """\
 <!DOCTYPE html>
@@ -121,9 +122,17 @@ def words_of_section(section):
         parts.append(table(section.table))
     if section.notes:
         lines = "".join(f"<li>{escaped(note)}</li>" for note in section.notes)
-        parts.append("<details open><summary>What was not equal, and what was left out</summary>"
+        parts.append(f"<details><summary>{escaped(summary_of(section.notes))}</summary>"
                      f"<ul>{lines}</ul></details>")
     return "".join(parts)
+
+
+def summary_of(notes):
+    """What stands above the notes while they are folded: the options that were not equal."""
+    unequal = [note.removeprefix(UNEQUAL).partition(" is ")[0] for note in notes
+               if note.startswith(UNEQUAL)]
+    options = f" ({', '.join(unequal)})" if unequal else ""
+    return f"What was not equal{options}, how it was judged, what was left out"
 
 
 def table(rows):

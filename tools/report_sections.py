@@ -9,10 +9,11 @@ from tools import report_figures as figures
 from tools.compare import judge_arms, margin_of
 from tools.compare_arms import arms_of, is_diverged, rate_of, tuning_arms_of
 from tools.compare_table import cells, line_of, mean_and_interval, notes, reference_cells
-from tools.compare_table import references_of
+from tools.compare_table import references_of, unequal_parameters
 from tools.report_curves import curves
 from tools.report_data import Bench, Runs, Section, is_running, steps_done
 from tools.report_others import section_of_inspection, sections_of_bench
+from tools.sweep_cost import time_left
 from tools.sweep_runs import ASIDE
 from training.run_folder import NOT_OPTIONS
 
@@ -105,6 +106,7 @@ def add_comparison(section, arms, looks, references, margin_bpb, claim=None):
     lines.sort(key=lambda line: line.loss)
     section.table = table(lines, references, arms)
     found = notes(arms, verdicts, looks.baseline, margin_bpb, margin)
+    found += unequal_parameters(lines, looks.baseline)
     section.notes += found[1:] if claim else found  # the first says how one look was judged
     if len(arms) > 1:
         unit = "nats per answer" if margin is None else "nats per token"
@@ -206,7 +208,7 @@ def status(runs):
         line = f"{record.name}: {state}, step {done:,} of {steps:,}"
         if record in running and done:
             left = record.seconds() / done * (steps - done)
-            line += f", about {left / 60:.0f} min left"
+            line += f", {time_left(left)}"
         lines.append(line)
     if runs.sweep:
         lines += status_of_sweep(runs, max(1, len(running)))
@@ -222,8 +224,8 @@ def status_of_sweep(runs, at_once):
         line = f"{in_number(len(missing), 'run')} of the sweep missing"
         times = [record.seconds() for record in runs.finished + runs.tuning]
         if times and waiting:
-            minutes = len(waiting) * mean(times) / at_once / 60
-            line += f", {len(waiting)} not started: about {minutes:.0f} min, {at_once} at a time"
+            left = time_left(len(waiting) * mean(times) / at_once)
+            line += f", {len(waiting)} not started, {at_once} at a time: {left}"
         lines.append(line)
     return lines
 

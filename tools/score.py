@@ -44,6 +44,7 @@ from mixers import load_mixer_file
 from tools.numerics import first_losses
 from training import checkpoint
 from training.device import choose_device
+from training.metrics import start_wandb
 from training.run_folder import check_data
 
 LOGITS_AT_ONCE = 2**24  # of a forward pass; more is no faster and needs memory
@@ -64,6 +65,8 @@ class ScoreOptions:
         False, "score although the data set of that name has changed since the training")
     diverged: bool = option(
         False, "the loss became infinite or NaN: score the run as the worst, an even guess")
+    wandb_log: bool = option(False, "add the report loss to the run's summary in wandb")
+    wandb_project: str = option("nanomix", "wandb project", min_length=1)
 
 
 # scores.json ----------------------------------------------------------------------------------
@@ -373,6 +376,19 @@ def scores_of(out_dir, device, other_data=False, diverged=False):
     return scores
 
 
+def log_to_wandb(options, scores):
+    """Adds the report's figures to the summary of the wandb run that the training was."""
+    folder = newest_checkpoint(options.out_dir)
+    report = scores["report"]
+    wandb_id = folder and checkpoint.read_trainer(folder)["wandb_id"]
+    if not wandb_id or not report:
+        return
+    run = start_wandb(options.wandb_project, None, options.out_dir, id=wandb_id, resume="allow")
+    run.summary.update({f"report_{key}": value for key, value in report.items()
+                        if value is not None})
+    run.finish()
+
+
 @exit_on_bad_input("tools.score")
 def main():
     options, _, _ = parse_options(ScoreOptions, sys.argv[1:], __doc__.splitlines()[0],
@@ -383,6 +399,8 @@ def main():
         load_mixer_file(options.mixer_file)
     device = choose_device(options.device)
     scores = scores_of(options.out_dir, device, options.other_data, options.diverged)
+    if options.wandb_log:
+        log_to_wandb(options, scores)
     for name in ("select", "report"):
         part = scores[name]
         if part is None:

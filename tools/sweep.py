@@ -45,6 +45,7 @@ from tools.sweep_file import read_sweep_file
 from tools.sweep_matching import matched
 from tools.sweep_runs import cluster, end_like_ctrl_c
 from tools.sweep_tuning import grids_in
+from training.metrics import sync_command
 
 
 @checked
@@ -191,6 +192,8 @@ def main():
     for name, error in experiment.failed.items():
         print(f"failed: {name}: {error}")
     print(f"{len(records)} runs to compare: python -m tools.compare {folder}")
+    if options.wandb_log and any(folder.glob("*/wandb/offline-run-*")):
+        print(f"wandb: to upload all that is offline here: {sync_command(folder)}")
     sys.exit(1 if experiment.failed else 0)
 
 

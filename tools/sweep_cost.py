@@ -27,8 +27,18 @@ class Cost:
         if self.hours is None:
             return f"{runs}; how long they take the first will tell"
         if self.hours < 1:
-            return f"{runs}, about {max(1, round(60 * self.hours))} minutes"
+            minutes = max(1, round(60 * self.hours))
+            return f"{runs}, about {minutes} minute{'s' if minutes > 1 else ''}"
         return f"{runs}, about {self.hours:.1f} hours"
+
+
+def time_left(seconds):
+    """About how long something still takes, in words."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s left"
+    if seconds < 90 * 60:
+        return f"about {seconds / 60:.0f} min left"
+    return f"about {seconds / 3600:.1f} hours left"
 
 
 def seconds_of_run(options, threads):

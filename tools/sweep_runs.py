@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how, but for rounding
 ASIDE = {"out_dir", "device", "threads", "eval_interval", "keep_last", "log_interval",
          "wandb_log", "wandb_project", "wandb_run_name", *OF_ONE_COMMAND}
+OF_SCORING = ("--mixer_file=", "--device=", "--wandb_log=", "--wandb_project=")
 IN_USE = "in use by another process"  # what train_and_score returns then
 DIVERGED = re.compile(r"step \d+: .* is not finite")  # how train.py ends then
 stopping = threading.Event()  # set by a signal: all processes are told to end, no more are started
@@ -204,7 +205,7 @@ def train_and_score(run, threads=None, group=None):
     if holds_run(Path(run.folder)):
         train.append("--resume")
     score = ["tools.score", f"--out_dir={run.folder}"]
-    score += [word for word in run.arguments if word.startswith(("--mixer_file=", "--device="))]
+    score += [word for word in run.arguments if word.startswith(OF_SCORING)]
     with locked_log(run) as log:
         if log is None:
             return IN_USE

@@ -188,9 +188,14 @@ def val_loss(folder):
     """The validation loss of a checkpoint in nats, or None if it was not evaluated or cannot be
     read."""
     try:
-        return read_json(folder / "trainer.json", REMEDY, TrainerState)["val_loss"]
+        return read_trainer(folder)["val_loss"]
     except BadInput:
         return None
+
+
+def read_trainer(folder):
+    """The TrainerState of a checkpoint folder. BadInput if it is damaged."""
+    return read_json(folder / "trainer.json", REMEDY, TrainerState)
 
 
 def damage(folder):
@@ -216,7 +221,7 @@ class Checkpoint:
         self.folder = folder
         self.model = read_tensors(folder / "model.safetensors")
         self.optimizer = read_tensors(folder / "optimizer.safetensors")
-        self.trainer = read_json(folder / "trainer.json", REMEDY, TrainerState)
+        self.trainer = read_trainer(folder)
         self.config = read_json(folder / "config.json", REMEDY)
         self.tokenizer = load_tokenizer(folder / "tokenizer.json")
         vocab_size = self.config.get("vocab_size")

@@ -127,7 +127,7 @@ class Chance(TorchDispatchMode):
         name = function._schema.name
         if name == "aten::dropout" and self.still:  # whole, in inference mode
             self.drawn.append(args[0].shape)
-            return args[0].clone()
+            return scaled(*args)
         result = function(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded not in function.tags or "fused" in name:
             return result
@@ -135,11 +135,16 @@ class Chance(TorchDispatchMode):
         # what a generator of the mixer's own gives differs from call to call
         self.drawn.append(object() if kwargs.get("generator") else outputs[0].shape)
         if self.still and name == "aten::native_dropout":
-            return args[0].clone(), torch.ones_like(outputs[1])
+            return scaled(*args), torch.ones_like(outputs[1])
         if self.still:
             keeps = "bernoulli" in name
             outputs[0].fill_(1 if keeps or not outputs[0].is_floating_point() else 0.4)
         return result
+
+
+def scaled(x, p, train):
+    """What dropout of a share p gives that drops nothing."""
+    return x / (1 - p) if train else x.clone()
 
 
 def drawn(module, x):
@@ -171,21 +176,19 @@ def share(part, whole):
 
 
 class Narrowing(TorchDispatchMode):
-    """Notes whether any result of float32 or less, with an entry per token at least, came from
-    numbers of float64."""
+    """Counts the entries of results of float32 or less that came from numbers of float64."""
 
-    def __init__(self, tokens):
+    def __init__(self):
         super().__init__()
-        self.tokens = tokens
-        self.found = False
+        self.entries = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         wide = any(is_wide(value) for value in (*args, *kwargs.values()))
         result = function(*args, **kwargs)
-        if wide and isinstance(result, torch.Tensor) and result.numel() >= self.tokens:
-            inexact = result.is_floating_point() or result.is_complex()
-            self.found = self.found or inexact and not is_wide(result)
+        if wide and isinstance(result, torch.Tensor) and not is_wide(result):
+            if result.is_floating_point() or result.is_complex():
+                self.entries += result.numel()
         return result
 
 
@@ -198,9 +201,10 @@ def precision_within(module, x):
     float32 or less although x is float64. Differences within that are rounding."""
     if x.dtype != torch.float64:
         return x.dtype
-    with torch.no_grad(), Narrowing(x.size(0) * x.size(1)) as narrowing:
+    with torch.no_grad(), Narrowing() as narrowing:
         call(module, x)
-    return torch.float32 if narrowing.found else torch.float64
+    # an entry per token at least, at once or token by token
+    return torch.float32 if narrowing.entries >= x.size(0) * x.size(1) else torch.float64
 
 
 def leaks(module, x, cuts, lengths=True, huge=True, autocast=False, other=None):

@@ -2,6 +2,7 @@
 hold the run at all."""
 import os
 import resource
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,3 +104,18 @@ def refuse_what_cannot_fit(options, config, row_length, machine):
             f"{options.gradient_accumulation_steps}, times {row_length} tokens: the batch of a "
             f"step alone takes {batch_bytes / GIB:,.1f} GiB, and {available / GIB:,.1f} GiB are "
             "available; lower batch_size or gradient_accumulation_steps")
+
+
+def catch_signals():
+    """A list that holds the signal's number once SIGTERM or Ctrl-C has come. A second one ends
+    the process at once."""
+    caught = []
+
+    def handle(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return caught

@@ -2,8 +2,11 @@
 
 One JSON object (`Row`) per log line and per evaluation, absent values null.
 """
+import hashlib
 import json
 import os
+import shlex
+import socket
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -38,8 +41,9 @@ KEYS = tuple(Row.__annotations__)
 
 
 class Metrics:
-    def __init__(self, options, iteration, wandb_id):
-        """Goes on with out_dir/metrics.jsonl after `iteration`, and with the wandb run wandb_id."""
+    def __init__(self, options, iteration, wandb_id, costs):
+        """Goes on with out_dir/metrics.jsonl after `iteration`, and with the wandb run wandb_id.
+        costs: what wandb is told of the model besides the options, {name: number}."""
         path = Path(options.out_dir) / "metrics.jsonl"
         drop_lines_after(iteration, path)
         # it is a file of ours by now; should another have put a link there since, it is not
@@ -50,9 +54,11 @@ class Metrics:
         if options.wandb_log:
             self.wandb = start_wandb(
                 options.wandb_project, options.wandb_run_name or Path(options.out_dir).name,
-                options.out_dir, id=wandb_id, resume="allow", config=vars(options),
+                options.out_dir, id=wandb_id, resume="allow", config=vars(options) | costs,
                 tags=[options.mixer[:64], f"seed {options.seed}"])
             self.wandb_id = self.wandb.id
+            define_metrics(self.wandb)
+            self.wandb.summary.update(costs)
 
     def log(self, **values):
         row = dict.fromkeys(KEYS) | values
@@ -107,6 +113,29 @@ def check_wandb(options):
                        "characters and none of / \\ # ? % :")
 
 
+def define_metrics(run):
+    """Steps below every chart, the best of the evaluations in the summary, and no charts of what
+    counts the steps in another way."""
+    run.define_metric("*", step_metric="iter")
+    for name, best in (("val_loss", "min"), ("val_bpb", "min"), ("val_accuracy", "max")):
+        run.define_metric(name, step_metric="iter", summary=best)
+    for name in ("iter", "seconds", "tokens", "flops"):
+        run.define_metric(name, hidden=True)
+
+
+def wandb_group(folder):
+    """The group of the runs in a folder, of which no other folder has the same: its name, and what
+    stands for its place on this machine."""
+    folder = Path(folder).resolve()
+    place = hashlib.sha256(f"{socket.gethostname()}:{folder}".encode(errors="replace"))
+    return f"{folder.name[:100]}-{place.hexdigest()[:8]}"
+
+
+def sync_command(folder):
+    """What uploads all offline runs of a folder, its own and those of the runs in it."""
+    return f"wandb sync {shlex.quote(str(folder))}/*/wandb/offline-run-*"
+
+
 def start_wandb(project, name, folder, **more):
     """A wandb run that keeps its files in `folder`; without an account or a network an offline
     one, and one line that says so. BadInput for what wandb does not accept."""
@@ -114,18 +143,18 @@ def start_wandb(project, name, folder, **more):
     try:
         settings = wandb.Settings(silent=True, init_timeout=20)
         start = dict(project=project, name=name, dir=folder, settings=settings, **more)
+        mode, why = wandb.setup().settings.mode, "as you asked"  # WANDB_MODE, or `wandb offline`
         try:
-            mode = os.environ.get("WANDB_MODE")
-            if not mode:
-                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                mode, why = "offline", "as there is no account (`wandb login`)"
             run = wandb.init(mode=mode, **start)
         except wandb.Error:
-            run = wandb.init(mode="offline", **start)
+            run, why = wandb.init(mode="offline", **start), "as the server does not answer"
     except (ValueError, wandb.Error) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"wandb cannot start: {reason}; "
                        "leave out --wandb_log, or mend its settings") from error
     if run.offline:
-        print("wandb: offline, for want of an account or a network; "
-              f"to upload later: wandb sync {Path(run.dir).parent}", flush=True)
+        print(f"wandb: offline, {why}; to upload later: "
+              f"wandb sync {shlex.quote(str(Path(run.dir).parent))}", flush=True)
     return run

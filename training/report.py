@@ -1,4 +1,5 @@
 """What a run prints before its first step and after its last one."""
+import math
 import shlex
 import sys
 
@@ -26,13 +27,31 @@ def describe(options, model, data, machine):
     for group, count in groups.items():
         print(f"{group:10} {count:>12,} parameters {100 * count / total:5.1f} %")
     print(f"{'all':10} {total:>12,} parameters")
-    T = options.block_size
-    flops = model.flops_per_token(T)
-    state = model.state_bytes(T, getattr(torch, options.dtype))
+    T, costs = options.block_size, costs_of(options, model)
+    flops, state = costs["flops_per_token"], costs["state_bytes"]
     flops = "n/a" if flops is None else f"{flops:,.0f} forward FLOPs"
     state = "n/a" if state is None else f"{state:,.0f} bytes"
     print(f"cost       {flops} per token of {T}, a multiply-add being 2; "
           f"{state} of state after {T} tokens", flush=True)
+    if 0 < options.max_iters <= options.warmup_iters and not options.eval_only:
+        print(f"warning    the warm-up outlasts the run: of {options.max_iters:,} steps "
+              f"{options.warmup_iters:,} raise the learning rate, it never gets to "
+              f"{options.learning_rate:g}; lower --warmup_iters", flush=True)
+
+
+def costs_of(options, model):
+    """{name: number} of what a model takes, over block_size tokens; None where a mixer does not
+    say."""
+    T = options.block_size
+    return {"parameters": sum(p.numel() for p in model.parameters()),
+            "state_bytes": model.state_bytes(T, getattr(torch, options.dtype)),
+            "flops_per_token": model.flops_per_token(T)}
+
+
+def before_training(loss, options, vocab_size):
+    """A line on the loss of the first batch, which no step has changed."""
+    return (f"step {0:6}/{options.max_iters} | loss {loss:.4f} nats | "
+            f"an even guess has {math.log(vocab_size):.4f}")
 
 
 def show_result(options, model, data, machine):
@@ -46,11 +65,14 @@ def show_result(options, model, data, machine):
             reason = " ".join(str(error).split())[:200]
             print(f"no sample: {type(error).__name__}: {reason}")
     print(f"the run is in {options.out_dir}")
+    out_dir = f"--out_dir={shlex.quote(options.out_dir)}"
+    if options.mixer_file:
+        out_dir += f" --mixer_file={shlex.quote(options.mixer_file)}"
     if is_text:
-        command = f"python sample.py --out_dir={shlex.quote(options.out_dir)}"
-        if options.mixer_file:
-            command += f" --mixer_file={shlex.quote(options.mixer_file)}"
-        print(f"more text:   {command}")
+        print(f"more text:   python sample.py {out_dir}")
+    steps = 2 * options.max_iters or 1000
+    print(f"more steps:  python train.py --resume {out_dir} --max_iters={steps}")
+    print(f"its curves:  python -m tools.report {out_dir.removeprefix('--out_dir=')}")
     mixers = set(layer_mixers(options.mixer, options.n_layer))
     if mixers == {"pelican"} and data.name == "shakespeare_char":
         print("pelican sees one character at a time; a mixer that sees more:   "

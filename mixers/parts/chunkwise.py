@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from mixers.parts.cpu_attention import bfloat16_instructions
+from mixers.parts.products import fast_products
 from mixers.parts.recurrence import recurrence
 
 CHUNK = 64  # tokens; of 32, 64, 128 and 256 the fastest at D = 32 and 64
@@ -63,7 +63,7 @@ def linear_attention(a, b, v, state=None):
         if T == 1:
             y, state = recurrent(a, b, wide_v, state)
         elif v.device.type == "cpu":
-            y, state = chunkwise(a, b, wide_v, state, alone, v.dtype == torch.bfloat16)
+            y, state = chunkwise(a, b, wide_v, state, alone)
         else:
             y, state = by_decays(a, b, wide_v, state)
     return y.to(v.dtype), state
@@ -105,9 +105,9 @@ def by_decays(a, b, v, state):
     return y1[..., :-1] / y1[..., -1:], LinearState(S1[..., :-1], S1[..., -1], m[:, :, -1].clone())
 
 
-def chunkwise(a, b, v, state, alone, rounded):
+def chunkwise(a, b, v, state, alone):
     """Any number of tokens: a, b (B, H, T, D), v (B, H, T, E). alone: they fit in one chunk, and
-    nothing is before them. rounded: products round their factors to bfloat16."""
+    nothing is before them."""
     B, H, T, D = a.shape
     N = math.ceil(T / CHUNK)
     c = math.ceil(T / N)
@@ -121,8 +121,8 @@ def chunkwise(a, b, v, state, alone, rounded):
 
     a, b, v = cut(a, 0.0), cut(b, -math.inf), cut(v, 0.0)
     S, z, m = (x.flatten(0, 1) for x in state)
-    with bfloat16_instructions(rounded):
-        y, S, z, m = Chunkwise.apply(a, b, v, S, z[..., None], m, alone, rounded)
+    with fast_products():
+        y, S, z, m = Chunkwise.apply(a, b, v, S, z[..., None], m, alone)
     S, z, m = (x.unflatten(0, (B, H)) for x in (S, z[..., 0], m))
     return y.reshape(B, H, N * c, -1)[:, :, :T], LinearState(S, z, m)
 
@@ -132,7 +132,7 @@ class Chunkwise(torch.autograd.Function):
     and S, z and m before them. alone: one chunk, and nothing before it."""
 
     @staticmethod
-    def forward(ctx, a, b, v, S, z, m, alone, rounded):
+    def forward(ctx, a, b, v, S, z, m, alone):
         # the key maximum before each chunk and behind the last: (X, N + 1, D)
         ends = torch.cat([m[:, None], b.amax(2)], dim=1).cummax(dim=1).values
         before, after = ends[:, :-1], ends[:, 1:]
@@ -175,14 +175,14 @@ class Chunkwise(torch.autograd.Function):
                               total, *exact)
         ctx.mark_non_differentiable(m)
         ctx.set_materialize_grads(False)  # None says that the new state is not used
-        ctx.alone, ctx.rounded = alone, rounded
+        ctx.alone = alone
         return y, S, z, m
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS, dz, _):
-        with bfloat16_instructions(ctx.rounded):
-            return *chunkwise_backward(ctx, dy, dS, dz), None, None, None
+        with fast_products():
+            return *chunkwise_backward(ctx, dy, dS, dz), None, None
 
 
 def chunkwise_backward(ctx, dy, dS, dz):
@@ -264,8 +264,8 @@ def linear_attention_flops(T, H, D, E):
     half of a chunk counts."""
     N = math.ceil(T / CHUNK)
     c = math.ceil(T / N)
-    within = 2 * (c + 1) / 2 * (D + E + 1)
-    adds = 2 * D * (E + 1)  # what a chunk adds to the state
+    within = 2 * (c + 1) / 2 * (D + E)
+    adds = 2 * D * E  # what a chunk adds to the state
     reads = 2 * D * (E + 1) if N > 1 else 0  # what its rows read from it
     return H * (within + adds + reads)
 

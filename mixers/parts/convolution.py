@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 class ShortConvolution(nn.Module):
@@ -29,10 +30,7 @@ class ShortConvolution(nn.Module):
         if state is None:
             state = z.new_zeros(B, self.taps - 1, C)
         padded = torch.cat([state.to(z.dtype), z], dim=1)
-        weight = self.weight.to(z.dtype).view(self.taps, C)
-        u = padded[:, :T] * weight[0]
-        for j in range(1, self.taps):
-            u = torch.addcmul(u, padded[:, j:j + T], weight[j])
+        u = Taps.apply(padded, self.weight.to(z.dtype).view(self.taps, C))
         if self.bias is not None:
             u = u + self.bias.to(z.dtype)
         return F.silu(u), padded[:, T:].clone()  # a view would keep all inputs alive
@@ -42,6 +40,38 @@ class ShortConvolution(nn.Module):
 
     def state_bytes(self, dtype):
         return (self.taps - 1) * self.channels * dtype.itemsize
+
+
+class Taps(torch.autograd.Function):
+    """sum_{j<K} W_j * padded_{t+j} (B, T, C), for padded (B, T + K - 1, C) and W (K, C). The
+    gradient is written out: recorded, each tap's would be a tensor of zeros with one slice filled,
+    and then their sum."""
+
+    @staticmethod
+    def forward(ctx, padded, weight):
+        ctx.save_for_backward(padded, weight)
+        first, *others = windows(padded, len(weight))
+        u = first * weight[0]
+        for window, w in zip(others, weight[1:]):
+            u.addcmul_(window, w)
+        return u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, du):
+        padded, weight = ctx.saved_tensors
+        d_padded, d_weight = torch.zeros_like(padded), torch.empty_like(weight)
+        for j, window in enumerate(windows(padded, len(weight))):
+            torch.sum(du * window, (0, 1), out=d_weight[j])
+        for window, w in zip(windows(d_padded, len(weight)), weight):
+            window.addcmul_(du, w)
+        return d_padded, d_weight
+
+
+def windows(padded, taps):
+    """What each tap meets: the tokens (B, T, C) from the tap's place on, as views."""
+    T = padded.size(1) - taps + 1
+    return [padded[:, j:j + T] for j in range(taps)]
 
 
 class SiLUAlone(nn.Module):

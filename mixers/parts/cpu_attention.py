@@ -15,10 +15,11 @@ of dk and dv over the blocks; P and dS are rounded to bfloat16 only as factors o
 in the fused kernel.
 """
 import math
-from contextlib import contextmanager
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from mixers.parts.products import exact_product
 
 BLOCK = 128  # queries; of 64, 128 and 256 the fastest at T = 256 to 4,096
 KEPT = 512   # tokens up to which P is kept: at 4,096 tokens a pass 5 MB a head at most
@@ -93,31 +94,3 @@ def softmax_backward(dP, P):
     if fused is None:
         return P * (dP - (P * dP).sum(-1, keepdim=True))
     return fused(dP, P, -1, P.dtype)
-
-
-def exact_product(a, b, scale=1.0):
-    """scale a b in float32, for a (X, n, d) and b (X, d, m), float32 tensors of bfloat16 values.
-
-    The product of two bfloat16 values is a float32 value, so bfloat16 instructions, which are
-    faster, lose nothing. PyTorch lets them write float32 only where the operands are float32."""
-    with torch.autocast(a.device.type, enabled=False), bfloat16_instructions():
-        return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
-
-
-@contextmanager
-def bfloat16_instructions(wanted=True):
-    """Float32 products on a CPU use bfloat16 instructions, where the machine has them. Elsewhere,
-    or with a PyTorch that has no such setting, they stay as they are, and exact_product is slower.
-
-    The setting is the process's, not the thread's: nothing else may multiply meanwhile."""
-    setting = getattr(torch.backends.mkldnn, "matmul", None)
-    available = hasattr(setting, "fp32_precision") and not torch.compiler.is_compiling()
-    if not (wanted and available):
-        yield
-        return
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from mixers.parts.convolution import ShortConvolution
-from mixers.parts.cpu_attention import BlockedAttention, exact_product
+from mixers.parts.cpu_attention import BlockedAttention
+from mixers.parts.products import exact_product
 
 
 class QKV(nn.Module):

@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from mixers.parts.decays import diagonal_blocks, make_decays
+from mixers.parts.products import fast_products
 
 CHUNK = 32  # tokens; a power of two
 SOLVED = 16  # tokens of the blocks that are solved one by one; a power of two
@@ -64,7 +65,8 @@ def recurrence(q, k, v, g=None, e=None, w=None, state=None, floor=None):
         if v.size(2) == 1:
             y, S = one_token(q, k, wide_v, g, e, w, S)
         else:
-            y, S = Chunks.apply(q, k, wide_v, g, e, w, S, floor)
+            with fast_products():
+                y, S = Chunks.apply(q, k, wide_v, g, e, w, S, floor)
     return y.to(v.dtype), S
 
 
@@ -146,49 +148,55 @@ class Chunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dS):
-        q, k, v, e, w, u, inverse, P, before, kept, y, S, *grams = ctx.saved_tensors
-        decays = ctx.decays
-        dy = torch.zeros_like(v) if dy is None else cut(dy, v.size(3))
-        keys, contents = ([k], [u]) if w is None else ([k, w], [v, u])
+        with fast_products():
+            return *chunks_backward(ctx, dy, dS), None
 
-        d_contents = [gram.mT @ dy for gram in grams]
-        behind = None if dS is None else dS[:, :, None]  # of the states behind the chunks
-        if before is not None:
-            reads = decays.from_start(q).mT @ dy
-            if e is not None:
-                reads += P.mT @ d_contents[-1]
-                kept = kept.mT
-            dS = torch.zeros_like(S) if dS is None else dS
-            behind, dS = scan(reads, kept, dS, backwards=True)
-        if behind is not None:
-            for key, dx in zip(keys, d_contents):
-                dx += decays.to_end(key) @ behind
 
-        # what reads the state, the gradient of what it read, and whether at its own token
-        readers = [(q, dy, 0)]
-        dv = d_contents[0]
+def chunks_backward(ctx, dy, dS):
+    """The gradients of q, k, v, g, e, w and S for those of y and of the S behind, or None."""
+    q, k, v, e, w, u, inverse, P, before, kept, y, S, *grams = ctx.saved_tensors
+    decays = ctx.decays
+    dy = torch.zeros_like(v) if dy is None else cut(dy, v.size(3))
+    keys, contents = ([k], [u]) if w is None else ([k, w], [v, u])
+
+    d_contents = [gram.mT @ dy for gram in grams]
+    behind = None if dS is None else dS[:, :, None]  # of the states behind the chunks
+    if before is not None:
+        reads = decays.from_start(q).mT @ dy
         if e is not None:
-            z = inverse.mT @ d_contents[-1]
-            readers.append((e, z, -1))
-            dv = z if w is None else dv + decays.gram(e, k).tril_(-1).mT @ z
-        d_rows, d_keys = through_products(decays, readers, keys, contents, before, behind)
-        dg = None
-        if ctx.needs_input_grad[3]:
-            if decays.channels == 1:  # the same, summed over channels
-                at = cut(y, v.size(3)) * dy
-                at = at.sum(4, keepdim=True) - (v * dv).sum(4, keepdim=True)
-            else:
-                at = sum_of(a * d for (a, _, _), d in zip(readers, d_rows))
-                at = at - sum_of(key * d for key, d in zip(keys, d_keys))
-            dg = decay_gradient(at, before, S, behind)
+            reads += P.mT @ d_contents[-1]
+            kept = kept.mT
+        dS = torch.zeros_like(S) if dS is None else dS
+        behind, dS = scan(reads, kept, dS, backwards=True)
+    if behind is not None:
+        for key, dx in zip(keys, d_contents):
+            dx += decays.to_end(key) @ behind
 
-        dq, de = d_rows if e is not None else (*d_rows, None)
-        dk, dw = d_keys if w is not None else (*d_keys, None)
-        found = []
-        for d, shape in zip((dq, dk, dv, dg, de, dw), ctx.shapes):
-            whole = None if d is None else d.flatten(2, 3)[:, :, :y.size(2)]
-            found.append(whole if d is None else whole.sum_to_size(shape))
-        return *found, dS if ctx.needs_input_grad[6] else None, None
+    # what reads the state, the gradient of what it read, and whether at its own token
+    readers = [(q, dy, 0)]
+    dv = d_contents[0]
+    if e is not None:
+        z = inverse.mT @ d_contents[-1]
+        readers.append((e, z, -1))
+        dv = z if w is None else dv + decays.gram(e, k).tril_(-1).mT @ z
+    d_rows, d_keys = through_products(decays, readers, keys, contents, before, behind)
+    dg = None
+    if ctx.needs_input_grad[3]:
+        if decays.channels == 1:  # the same, summed over channels
+            at = cut(y, v.size(3)) * dy
+            at = at.sum(4, keepdim=True) - (v * dv).sum(4, keepdim=True)
+        else:
+            at = sum_of(a * d for (a, _, _), d in zip(readers, d_rows))
+            at = at - sum_of(key * d for key, d in zip(keys, d_keys))
+        dg = decay_gradient(at, before, S, behind)
+
+    dq, de = d_rows if e is not None else (*d_rows, None)
+    dk, dw = d_keys if w is not None else (*d_keys, None)
+    found = []
+    for d, shape in zip((dq, dk, dv, dg, de, dw), ctx.shapes):
+        whole = None if d is None else d.flatten(2, 3)[:, :, :y.size(2)]
+        found.append(whole if d is None else whole.sum_to_size(shape))
+    return *found, dS if ctx.needs_input_grad[6] else None
 
 
 def through_products(decays, readers, keys, contents, before, behind):
