@@ -17,7 +17,7 @@ from bench import BenchOptions
 from config import Options
 from data import load_dataset
 from mixers import MIXERS
-from tools import compare, compare_table
+from tools import compare, compare_table, replace_record, replace_table
 from tools.records import read_records
 from tools.sweep import SweepOptions
 from tools.verdicts import MARGIN_BPB, judge
@@ -179,6 +179,20 @@ def test_what_arms_gain_by_position_is_that_of_the_records():
         for columns, cell in row.items():
             first, last = map(int, columns.split(" to "))
             assert f"{mean(mean(gain[first - 1:last]) for gain in gains):+.3f}" == cell
+
+
+def test_the_replaced_attention_is_that_of_the_record():
+    record = replace_record.read_record(ROOT / "results/smollm2_replace")
+    printed = [line.rstrip() for line in replace_table.table(record).splitlines()]
+    text = TEXT[TEXT.index("python -m tools.replace --table"):]
+    told = re.search(r"^```\n(bits per byte.*?)```", text, re.DOTALL | re.MULTILINE).group(1)
+    lines = [line.rstrip() for line in told.splitlines() if line]
+    assert len(lines) > 16 and not set(lines) - set(printed)
+    readme = (ROOT / "README.md").read_text()
+    for arm, k in (("swa_64_sinks", 30), ("lln", 8), ("linear", 8), ("pelican", 8)):
+        assert f"{replace_table.difference(record, arm, k)[0]:+.3f}" in readme
+    [softmax] = re.findall(r"layers ([0-9.]+) bits per byte", printed[0])
+    assert f"softmax attention is at {softmax} bits per byte" in TEXT
 
 
 @pytest.mark.parametrize("mixer, rate", [("softmax", 0.008), ("mamba2", 0.004)])
