@@ -683,10 +683,10 @@ def test_records_of_other_runs_are_refused(write_card, drawn, call, tmp_path):
     drawn.means = {"softmax": 1.7, "lln": 1.5, "linear": 1.9}
     assert call(write_card(CARD))[0] == 0
     folder = tmp_path / "results/claims/tried"
-    own = records.read_file(folder / "lln-lr0.002.jsonl.gz")
+    own = records.read_file(folder / "lln.jsonl.gz")
     for record in own:
         record.config["lln_matching"] = "table"
-    (folder / "lln-lr0.002.jsonl.gz").unlink()
+    (folder / "lln.jsonl.gz").unlink()
     records.write_records(folder, own)
     status, _, err = call("--table")
     assert status == 2 and "lln_matching" in err and err.count("\n") == 1

@@ -224,7 +224,7 @@ def test_the_table_has_what_the_runs_have(swept, compared):
 def test_the_records_alone_give_the_same_table(home, swept, compared):
     kept, again = swept.parent / "kept", swept.parent / "again"
     assert sorted(path.name for path in kept.iterdir()) == [
-        "pelican-lr0.03.jsonl.gz", "softmax-lr0.03.jsonl.gz", "sweep.json"]
+        "pelican.jsonl.gz", "softmax.jsonl.gz", "sweep.json"]
     done = run(home, "-m", "tools.compare", kept, f"--out_dir={again}")
     assert done.returncode == 0, done
     assert (again / "table.md").read_text() == (swept / "compare" / "table.md").read_text()

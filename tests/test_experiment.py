@@ -228,7 +228,7 @@ def test_a_run_of_one_sweep_serves_another(experiment, capsys):
     assert names_of(second) == ["attention-lr0.001-seed3"]
     assert [record.name for record in found] == [f"attention-lr0.001-seed{k}" for k in (1, 2, 3)]
     names = [path.name for path in Path("out/sweeps/two").glob("*.gz")]
-    assert names == ["attention-lr0.001.jsonl.gz"]
+    assert names == ["attention.jsonl.gz"]
     assert "out/sweeps/one/softmax-lr0.001-seed1: finished before" in capsys.readouterr().out
     records.write_records(records.RESULTS / "claims" / "some", found)
     Path("out").rename("moved")

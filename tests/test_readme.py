@@ -197,7 +197,7 @@ def test_the_replaced_attention_is_that_of_the_record():
 
 @pytest.mark.parametrize("mixer, rate", [("softmax", 0.008), ("mamba2", 0.004)])
 def test_the_losses_late_in_the_context_are_those_of_the_records(mixer, rate):
-    records = read_records(ROOT / f"results/shakespeare/{mixer}-lr{rate}.jsonl.gz")
+    records = read_records(ROOT / f"results/shakespeare/{mixer}.jsonl.gz")
     late = [mean(record.scores["by_position"][16:]) for record in records
             if record.scores["by_position"]]
     name = "softmax is" if mixer == "softmax" else f"`{mixer}`"

@@ -67,11 +67,11 @@ def test_records_give_back_what_went_in(tmp_path):
     some = [record(seed) for seed in (10, 2)] + [record(1, "pelican")]
     paths = records.write_records(tmp_path, some)
     assert sorted(path.name for path in paths) == [
-        "pelican-lr0.01.jsonl.gz", "softmax-lr0.01.jsonl.gz"]
+        "pelican.jsonl.gz", "softmax.jsonl.gz"]
     expected = [some[2], some[1], some[0]]
     assert contents(records.read_records(tmp_path)) == contents(expected)
     records.write_records(tmp_path, [record(3)])
-    seeds = [r.config["seed"] for r in records.read_file(tmp_path / "softmax-lr0.01.jsonl.gz")]
+    seeds = [r.config["seed"] for r in records.read_file(tmp_path / "softmax.jsonl.gz")]
     assert seeds == [2, 3, 10]
     run = as_folder(tmp_path / "runs", record(2))
     assert contents(records.read_records(run)) == contents([record(2)])
@@ -138,7 +138,7 @@ def test_what_chose_the_rates_is_kept_and_not_compared(compared, tmp_path):
     kept = tmp_path / "kept"
     status, out, _ = compared(sweep, f"--keep={kept}")
     assert status == 0
-    found = records.read_file(kept / "softmax-lr0.01.jsonl.gz")
+    found = records.read_file(kept / "softmax.jsonl.gz")
     assert [r.config["seed"] for r in found] == [0, 1, 2]
     assert json.loads((kept / "sweep.json").read_text())["chosen"] == {"a": 1}
     assert compared(kept)[1].splitlines()[:3] == out.splitlines()[:3]

@@ -198,18 +198,18 @@ def test_a_recall_task_shows_accuracy_by_difficulty():
 
 
 def test_runs_that_cannot_be_compared_are_shown_all_the_same(tmp_path):
-    records = read_records(STRONG / "lln-lr0.003.jsonl.gz")
+    records = read_records(STRONG / "lln.jsonl.gz")
     for record in records:
         record.config["block_size"] = 32
         record.name = f"short-{record.name}"
-    write_records(tmp_path, records + read_records(STRONG / "softmax-lr0.003.jsonl.gz"))
+    write_records(tmp_path, records + read_records(STRONG / "softmax.jsonl.gz"))
     [section] = sections(tmp_path)
     assert any("differ in block_size" in note for note in section.notes)
     assert {arm["name"] for arm in section.curves["arms"]} == {"lln", "softmax"}
 
 
 def test_loss_against_rate_marks_what_was_chosen(tmp_path):
-    records = read_records(STRONG / "softmax-lr0.003.jsonl.gz")
+    records = read_records(STRONG / "softmax.jsonl.gz")
     for rate, loss in ((0.001, 1.9), (0.003, 1.7), (0.01, 1.8)):
         of_one = records[0]
         config = of_one.config | {"learning_rate": rate, "holdout": 0.1, "seed": 0}
@@ -229,7 +229,7 @@ def test_loss_against_rate_marks_what_was_chosen(tmp_path):
 def test_a_claim_says_what_its_looks_found(tmp_path):
     """Its words, not those of judging the same runs at one look, and under the card's names."""
     records = [record for name in ("softmax", "causal_max")
-               for record in read_records(STRONG / f"{name}-lr0.003.jsonl.gz")]
+               for record in read_records(STRONG / f"{name}.jsonl.gz")]
     names = {"softmax": "attention", "causal_max": "reduction"}
     for record in records:
         arm = names[record.config["mixer"]]
@@ -262,7 +262,7 @@ def test_a_claim_says_what_its_looks_found(tmp_path):
 
 
 def test_a_sweep_in_the_middle_says_what_runs_and_the_time_left(tmp_path):
-    records = read_records(STRONG / "softmax-lr0.003.jsonl.gz")
+    records = read_records(STRONG / "softmax.jsonl.gz")
     write_records(tmp_path, records[:2])
     names = [record.name for record in records]
     write_json(tmp_path / "sweep.json", {"runs": names[:2], "missing": names[2:],
@@ -418,7 +418,7 @@ def test_hostile_names_stay_text(hostile):
 @pytest.fixture
 def live(tmp_path):
     """A server of a sweep in which one run is under way: (its port, the run's folder)."""
-    records = read_records(STRONG / "softmax-lr0.003.jsonl.gz")
+    records = read_records(STRONG / "softmax.jsonl.gz")
     write_records(tmp_path / "sweep", records[:2])
     run = tmp_path / "sweep" / records[2].name
     write_json(tmp_path / "sweep" / "sweep.json", {
@@ -501,7 +501,7 @@ def few(tmp_path_factory):
     """A folder of three mixers of two seeds each: less to draw."""
     folder = tmp_path_factory.mktemp("few")
     for name in ("softmax", "lln", "causal_max"):
-        write_records(folder, read_records(STRONG / f"{name}-lr0.003.jsonl.gz")[:2])
+        write_records(folder, read_records(STRONG / f"{name}.jsonl.gz")[:2])
     return folder
 
 

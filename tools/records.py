@@ -1,10 +1,10 @@
 """What runs leave behind, without their weights: one file for each arm of a sweep.
 
-    results/<sweep>/<arm>.jsonl.gz     for example results/shakespeare/softmax-lr0.001.jsonl.gz
+    results/<sweep>/<arm>.jsonl.gz     for example results/shakespeare/softmax.jsonl.gz
     results/<sweep>/sweep.json         as tools/sweep.py wrote it, where there was one
 
-An arm is what was run with several seeds: its name is that of its runs without -seed<number>. The
-file is gzip of JSON lines, each of one kind, the runs one after the other in the order of their
+An arm is what was run with several seeds and rates: its name is that of its runs up to -lr<rate> or
+-seed<number>. The file is gzip of JSON lines, each of one kind, the runs one after the other in the order of their
 seeds and of each first the config, then the metrics as they came, then the scores if there are any:
 
     {"kind": "config", "run": "softmax-lr0.001-seed1", "value": {...}}    config.json
@@ -12,7 +12,7 @@ seeds and of each first the config, then the metrics as they came, then the scor
     {"kind": "scores", "run": "softmax-lr0.001-seed1", "value": {...}}    scores.json
 
 Equal records are equal bytes: gzip's time stamp is 0 and no file name is in it. To look into one:
-zcat results/shakespeare/softmax-lr0.001.jsonl.gz | head
+zcat results/shakespeare/softmax.jsonl.gz | head
 
     for record in read_records("results/shakespeare"): ...      and of run folders and sweeps alike
 
@@ -195,8 +195,8 @@ def find_record(folder, run):
 
 
 def arm_of(run):
-    """softmax-lr0.001 of softmax-lr0.001-seed1: what all seeds have in common."""
-    return re.sub(r"-seed\d+$", "", run)
+    """softmax of softmax-lr0.001-seed1: what all rates and seeds have in common."""
+    return re.sub(r"(-lr[0-9.e+-]+.*)?-seed\d+$", "", run)
 
 
 def is_records_file(path):
