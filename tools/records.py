@@ -4,8 +4,9 @@
     results/<sweep>/sweep.json         as tools/sweep.py wrote it, where there was one
 
 An arm is what was run with several seeds and rates: its name is that of its runs up to -lr<rate> or
--seed<number>. The file is gzip of JSON lines, each of one kind, the runs one after the other in the order of their
-seeds and of each first the config, then the metrics as they came, then the scores if there are any:
+-seed<number>. The file is gzip of JSON lines, each of one kind, the runs one after the other in the
+order of their seeds and of each first the config, then the metrics as they came, then the scores if
+there are any:
 
     {"kind": "config", "run": "softmax-lr0.001-seed1", "value": {...}}    config.json
     {"kind": "metrics", "run": "softmax-lr0.001-seed1", "value": {...}}   a line of metrics.jsonl
