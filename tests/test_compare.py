@@ -633,7 +633,7 @@ def recorded(folder):
     history and summary (last values)}. A run that went on, to be scored say, is one."""
     found = {}
     for path in sorted(folder.glob("**/offline-run-*/*.wandb")):
-        of_run = found.setdefault(path.parent.name.rsplit("-", 1)[1],
+        of_run = found.setdefault(path.stem.removeprefix("run-"),
                                   {"run": None, "config": {}, "history": {}, "summary": {}})
         for record in wandb_records(path):
             if record.HasField("run"):

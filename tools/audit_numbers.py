@@ -128,13 +128,16 @@ def derivative(subject, T=9):
     worst = Worst(DERIVATIVE_LIMIT)
     bits = []
     notes = []
-    for model in subject.bare():
-        for name, module in asked(model).items():
+    for model in subject.build():
+        bare = asked(bare_copy(model, subject.noise))
+        for (name, module), fresh in zip(bare.items(), asked(model).values()):
+            frozen = {name for name, p in fresh.named_parameters() if not p.requires_grad}
             for training in (False, True):
                 module.train(training).requires_grad_()
                 mode = f"{name}, {'training' if training else 'evaluation'}"
                 for length in (T, 70):
-                    look_at_derivative(worst, notes, module, mode, length, model.config.n_embd)
+                    look_at_derivative(worst, notes, module, frozen, mode, length,
+                                       model.config.n_embd)
                 bits += backward_again(module, mode, 70, model.config.n_embd)
                 module.requires_grad_(False)
     if bits:
@@ -145,9 +148,9 @@ def derivative(subject, T=9):
     yield worst.row("derivative", "a gradient is not the derivative of the output", figures)
 
 
-def look_at_derivative(worst, notes, module, where, T, C):
-    """Central differences along random directions of the input and of each parameter, of a random
-    combination of the outputs."""
+def look_at_derivative(worst, notes, module, frozen, where, T, C):
+    """Central differences along random directions of the input and of each parameter that is not
+    frozen, of a random combination of the outputs."""
     x = normal(2, T, C).requires_grad_()
     combine = normal(2, T, C, seed=1)
     rough = precision_within(module, x.detach()) == torch.float32
@@ -155,7 +158,8 @@ def look_at_derivative(worst, notes, module, where, T, C):
     still = module.training and bool(drawn(module, x))
     with Detached() as detached:
         total = (call(module, x, still=still) * combine).sum()
-    inputs = {"the input": x} | dict(module.named_parameters())
+    inputs = {"the input": x}
+    inputs |= {name: p for name, p in module.named_parameters() if name not in frozen}
     gradients = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
     largest = max(g.norm().item() for g in gradients)
     for (name, p), gradient in zip(inputs.items(), gradients):
