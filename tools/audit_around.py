@@ -23,7 +23,8 @@ from tools.audit_subject import EXACT, Row, Worst, asked, normal, tokens
 from training.leaks import KINDS, Chance, bare_copy, call, difference, limit, parts
 
 COST_LENGTHS = (2048, 4096)
-VISIBLE = 0.4  # of the products without weights, the least that a mask lets through
+VISIBLE = 0.25  # of products without weights, the least that a mask lets through: half of a square,
+                # and a window in blocks half of a block and its padding
 
 
 def bits(subject):
@@ -263,7 +264,7 @@ def flops(subject, lengths=(192, 448)):
         yield Row("flops", None, "the mixer has no flops_per_token")
     elif wrong:
         yield Row("flops", False, f"{wrong[0]} by the products counted, of which a mask may throw "
-                  "half away where no weights take part")
+                  "three quarters away where no weights take part")
     else:
         yield Row("flops", True, figures[-1])
 
