@@ -239,8 +239,9 @@ def main():
     if options.table:
         show = table_for_terminal if is_terminal() else table
         print(show(rows_of(paths)))
-        if len(claimed()) > 1 and not paths:
-            print(f"\n{wrapped(together_in_words(claimed()))}")
+        folders = [] if paths else claimed()
+        if len(folders) > 1:
+            print(f"\n{wrapped(together_in_words(folders))}")
         return
     claims = [Claim(path, options.at_once, options.keep_checkpoints) for path in paths]
     hours = [claim.say_cost() for claim in claims]
