@@ -264,7 +264,8 @@ class GPT(nn.Module):
             if limit is not None and state is not None and state.n + 1 > limit:
                 recent = recent[:, -max(limit // 2, 1):]
                 new, state = recent, None
-            logits, state = self.step(new, state)
+            h, state = self.hidden(new, state)
+            logits = self.head(h[:, -1:])  # of a prompt too the last alone: all may be gigabytes
             new = sample(logits[:, -1], temperature, top_k, generator)
             if limit is not None:
                 recent = torch.cat([recent, new], dim=1)
