@@ -343,7 +343,9 @@ def how_it_was_judged(arms, verdicts, baseline, is_text):
     blocks = max([verdicts[label].blocks for label in compared], default=1)
     over = "over seeds alone"
     if blocks > 1:
-        over = f"over seeds and {blocks} blocks of text"
+        by_author = any(record.scores.get("authors") for arm in arms for record in arm.records)
+        kind = "authors, each counted alike" if by_author else "blocks of text"
+        over = f"over seeds and {blocks} {kind}"
     elif is_text:
         over = "over seeds alone, the text is not counted"
     steps = in_range([arm.config["max_iters"] for arm in arms])

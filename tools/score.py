@@ -13,8 +13,10 @@ folder holds
 
 Each is {"loss": nats per target, "bpb": bits per byte or null, "accuracy": share of right answers
 or null}. Beside them stand, of a text's report, "by_position", the loss in nats at each of the T
-positions of the windows, and "by_block", that of each of its blocks of about 2,000 bytes, all of
-as many windows (or one more); of a recall task "by_cell", the report's accuracy per difficulty;
+positions of the windows, and "by_block", that of each of its blocks: of one author each, "authors"
+in the same order, where the data set names them, otherwise of about 2,000 bytes, all of as many
+windows (or one more), and "authors" null; of a recall task "by_cell", the report's accuracy per
+difficulty;
 "iter" and "vocab_size" of the model; "weights", the checksum of what was scored; and
 "first_losses", which tell what code trained it (see tools/numerics.py), or null.
 
@@ -40,6 +42,7 @@ from base.files import exists, read_json, write_json
 from base.options import checked, option
 from config import Options
 from data import load_dataset
+from data.dataset import window_starts
 from mixers import load_mixer_file
 from tools.numerics import first_losses
 from training import checkpoint
@@ -97,6 +100,7 @@ class Scores(Lenient):
     report: Optional[Part]
     by_position: Optional[Annotated[list[Optional[Measured]], Field(min_length=1)]]
     by_block: Optional[Annotated[list[Measured], Field(min_length=1)]] = None
+    authors: Optional[list[Annotated[str, Field(max_length=200)]]] = None
     by_cell: Optional[dict[str, Optional[Measured]]]
     first_losses: Optional[list[Measured]] = None
     diverged: bool = False
@@ -266,6 +270,19 @@ def block_losses(losses, T, bytes_per_token):
     return [float(block.mean()) for block in np.array_split(losses, blocks)]
 
 
+def author_losses(losses, data, T, max_tokens):
+    """{author: mean loss in nats} of the validation windows whose middle is theirs; None where the
+    authors are not known."""
+    starts, _ = window_starts(len(data.val), T, max_tokens)
+    authors = data.val_authors(starts + T // 2)
+    if authors is None:
+        return None
+    by_author = {}
+    for author, loss in zip(authors, losses):
+        by_author.setdefault(author, []).append(loss)
+    return {author: float(np.mean(of_one)) for author, of_one in by_author.items()}
+
+
 def longest_row(data, options):
     """The most positions that a batch of the data may have."""
     if data.bytes_per_token is not None:
@@ -334,6 +351,7 @@ def measured(data, options, logits_of):
         "report": parts.get("report"),
         "by_position": None,
         "by_block": None,
+        "authors": None,
         "by_cell": None,
         "first_losses": first_losses(options),
     }
@@ -342,6 +360,10 @@ def measured(data, options, logits_of):
     elif result["report"]:
         result["by_position"] = sums["report"].by_position()
         result["by_block"] = block_losses(windows, T, data.bytes_per_token)
+        by_author = author_losses(windows, data, T, options.eval_tokens)
+        if by_author:
+            result["by_block"] = list(by_author.values())
+            result["authors"] = list(by_author)
     return result
 
 
