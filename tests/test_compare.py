@@ -669,10 +669,13 @@ def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(home, tm
     [command] = re.findall("wandb: to upload all that is offline here: wandb sync (.*)",
                            done.stdout)
     assert done.stdout.count("wandb sync") == 1
-    assert run(home, "-m", "tools.compare", swept, "--wandb_log", env=alone,
-               timeout=900).returncode == 0
+    assert f"2 runs to compare: python -m tools.compare {swept} --wandb_log\n" in done.stdout
+    done = run(home, "-m", "tools.compare", swept, "--wandb_log", env=alone, timeout=900)
+    assert done.returncode == 0, done
+    assert done.stdout.endswith(f"to upload all that is offline here: wandb sync {command}\n")
+    assert done.stdout.count("wandb sync") == 2  # that of the comparison's own
     every = {str(path.parent) for path in swept.glob("**/*.wandb")}
-    assert set(glob.glob(command)) == every and len(every) == 5
+    assert set(glob.glob(command)) == every and len(every) == 7
 
     runs = recorded(swept)
     trainings = [found for found in runs if found["run"].job_type != "comparison"]
@@ -688,6 +691,10 @@ def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(home, tm
         line = lines[found["config"]["mixer"]]
         assert found["history"]["val_loss"] == metrics(folder)[-1]["val_loss"]
         assert found["summary"]["report_loss"] == scores(folder)["report"]["loss"]
+        assert found["summary"]["verdict"] == line["word"]
+        assert found["summary"]["verdict_against"] == "softmax"
+        if line["difference"]:
+            assert found["summary"]["difference"] == float(line["difference"])
         for name in ("parameters", "state_bytes", "flops_per_token"):
             assert found["config"][name] == found["summary"][name] == float(line[name])
     history, summary = comparison["history"], comparison["summary"]

@@ -26,6 +26,7 @@ import torch
 
 from base.command_line import parse_options
 from base.errors import BadInput
+from base.terminal import wrapped
 from config import Options
 from data import load_dataset
 from mixers import has_effect, layer_mixers, load_mixer_file
@@ -36,6 +37,7 @@ from tools.sweep_file import SweepFile, locked, write_sweep_file
 from tools.sweep_finished import FinishedRuns, dtype_on_cpu, is_cpu
 from tools.sweep_runs import Run, carry_out
 from tools.sweep_tuning import DIVERGED, Search, checked_grids, in_name
+from tools.sweep_watch import Watch
 from training.metrics import wandb_group
 from training.run_folder import data_sha256
 
@@ -266,7 +268,7 @@ class Experiment:
                 search, of_arm = self.search_so_far(arm)
                 open_runs += of_arm
                 for line in search.extensions():
-                    print(f"{arm}: {line}", flush=True)
+                    print(wrapped(f"{arm}: {line}"), flush=True)
             if not open_runs:
                 break
             self.carry_out(open_runs, to_come)
@@ -278,7 +280,7 @@ class Experiment:
                 continue
             chosen[arm] = search.values(search.best())
             if search.grids:
-                print(f"{arm:20} {search.choice()}", flush=True)
+                print(wrapped(f"{arm:20} {search.choice()}"), flush=True)
         return chosen
 
     def run(self, chosen, seeds):
@@ -310,7 +312,8 @@ class Experiment:
             print(f"[{number}/{len(runs)}] {self.found[run]}: finished before")
         after_each()
         started = time.monotonic()
-        ended = carry_out(left, self.at_once, self.executor, wandb_group(self.folder), self.until)
+        ended = carry_out(left, self.at_once, self.executor, wandb_group(self.folder), self.until,
+                          Watch(to_come))
         done = 0
         for done, (run, error) in enumerate(ended, start=1):
             name = Path(run.folder).name

@@ -191,7 +191,8 @@ def main():
     records = experiment.run(chosen, seeds)
     for name, error in experiment.failed.items():
         print(f"failed: {name}: {error}")
-    print(f"{len(records)} runs to compare: python -m tools.compare {folder}")
+    too = " --wandb_log" if options.wandb_log else ""  # or the verdicts would not be in wandb
+    print(f"{len(records)} runs to compare: python -m tools.compare {folder}{too}")
     if options.wandb_log and any(folder.glob("*/wandb/offline-run-*")):
         print(f"wandb: to upload all that is offline here: {sync_command(folder)}")
     sys.exit(1 if experiment.failed else 0)
