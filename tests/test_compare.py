@@ -381,6 +381,22 @@ def compare_these(tmp_path, monkeypatch, capsys):
     return call
 
 
+def test_losses_beyond_the_trained_length_and_authors_are_shown_where_known(compare_these):
+    some = of_blocks("softmax", 0) + of_blocks("lln", 0.1)
+    for seed, record in enumerate(some[:5]):
+        record.scores["beyond"] = [1.7, 1.6 + seed / 10, 1.5, 1.4]
+    lines, out = compare_these(some)
+    assert "over seeds and 6 blocks of text" in out
+    assert float(lines["softmax"]["loss_to_2T"]) == pytest.approx(1.8)
+    assert float(lines["softmax"]["loss_to_4T"]) == pytest.approx(1.4)
+    assert lines["lln"]["loss_to_2T"] == ""
+    assert "T to 2 T" in out and " 1.8000 |" in out
+    for record in some:
+        record.scores |= {"beyond": None, "authors": [f"author {i}" for i in range(6)]}
+    out = compare_these(some)[1]
+    assert "T to 2 T" not in out and "over seeds and 6 authors, each counted alike" in out
+
+
 def test_the_verdicts_are_of_pairs_and_blocks_and_the_margin_is_in_bytes(compare_these):
     some = (of_blocks("softmax", 0) + of_blocks("lln", -0.1) + of_blocks("linear", 0.005)
             + of_blocks("ssa", 0.5) + of_blocks("performer", 0.3, seeds=1))

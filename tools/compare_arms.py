@@ -3,7 +3,7 @@ options, over the seeds."""
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
-from statistics import median
+from statistics import mean, median
 
 from base.errors import BadInput
 from config import Options, filled_in
@@ -65,6 +65,12 @@ class Arm:
                 reached = [row["iter"] for row in rows if row["val_accuracy"] >= accuracy]
                 steps.append(min(reached, default=None))
         return steps
+
+    def beyond(self, stretch):
+        """The mean loss, in nats, in that stretch of windows longer than those trained on, see
+        tools/score.py; None if a run has none."""
+        losses = [record.scores.get("beyond") for record in self.records]
+        return None if None in losses else mean(of_run[stretch] for of_run in losses)
 
     def measured(self, key, choose):
         """The median over the seeds of choose(that figure of all rows of a run), or None."""
