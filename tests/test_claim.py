@@ -803,6 +803,14 @@ def test_the_tables_in_the_docs_are_printed_from_the_records(name):
     assert shown == printed
 
 
+def test_what_the_readme_says_of_each_claim_first_is_what_was_found():
+    text = (ROOT / "README.md").read_text().partition("## What it found so far")[0]
+    rows = re.findall(r"^\| \*\*(\w+)\*\* \| .* \| \[(\w+)\]", text, re.MULTILINE)
+    told = {name: word for word, name in rows}
+    assert told == {folder.name: claim_record.read_claim_file(folder)["outcome"]
+                    for folder in claim_record.claimed()}
+
+
 def test_the_example_in_the_docs_can_be_run(write_card, call, here, monkeypatch):
     """With the mixer of the README, in a smaller recipe."""
     monkeypatch.setattr("tools.experiment.seconds_of_run", lambda options, threads: 600.0)

@@ -1,11 +1,11 @@
 """tools/sweep_watch.py: what a terminal shows while runs go, and that a log gets none of it."""
 import json
 import os
-import re
 import time
 from pathlib import Path
 
 import pytest
+from conftest import screen_of
 
 import base.terminal
 from tools import sweep_runs as runs
@@ -13,27 +13,6 @@ from tools import sweep_watch
 from tools.sweep_watch import Progress, Watch, in_lines, progress_of
 
 NAMES = ("softmax-lr0.004-seed1", "gated_deltanet-lr0.004-seed1")
-
-
-def screen_of(text):
-    """The lines that a terminal shows at the end, without trailing spaces: a slow, small one."""
-    lines, row, column = [""], 0, 0
-    for part in re.findall(r"\x1b\[\d*[A-Z]|[\r\n]|.", text):
-        if part == "\r":
-            column = 0
-        elif part == "\n":
-            row, column = row + 1, 0
-            lines += [""] * (row + 1 - len(lines))
-        elif part == "\x1b[J":  # what is below and to the right goes
-            lines = [*lines[:row], lines[row][:column]]
-        elif part.endswith("A"):
-            row -= int(part[2:-1])
-            assert row >= 0
-        else:
-            assert not part.startswith("\x1b"), part
-            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + 1:]
-            column += 1
-    return [line.rstrip() for line in lines]
 
 
 @pytest.fixture
