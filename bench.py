@@ -325,7 +325,7 @@ def main():
             print(wrapped(scaling.scaling_line(line)))
         recipe = f"{given.config_file}, " if given.config_file else ""
         title = (f"{recipe}{options.n_layer} layers x {options.n_embd}, {dtype}, "
-                 f"{options.rounds} rounds, {machine['machine']}, {machine['threads']} threads")
+                 f"rounds {options.rounds}, {machine['machine']}, threads {machine['threads']}")
         folder = results.path.parent
         write_results(folder, table, lines, title)
         found = {
