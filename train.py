@@ -78,6 +78,7 @@ def carry_out(world, lock):
         refuse_what_cannot_fit(options, config, row_length, machine)
     torch.manual_seed(options.seed)
     model = GPT(config).to(device)
+    model.checkpoint_activations = options.checkpoint_activations
     describe(options, model, data, machine)
     if saved:
         checkpoint.load_model(model, saved.model, saved.folder)

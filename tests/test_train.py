@@ -273,6 +273,11 @@ def test_a_seed_gives_the_same_run_and_another_seed_another(train, trained, here
     assert metrics("other")[0]["train_loss"] != metrics("again")[0]["train_loss"]
 
 
+def test_checkpointed_activations_are_the_same_run(train, trained, here):
+    train(*TINY, *STRAIGHT, "--max_iters=20", "--checkpoint_activations", "--out_dir=run")
+    assert untimed(metrics(here / "run")) == untimed(metrics(trained))
+
+
 def test_weight_decay_is_on_matrices_only(train, here):
     train(*TINY, "--max_iters=1", "--weight_decay=5", "--learning_rate=1e-4", "--warmup_iters=0",
           "--out_dir=with")

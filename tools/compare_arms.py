@@ -8,6 +8,7 @@ from statistics import mean, median
 from base.errors import BadInput
 from config import Options, filled_in
 from tools.sweep_runs import ASIDE
+from tools.sweep_tuning import is_tuning_seed
 from tools.verdicts import judge
 from training.run_folder import NOT_OPTIONS
 
@@ -88,9 +89,9 @@ def is_diverged(record):
 
 def is_tuning(record):
     """Whether a scored run was made to choose options by: of a text, with a slice held out of
-    training; of a recall task, with seed 0."""
+    training; of a recall task, with a seed to tune by."""
     is_recall = (record.scores["report"] or {}).get("accuracy") is not None
-    return is_held_out(record) or (is_recall and seed_of(record) == 0)
+    return is_held_out(record) or (is_recall and is_tuning_seed(seed_of(record)))
 
 
 def is_held_out(record):

@@ -36,8 +36,8 @@ from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options, weig
 
 ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how, but for rounding
-ASIDE = {"out_dir", "device", "threads", "eval_interval", "keep_last", "log_interval",
-         "wandb_log", "wandb_project", "wandb_run_name", *OF_ONE_COMMAND}
+ASIDE = {"out_dir", "device", "threads", "checkpoint_activations", "eval_interval", "keep_last",
+         "log_interval", "wandb_log", "wandb_project", "wandb_run_name", *OF_ONE_COMMAND}
 OF_SCORING = ("--mixer_file=", "--device=", "--wandb_log=", "--wandb_project=")
 IN_USE = "in use by another process"  # what train_and_score returns then
 DIVERGED = re.compile(r"step \d+: .* is not finite")  # how train.py ends then
