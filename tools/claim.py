@@ -107,8 +107,9 @@ class Claim:
         experiment = self.experiment(self.arms)
         looks = self.card.looks
         costs = [experiment.cost(seeds_of(look)) for look in (looks[0], looks[-1])]
-        print(f"{self.name}: to the first look, at {looks[0]} seeds: {costs[0]}; to the last, "
-              f"at {looks[-1]}, if nothing is decided before: {costs[1]}", flush=True)
+        print(wrapped(
+            f"{self.name}: to the first look, at {looks[0]} seeds: {costs[0]}; to the last, "
+            f"at {looks[-1]}, if nothing is decided before: {costs[1]}"), flush=True)
         return costs[0].hours
 
     def tune(self, deadline):

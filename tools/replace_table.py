@@ -1,12 +1,11 @@
 """The table and the picture of what tools.replace has measured."""
-import io
 import math
 import statistics
 
-from matplotlib.figure import Figure
+from matplotlib.colors import LogNorm
 
-from base.files import write_file
 from tools.colours import colour_of
+from tools.drawing import FONT, label_ends, new_figure, plain, save
 
 SHOWN = 6     # most layers that are named as those that mind least
 FLOOR = 1e-3  # of the picture: less is drawn there
@@ -136,36 +135,51 @@ def tuned_lines(record):
 def draw(record, path):
     """Bits per byte above softmax over the number of layers replaced, and what each layer alone
     costs. Returns the path."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = order_of(record)
-    for name in names:
-        style = dict(color=colour_of(record["arms"][name]["options"].get("mixer", name)),
-                     linestyle=style_of(name, record), label=name)
-        points = [(k, difference(record, name, k)) for k in counts_in(record)]
-        points = [(k, found) for k, found in points if found is not None]
-        left.errorbar([k for k, _ in points], [max(d, FLOOR) for _, (d, _) in points],
-                      yerr=[error for _, (_, error) in points], marker="o", markersize=3, **style)
-        alone = record["arms"][name]["alone"]
-        if alone:
-            above = [max(loss - record["softmax"]["select"], FLOOR) for loss in alone]
-            right.plot(range(len(above)), above, linewidth=1, **style)
-    left.set_xlabel("layers replaced, those that mind least")
-    left.set_ylabel("bits per byte above softmax attention")
-    right.set_xlabel("the one layer replaced")
-    right.set_ylabel("nats per token above softmax attention")
-    for ax in (left, right):
-        ax.set_yscale("log")
-        ax.set_ylim(bottom=FLOOR / 1.2)
-        ax.grid(alpha=0.3)
-    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure, [[together], [alone]] = new_figure(6.6, rows=2)
+    looks = {name: {"color": colour_of(record["arms"][name]["options"].get("mixer", name)),
+                    "linestyle": style_of(name, record)} for name in order_of(record)}
+    draw_together(together, record, looks)
+    draw_alone(alone, record, looks)
     settings = record["settings"]
-    figure.suptitle(f"{settings['init_from']} on {settings['dataset']}, attention replaced "
-                    "without any training", fontsize=10)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, pil_kwargs={"optimize": True})
-    write_file(path, content.getvalue())
-    return path
+    figure.suptitle(f"{plain(settings['init_from'])} on {plain(settings['dataset'])}, attention "
+                    f"replaced without any training; less than {FLOOR:g} is drawn there",
+                    fontsize=FONT + 1)
+    return save(path, figure)
+
+
+def draw_together(ax, record, looks):
+    ends = {}
+    for name, look in looks.items():
+        points = [(k, difference(record, name, k)) for k in counts_in(record)]
+        points = [(k, max(found[0], FLOOR), found[1]) for k, found in points if found is not None]
+        ax.errorbar(*zip(*points), marker="o", markersize=3, **look)
+        ends[name] = *points[-1][:2], look["color"]
+    ax.set_yscale("log")
+    ax.set_ylim(FLOOR / 1.2, ax.get_ylim()[1])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_xticks(counts_in(record))
+    ax.set_xlabel("layers replaced, those that mind least", fontsize=FONT)
+    ax.set_ylabel("bits per byte above softmax attention", fontsize=FONT)
+    label_ends(ax, ends)
+
+
+def draw_alone(ax, record, looks):
+    """A row an arm, a column a layer."""
+    names = [name for name in looks if record["arms"][name]["alone"]]
+    rows = [[max(loss - record["softmax"]["select"], FLOOR) for loss in
+             record["arms"][name]["alone"]] for name in names]
+    ax.grid(False)
+    ax.set_xlabel("the one layer replaced", fontsize=FONT)
+    if not names:
+        return
+    norm = LogNorm(FLOOR, max(10 * FLOOR, *map(max, rows)))
+    image = ax.imshow(rows, norm=norm, cmap="magma_r", aspect="auto", interpolation="nearest")
+    ax.set_yticks(range(len(names)), map(plain, names))
+    for label, name in zip(ax.get_yticklabels(), names):
+        label.set_color(looks[name]["color"])
+    bar = ax.figure.colorbar(image, ax=ax, format="{x:g}")
+    bar.set_label("nats per token above softmax attention", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
 
 
 def style_of(name, record):

@@ -23,7 +23,8 @@ seeds 1, 2, ... then run with the chosen values alone. sweep.json
 holds the choice and names the runs to compare, also while the sweep goes on. Those of an earlier
 sweep in the same folder stay in it, unless their mixer now has other values.
 
-What it will take is said before anything starts; --max_hours refuses more than that.
+What it will take is said before anything starts; --max_hours refuses more than that. On a terminal
+each run that goes has a line, with its losses and the time left; a log gets the finished ones.
 
 --match changes the other mixers' n_embd in steps of n_head channels (two a head where RoPE pairs
 them), then ffn_hidden, until their parameters, or their FLOPs per token, are within 2 % of the
