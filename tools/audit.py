@@ -47,8 +47,9 @@ and then:
     derivative backward
               gradients are the derivatives by differences; a second backward pass gives the same
     slopes    gradients in the precisions of training are near those of float64
-    used      the first questions after 220 steps of training and 1,000 calls
-    saved     a model of another seed that loads the checkpoint gives the same
+    used      the first questions after 220 steps of training and 1,000 calls, and as after 10,000
+    saved     a model of another seed that loads the checkpoint gives the same, whatever both were
+              asked before
     process   so do processes with other hash seeds
     flops     flops_per_token(T) is not less than the products counted
     aside     settings, generators and options stay; evaluation leaves no trace in training

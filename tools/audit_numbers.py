@@ -12,6 +12,7 @@ from training.leaks import bare_copy, call, cast, drawn, parts, precision_within
 
 FLOAT32_LIMIT = 0.1  # as BFLOAT16_LIMIT
 LARGE = 1e3
+LONG = 1000  # tokens
 DEPTH_LIMIT = 100
 FLOAT32_GRADIENT_LIMIT = 0.05  # error over size
 ROUGH_GRADIENT_LIMIT = 0.5
@@ -25,18 +26,24 @@ def dtypes(subject):
     not_finite = set()
     for exact in subject.bare():
         x = normal(2, 130, exact.config.n_embd)
-        expected = exact.requires_grad_()(x)[0].detach()
-        # a choice of the largest falls otherwise for rounded numbers, however exact it is made
-        rounded = cast(cast(copy.deepcopy(exact), torch.bfloat16), torch.float64)
-        most = max(most, 4 * rough_error(rounded, x.bfloat16(), expected, EXACT))
+        exact.requires_grad_()
+        # mixers alone also where bfloat16 cannot count: from 256 on
+        long = normal(2, LONG, x.size(2))
+        for module, given in [(exact, x), *((mixer, long) for mixer in asked(exact).values())]:
+            expected = module(given.clone())[0].detach()
+            # a choice of the largest falls otherwise for rounded numbers, however exact it is made
+            rounded = cast(cast(copy.deepcopy(module), torch.bfloat16), torch.float64)
+            most = max(most, 4 * rough_error(rounded, given.bfloat16(), expected, EXACT))
+            for precision in ROUGH:
+                rough = cast(copy.deepcopy(module), precision.dtype)
+                try:
+                    error = rough_error(rough, given, expected, precision)
+                except Exception as error:
+                    raise in_precision(error, precision)
+                errors[precision.name] = max(errors[precision.name], error)
         for precision in ROUGH:
             rough = cast(copy.deepcopy(exact), precision.dtype)
-            try:
-                error = rough_error(rough, x, expected, precision)
-                errors[precision.name] = max(errors[precision.name], error)
-                not_finite |= overflowing(rough, x, precision)
-            except Exception as error:
-                raise in_precision(error, precision)
+            not_finite |= overflowing(rough, x, precision)
     passed = errors["float32"] <= FLOAT32_LIMIT
     passed = passed and max(errors["bfloat16"], errors["autocast"]) <= most
     yield Row("bfloat16", passed, f"error {errors['bfloat16']:.1f} eps, "
@@ -53,7 +60,7 @@ def rough_error(model, x, expected, precision):
     """The root mean square error of a model's outputs over that of the outputs, in units of
     bfloat16's eps."""
     with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
-        y = model(x.to(precision.dtype))[0]
+        y = model(x.to(precision.dtype).clone())[0]
     error = (y.double() - expected).square().mean() / expected.square().mean()
     return error.sqrt().nan_to_num(nan=math.inf).item() / BFLOAT16_EPS
 
