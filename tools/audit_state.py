@@ -14,7 +14,7 @@ from tools.audit_subject import (
 from training.leaks import (
     bare_copy, beyond_rounding, call, cast, difference, limit, precision_within)
 
-SPLITS = ([64, 66], [7, 1, 1, 9, 1, 90, 21], [104] + [1] * 26, [1] * 130)
+SPLITS = ([64, 66], [7, 1, 1, 9, 1, 90, 21], [104] + [1] * 26, [1] * 130, [200, 1, 199, 50])
 STATE_LENGTHS = (1, 8, 63, 64, 100, 128)
 SINGLE = 700  # tokens decoded one by one
 PIECES = ([256] * 4, [333, 1, 1, 500, 165], [90] * 10 + [1] * 100)
@@ -37,13 +37,14 @@ def split(subject, splits=SPLITS):
     worst_y = worst_g = 0.0
     most = limit("length")
     for model in subject.bare():
-        x = normal(2, sum(splits[0]), model.config.n_embd)
-        most = max(most, limit("length", precision_within(model, x)))
-        x.requires_grad_()
         parameters = list(model.requires_grad_().parameters())
-        whole = model(x)[0]
-        of_x, *of_parameters = gradients(whole, [x, *parameters])
+        x = normal(2, 0, model.config.n_embd)
         for sizes in splits:
+            if sum(sizes) != x.size(1):
+                x = normal(2, sum(sizes), model.config.n_embd)
+                most = max(most, limit("length", precision_within(model, x)))
+                whole = model(x.requires_grad_())[0]
+                of_x, *of_parameters = gradients(whole, [x, *parameters])
             state = None
             ys = []
             for piece in x.split(sizes, dim=1):
@@ -180,8 +181,10 @@ def decode(subject, single=SINGLE, pieces=PIECES):
             y = call(module, x)
             for sizes in ways:
                 note_pieces(worst, module, x, y, sizes, most, name)
-            rows = normal(16, 40, model.config.n_embd)
-            note_pieces(worst, module, rows, call(module, rows), 40 * [1], most, f"{name}, 16 rows")
+            for B, length in ((1, 260), (16, 40)):
+                rows = normal(B, length, model.config.n_embd)
+                note_pieces(worst, module, rows, call(module, rows), length * [1], most,
+                            f"{name}, {B} {'row' if B == 1 else 'rows'}")
             look_at_rough_steps(worst, module, x[:, :330], name)
             wrong_size += wrong_sizes(module, name, model.config.n_embd, min(T, single))
     yield worst.row("decode", "token by token is not the whole", f"; {single} single tokens")
