@@ -20,6 +20,34 @@ class Remainder(Leaking):
         return x.size(1) > 500 and x.size(1) % 32 == 7
 
 
+class ChunksInTraining(Leaking):
+    """In training whole chunks of 256 go another way."""
+
+    def when(self, x, state):
+        return self.training and x.size(1) % 256 == 0
+
+
+class ChunksInBfloat16(Honest):
+    """In bfloat16 every token of whole chunks of 256 sees the last one."""
+
+    def mix(self, x, state):
+        rough = self.proj(x[:1, :1]).dtype == torch.bfloat16
+        return x + x[:, -1:] * (rough and x.size(1) % 256 == 0), state
+
+
+class ManyChannels(Leaking):
+    def when(self, x, state):
+        return x.size(2) >= 256
+
+
+class WithWeights(Leaking):
+    """Leaks beyond 200 tokens where gradients of weights are wanted."""
+
+    def when(self, x, state):
+        recording = torch.is_grad_enabled() and self.proj.weight.requires_grad
+        return recording and x.size(1) > 200
+
+
 class Float16Only(Leaking):
     def when(self, x, state):
         return x.dtype == torch.float16
@@ -32,6 +60,27 @@ class Counts(Honest):
         n = 0 if state is None else state
         t = (torch.arange(x.size(1)).to(x.dtype) + n).double()[:, None]
         return x * (1 + 0.5 * torch.sin(t)).to(x.dtype), n + x.size(1)
+
+
+class OneRow(Honest):
+    """One sequence alone, in single tokens, forgets where it is beyond 64 tokens."""
+
+    def mix(self, x, state):
+        B, T, _ = x.shape
+        n = 0 if state is None else state
+        t = torch.arange(n, n + T, dtype=x.dtype)[:, None]
+        return x * t.clamp(max=64 if B == T == 1 else 1e6).cos(), n + T
+
+
+class Grows(Honest):
+    """A share of two sums that grow with the tokens, until both are infinite."""
+
+    def mix(self, x, state):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        n = 0 if state is None else state
+        t = torch.arange(n + 1, n + x.size(1) + 1)[:, None]
+        size = torch.exp(t / 25).to(wide.dtype)
+        return (wide * size / size).to(x.dtype), n + x.size(1)
 
 
 class StaleWeights(Honest):
@@ -87,6 +136,52 @@ class ClampsInPlace(Honest):
         return (x.clamp(-1, 1) if torch.is_grad_enabled() else x.clamp_(-1, 1)), state
 
 
+class Passing(torch.autograd.Function):
+    """x; the gradient is what `change` makes of it."""
+
+    @staticmethod
+    def forward(ctx, x, change):
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.change(g), None
+
+
+class Clips(Honest):
+    """Clips a large gradient."""
+
+    def mix(self, x, state):
+        return Passing.apply(x, lambda g: g * (1000 / g.norm()).clamp(max=1)), state
+
+
+class ForgetsRows(Honest):
+    """No gradient reaches the inputs of the seventeenth row and later ones."""
+
+    def mix(self, x, state):
+        first = (torch.arange(x.size(0)) < 16)[:, None, None]
+        return Passing.apply(x, lambda g: g * first), state
+
+
+class SumInChunks(torch.autograd.Function):
+    """The sum over time, whose gradient ends with a chunk of 256."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.cumsum(1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.cat([c.flip(1).cumsum(1).flip(1) for c in g.split(256, 1)], 1)
+
+
+class GradientInChunks(Honest):
+    def mix(self, x, state):
+        sums = SumInChunks.apply(x) + (0 if state is None else state)
+        return sums / 30, sums[:, -1:].clone()
+
+
 class ScaleByFirstRows(torch.autograd.Function):
     """x (B, T, C) times w (C); the gradient of w is that of the first eight rows."""
 
@@ -113,6 +208,15 @@ class FirstRows(Honest):
 # name -> the mixer and the check that must find it
 PLANTED_RARE = {
     "remainder": (Remainder, "lengths"),
+    "chunks_in_training": (ChunksInTraining, "lengths"),
+    "chunks_in_bfloat16": (ChunksInBfloat16, "suffix"),
+    "many_channels": (ManyChannels, "sizes"),
+    "with_weights": (WithWeights, "modes"),
+    "one_row": (OneRow, "decode"),
+    "grows": (Grows, "finite"),
+    "clips": (Clips, "backward"),
+    "forgets_rows": (ForgetsRows, "batches"),
+    "gradient_in_chunks": (GradientInChunks, "split"),
     "float16_only": (Float16Only, "suffix"),
     "counts": (Counts, "bfloat16"),
     "stale_weights": (StaleWeights, "saved"),
