@@ -162,7 +162,8 @@ def difference(a, b, either=False):
     """|a - b| over the largest |b|, or with `either` of both, the largest over the last axis.
     Infinite where only one is a number; two NaN are alike."""
     alike = (a == b) | a.isnan() & b.isnan()
-    scale = (torch.maximum(a.abs(), b.abs()) if either else b.abs()).nan_to_num(0, 0, 0).max().clamp(min=torch.finfo(b.dtype).tiny)
+    size = torch.maximum(a.abs(), b.abs()) if either else b.abs()
+    scale = size.nan_to_num(0, 0, 0).max().clamp(min=torch.finfo(b.dtype).tiny)
     shares = (a - b).abs() / scale
     return shares.masked_fill(alike, 0).nan_to_num(nan=math.inf).amax(-1)
 
