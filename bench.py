@@ -19,7 +19,9 @@ the prefix). On CUDA the allocator counts; on Linux the resident memory does (fi
 in the peak only), with malloc told to return every freed block from 64 KiB up at once, so that only
 what lives counts. FLOPs are the mixer's own formula, three times that in training (decode: n/a, as
 it is an average over a sequence); the ceiling is the rate of the model's own matrix products alone,
-measured in the same process just before.
+measured in the same process just before. Decoding reads more than it computes: a token's bytes are
+those of its state and its share of the weights, which the sequences at once read together, and the
+ceiling is the rate at which a matrix of as many bytes as a step's is read.
 
 Writes out_dir/cells.jsonl (a line as soon as a cell is measured; the same command goes on from
 there, and cells of other commands stay), and of this command's cells results.csv, results.json and
@@ -276,7 +278,8 @@ def measure_ceiling(cell, options):
     rate = f"{ceiling / 1e9:,.0f} GFLOP/s" if ceiling else "not measured"
     mixer = cell["model"]["mixer"]
     print(wrapped(f"ceiling    {rate} now, in the products of {mixer}'s linear layers alone; "
-                  "`of ceiling` is of each cell's own, measured beside it"), flush=True)
+                  "`of ceiling` is of each cell's own, measured beside it, and in decoding of the "
+                  "rate at which as many bytes are read"), flush=True)
     return ceiling
 
 
@@ -322,7 +325,7 @@ def main():
             print(wrapped(scaling.scaling_line(line)))
         recipe = f"{given.config_file}, " if given.config_file else ""
         title = (f"{recipe}{options.n_layer} layers x {options.n_embd}, {dtype}, "
-                 f"{options.rounds} rounds, {machine['machine']}, {machine['threads']} threads")
+                 f"rounds {options.rounds}, {machine['machine']}, threads {machine['threads']}")
         folder = results.path.parent
         write_results(folder, table, lines, title)
         found = {

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import Field
+from torch.utils.checkpoint import checkpoint
 
 from base.command_line import one_line
 from base.errors import BadInput
@@ -140,6 +141,11 @@ class Block(nn.Module):
         return h + self.drop(y), (mixer_state, mlp_state)
 
 
+def without_state(block, h):
+    """A block's output alone, so that nothing holds on to its activations by the state."""
+    return block(h)[0]
+
+
 def make_norm(config, kind):
     if kind == "none":
         return nn.Identity()
@@ -159,6 +165,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # in `loss`: see the option
         V, C, r = config.vocab_size, config.n_embd, config.embed_rank
         if r:
             self.embed = nn.Sequential(nn.Embedding(V, r), nn.Linear(r, C, bias=False))
@@ -193,9 +200,9 @@ class GPT(nn.Module):
         if self.config.zero_init_head:
             nn.init.zeros_(self.head.weight)
 
-    def hidden(self, idx, state=None):
+    def hidden(self, idx, state=None, checkpointed=False):
         """What the head reads, (B, T, C), for tokens idx (B, T) on top of `state`; and the new
-        state."""
+        state, whose blocks have none if their activations are checkpointed."""
         config = self.config
         n, old_states = state or (0, [(None, None)] * config.n_layer)
         T = idx.size(1)
@@ -211,7 +218,10 @@ class GPT(nn.Module):
         h = self.drop(h)
         new_states = []
         for block, old in zip(self.blocks, old_states):
-            h, new = block(h, old)
+            if checkpointed:
+                h, new = checkpoint(without_state, block, h, use_reentrant=False), None
+            else:
+                h, new = block(h, old)
             new_states.append(new)
         return self.norm(h) / config.head_temperature, State(n + T, tuple(new_states))
 
@@ -227,7 +237,7 @@ class GPT(nn.Module):
     def loss(self, idx, targets):
         """The loss alone, in nats per target; what training uses. Many logits are never all there
         at once."""
-        h, _ = self.hidden(idx)
+        h, _ = self.hidden(idx, checkpointed=self.checkpoint_activations and self.training)
         return head_loss(h, self.head, targets)
 
     def step(self, idx, state=None):

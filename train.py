@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from base.errors import BadInput, exit_on_bad_input
+from base.terminal import width, wrapped
 from data import load_dataset
 from model import GPT, model_config
 from training import checkpoint
@@ -77,6 +78,7 @@ def carry_out(world, lock):
         refuse_what_cannot_fit(options, config, row_length, machine)
     torch.manual_seed(options.seed)
     model = GPT(config).to(device)
+    model.checkpoint_activations = options.checkpoint_activations
     describe(options, model, data, machine)
     if saved:
         checkpoint.load_model(model, saved.model, saved.folder)
@@ -151,8 +153,8 @@ def backward(model, loss_fn, x, y, rows_at_once, machine):
 
 
 def train(options, record, model, data, machine, saved):
-    """From the start, or from the checkpoint `saved`, whose weights the model has, to max_iters.
-    record: config.json."""
+    """To max_iters, from the start or from `saved`, whose weights the model has. record:
+    config.json."""
     run = Training(options, record, model, data, machine, saved)
     caught = catch_signals()
     stopping = False
@@ -212,7 +214,7 @@ class Training:
         first = world.rank == 0
         self.metrics = Metrics(options, self.step, wandb_id, self.costs) if first else None
         self.bar = tqdm(total=options.max_iters, initial=self.step, unit="step",
-                        disable=not first or not sys.stderr.isatty())
+                        ncols=max(10, width() - 3), disable=not first or not sys.stderr.isatty())
         # the clock goes on where the saved run stopped
         self.started = time.perf_counter() - seconds
         self.last_log = time.perf_counter()
@@ -303,8 +305,10 @@ class Training:
             raise
 
     def say(self, line):
-        """Prints a line above the progress bar."""
-        self.bar.write(line, file=sys.stdout)
+        """Prints a line above the progress bar, over the ^C that a terminal may write behind it."""
+        if not self.bar.disable:
+            print(f"\r{' ' * (width() - 1)}\r", end="", file=sys.stderr, flush=True)
+        self.bar.write(wrapped(line), file=sys.stdout)
 
     def save(self, val_loss=None):
         """A checkpoint of this step. val_loss: of these weights, in nats, if they were

@@ -99,6 +99,8 @@ def exit_on_bad_input(program):
     except BadInput as error:
         end(program, 2, output_fault(error) or str(error))
     except KeyboardInterrupt:
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            print("\r\x1b[K", end="", file=sys.stderr)  # over the ^C that the terminal has written
         end(program, 130, "interrupted")
     except BrokenPipeError:
         output_fault()

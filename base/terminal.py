@@ -16,6 +16,11 @@ def width():
     return shutil.get_terminal_size().columns
 
 
+def height():
+    """Lines that the terminal shows; LINES in the environment overrides it."""
+    return shutil.get_terminal_size().lines
+
+
 def has_colours():
     """See https://no-color.org."""
     return is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -43,3 +48,29 @@ def fitting(widths, space, important, gap=2):
             chosen.append(name)
             left -= widths[name] + gap
     return [name for name in widths if name in chosen]
+
+
+class Lines:
+    """Lines at the end of what a terminal shows, drawn anew in place; elsewhere nothing is shown.
+
+    The cursor stands before the first of them: what is to be printed above them is printed after
+    clear(), and clear() is right at any time, also if drawing was interrupted."""
+
+    def __init__(self):
+        self.shown = is_terminal() and os.environ.get("TERM") != "dumb"
+
+    def draw(self, lines):
+        """Each is cut to the terminal's width, and their number to its height."""
+        if not self.shown or not lines:
+            return
+        lines = [line[:width() - 1] for line in lines[:height() - 1]]
+        up = f"\x1b[{len(lines) - 1}A" if len(lines) > 1 else ""
+        self.write("\r\x1b[J" + "\n".join(lines) + up + "\r")
+
+    def clear(self):
+        if self.shown:
+            self.write("\r\x1b[J")
+
+    def write(self, text):
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -148,8 +148,14 @@ class Meta(BaseModel):
     val_tokens: Count
 
 
+class DocumentMeta(BaseModel):
+    author: Annotated[str, Field(max_length=200)]
+    tokens: Count
+
+
 class TextMeta(Meta):
     val_bytes: Count
+    val_documents: Optional[list[DocumentMeta]] = None  # in their order
     test_tokens: Optional[Count] = None
     test_bytes: Optional[Count] = None
     alphabet: Optional[str] = None
@@ -230,6 +236,17 @@ def check_answers(path, targets):
 
 # Serving it --------------------------------------------------------------------------------------
 
+def window_starts(n_tokens, block_size, max_tokens=None):
+    """(where the full windows of a split begin, (n,); the targets left over at its end), see
+    Dataset.windows. Of a part of the windows nothing is left over."""
+    n_targets = n_tokens - 1
+    full, rest = divmod(n_targets, block_size)
+    if max_tokens is None or n_targets <= max_tokens:
+        return np.arange(full) * block_size, rest
+    take = min(full, max(1, max_tokens // block_size))
+    return np.arange(take) * full // take * block_size, 0
+
+
 class Dataset:
     """The two splits of a text as arrays on disk, with what meta.json says of them."""
 
@@ -267,6 +284,20 @@ class Dataset:
 
     def size(self):
         return f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate"
+
+    def val_authors(self, positions):
+        """The author of the validation split's tokens at such positions, [name]; None where
+        meta.json does not name the authors."""
+        documents = self.meta.get("val_documents")
+        if documents is None:
+            return None
+        ends = np.cumsum([document["tokens"] for document in documents])
+        if ends[-1] != len(self.val):
+            raise BadInput(f"data/{self.name}/meta.json is damaged: its val_documents have "
+                           f"{ends[-1]:,} tokens and the split {len(self.val):,}; "
+                           f"{how_to_prepare(self.name)}")
+        numbers = np.searchsorted(ends, positions, side="right")
+        return [documents[number]["author"] for number in numbers]
 
     @functools.cached_property
     def tokenizer(self):
@@ -309,17 +340,13 @@ class Dataset:
         last (1, rest) window. If that is more than max_tokens targets: max_tokens // block_size
         windows (at least one), evenly spread, always the same.
         """
-        n_targets = len(tokens) - 1
-        full, rest = divmod(n_targets, block_size)
-        whole = max_tokens is None or n_targets <= max_tokens
-        take = full if whole else min(full, max(1, max_tokens // block_size))
-        starts = np.arange(take) * full // take * block_size
+        starts, rest = window_starts(len(tokens), block_size, max_tokens)
         tokens = tokens.view(np.ndarray)
-        for i in range(0, take, rows):
+        for i in range(0, len(starts), rows):
             positions = starts[i:i + rows, None] + np.arange(block_size + 1)
             window = torch.from_numpy(tokens[positions].astype(np.int64))  # (B, T + 1)
             yield window[:, :-1].contiguous(), window[:, 1:].contiguous()
-        if whole and rest:
+        if rest:
             window = torch.from_numpy(tokens[-rest - 1:].astype(np.int64))[None]  # (1, rest + 1)
             yield window[:, :-1].contiguous(), window[:, 1:].contiguous()
 

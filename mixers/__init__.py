@@ -17,6 +17,8 @@ It may also say what it costs, and ask to be told of each optimiser step:
                             because the model is
     apply_statistics()      called once per optimiser step: the forward pass may collect
                             statistics, never apply them
+    ready_to_decode()       called once before a model only decodes: what does not depend on the
+                            tokens may be worked out here
 
 and declare options of its own, named after it, which its builder then finds in `config`:
 

@@ -116,6 +116,7 @@ class LLN(nn.Module):
         H, G, D = self.c_attn.sizes
         self.q_moments, self.k_moments = Moments(H), Moments(G)
         self.matching = Matching(D)
+        self.fixed = None  # alpha and beta, once the statistics no longer move
 
     def alpha_beta(self):
         """alpha (H,) and beta (H,); a query head's s comes from its own sigma_q and its group's
@@ -136,7 +137,7 @@ class LLN(nn.Module):
         if self.training:
             self.q_moments.collect(q)
             self.k_moments.collect(k)
-        alpha, beta = self.alpha_beta()
+        alpha, beta = self.fixed or self.alpha_beta()
         H = q.size(1)
         k, v = repeat_heads(k, H), repeat_heads(v, H)
         return linear_attention(alpha[:, None, None] * q, beta[:, None, None] * k, v, state)
@@ -151,6 +152,9 @@ class LLN(nn.Module):
         """Moves the averages by what was collected since the last call; once per optimiser step."""
         self.q_moments.update()
         self.k_moments.update()
+
+    def ready_to_decode(self):
+        self.fixed = self.alpha_beta()
 
     def flops_per_token(self, T):
         H, _, D = self.c_attn.sizes

@@ -11,6 +11,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -106,6 +107,27 @@ def wandb_records(path):
 def values_of(items):
     """{key: value} of the config, history or summary in a record of wandb's."""
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def screen_of(text):
+    """The lines that a terminal shows at the end, without trailing spaces: a slow, small one."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[\d*[A-Z]|[\r\n]|.", text):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif part == "\x1b[J":  # what is below and to the right goes
+            lines = [*lines[:row], lines[row][:column]]
+        elif part.endswith("A"):
+            row -= int(part[2:-1])
+            assert row >= 0
+        else:
+            assert not part.startswith("\x1b"), part
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + 1:]
+            column += 1
+    return [line.rstrip() for line in lines]
 
 
 @pytest.fixture

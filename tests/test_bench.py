@@ -56,7 +56,8 @@ def row(ms, time, **more):
     """A measured one of cells.jsonl."""
     return {"status": "ok", "round": 0, "time": time, "ms": ms, "ms_quantiles": [ms] * 19,
             "first_token_ms": None, "peak_bytes": 1, "rise_bytes": 1, "ceiling_flops_per_s": 1e9,
-            "state_bytes": 8, "flops_per_token": 1e3, "parameters": 5} | more
+            "state_bytes": 8, "flops_per_token": 1e3, "parameters": 5,
+            "read_bytes_per_token": 2e3, "ceiling_bytes_per_s": 1e9} | more
 
 
 # A whole command ----------------------------------------------------------------------------------
@@ -123,8 +124,14 @@ def test_the_figures_of_a_cell_hang_together(finished):
         assert 0 < line["rise_bytes"] < line["peak_bytes"]
         assert line["of_softmax"] == 1 if line["mixer"] == "softmax" else line["of_softmax"] > 0
         if decoding:
-            assert line["flops_per_token"] is None and line["of_ceiling"] is None
+            weights = sum(p.nbytes for p in model.parameters())  # the head's are the embedding's
+            assert line["flops_per_token"] is None
+            assert line["read_bytes_per_token"] == weights / 2 + line["state_bytes"]
+            reached = (line["read_bytes_per_token"] * line["tokens_per_s"]
+                       / line["ceiling_bytes_per_s"])
+            assert line["of_ceiling"] == pytest.approx(reached)
         else:
+            assert line["read_bytes_per_token"] is None and line["ceiling_bytes_per_s"] is None
             flops = model.flops_per_token(T) * (3 if training else 1)
             assert line["flops_per_token"] == flops
             reached = flops * line["tokens_per_s"] / line["ceiling_flops_per_s"]

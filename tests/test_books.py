@@ -15,7 +15,9 @@ from base.errors import BadInput
 from config import Options
 from data import files, load_dataset
 from data.books import prepare as books
+from data.books_bpe import prepare as books_bpe
 from data.tokenizer import ByteTokenizer, gpt2_tokenizer, load_tokenizer
+from tools.score import measured
 from training.evaluation import evaluate
 from training.machine import Machine
 from training.parallel import World
@@ -155,6 +157,38 @@ def test_the_test_split_is_evaluated_when_asked_for(data, tmp_path, monkeypatch)
         assert result.loss == 2 and result.bpb == pytest.approx(2 / np.log(2) * per_byte)
 
 
+@pytest.mark.parametrize("most", [2**20, 24])
+def test_losses_are_kept_by_author(most, data, tmp_path):
+    prepare(archive(tmp_path / "a.gz", repository()))
+    loaded = load_dataset("books", 8)
+    table = torch.randn(256, 257, generator=torch.Generator().manual_seed(1))
+    options = Options(dataset="books", block_size=8, eval_tokens=most)
+    of = measured(loaded, options, lambda x: table[x])
+    owner = []  # of each token
+    for document in loaded.meta["val_documents"]:
+        owner += [document["author"]] * document["tokens"]
+    full = (len(loaded.val) - 1) // 8
+    take = min(full, most // 8)
+    expected = {}
+    for number in range(take):
+        at = number * full // take * 8
+        tokens = torch.tensor(loaded.val[at:at + 9].astype(int))
+        loss = torch.nn.functional.cross_entropy(table[tokens[:-1]], tokens[1:]).item()
+        expected.setdefault(owner[at + 4], []).append(loss)
+    assert of["authors"] == list(expected) and len(expected) == 2
+    assert of["by_block"] == pytest.approx([np.mean(losses) for losses in expected.values()])
+
+
+def test_documents_that_do_not_add_up_are_refused(data, tmp_path):
+    prepare(archive(tmp_path / "a.gz", repository()))
+    path = data / "books" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["val_documents"][0]["tokens"] += 1
+    path.write_text(json.dumps(meta))
+    with pytest.raises(BadInput, match="val_documents have .* prepare it again"):
+        load_dataset("books", 8).val_authors([0])
+
+
 def test_one_author_in_any_spelling_is_in_one_split():
     for one, other in (("Émile Zola", "EMILE  ZOLA"), ("H.G. Wells", "H. G. Wells"),
                        ("Sören Kierkegaard", "So\u0308ren Kierkegaard")):
@@ -191,6 +225,12 @@ def test_other_tokenizers(data, tmp_path, monkeypatch):
     for name in ("mine", "books/x", "books_", "../books"):
         with pytest.raises(BadInput, match="name"):
             prepare(source, f"--name={name}")
+
+
+def test_in_tokens_of_their_own(data, tmp_path):
+    books_bpe.main([f"--source={archive(tmp_path / 'a.gz', repository())}", "--vocab_size=270"])
+    assert load_dataset("books_bpe", 8).vocab_size == 270
+    assert {path.name for path in (data / "books").iterdir()} == {"prepare.py"}
 
 
 def test_from_github(data, tmp_path, monkeypatch):

@@ -199,6 +199,7 @@ WRONG_AT_TOP = {
     "look of one": ("looks = [1, 2]", "looks.0: "),
     "no look": ("looks = []", "looks: "),
     "looks of text": ('looks = ["5"]', "looks.0: "),
+    "no seed to tune by": ("tune_seeds = 0", "tune_seeds: "),
     "margin": ("margin_bpb = 0.0", "margin_bpb: "),
     "margin of text": ('margin_bpb = "0.03"', "margin_bpb: "),
     "margin inf": ("margin_bpb = inf", "margin_bpb: "),
@@ -303,8 +304,9 @@ def test_the_checksum_is_of_what_decides(write_card):
     mine = CARD.replace('mixer = "linear"', 'mixer = "mine"\nmixer_file = "mine.py"')
     arm = '[arms.softmax]\nmixer = "softmax"\n'
     same = [CARD.replace("lln is better", "the best"), CARD + "# thus", f"note = 'x'\n{CARD}",
-            CARD.replace(arm, "") + arm, f"margin_bpb = 0.03\nlooks = [5, 8, 12]\n{CARD}"]
-    other = [f"margin_bpb = 0.02\n{CARD}", f"looks = [5, 8]\n{CARD}",
+            CARD.replace(arm, "") + arm,
+            f"tune_seeds = 1\nmargin_bpb = 0.03\nlooks = [5, 8, 12]\n{CARD}"]
+    other = [f"margin_bpb = 0.02\n{CARD}", f"tune_seeds = 3\n{CARD}", f"looks = [5, 8]\n{CARD}",
              f"options = {{dropout = 0.1}}\n{CARD}",
              CARD.replace('"published"', '"table"'), CARD.replace("2e-3]", "4e-3]"),
              CARD.replace('"equivalent"', '"better"'), CARD.replace("arms.linear", "arms.linear2"),
@@ -335,7 +337,8 @@ class Drawn:
     kept = None      # whether the last runs keep their checkpoints
 
     def __init__(self, folder, config_file, common, arms, tune=None, at_once=None, max_hours=None,
-                 keep_checkpoints=False):
+                 keep_checkpoints=False, tune_seeds=1):
+        type(self).tune_seeds = tune_seeds
         self.folder, self.config_file, self.arms = Path(folder), config_file, common and {} or arms
         self.keep_checkpoints = keep_checkpoints
         self.configs = {}  # arm -> what config.json would say
@@ -436,6 +439,14 @@ def test_decided_arms_stop_and_undecided_ones_go_on_to_the_next_look(
         right = judge(losses, "softmax", 0.03 * bits["loss"] / bits["bpb"], 2, LOOKS[look])[name]
         word = dict(found[name]["against_baseline"])
         assert word.pop("look") == look and Verdict(**word) == right
+
+
+@pytest.mark.parametrize("line, seeds", [("", 1), ("tune_seeds = 3\n", 3)])
+def test_a_card_says_with_how_many_seeds_is_tuned(line, seeds, write_card, drawn, call):
+    drawn.means = {"softmax": 1.7, "lln": 1.6, "linear": 1.7}
+    path = write_card(f"{line}{CARD}")
+    call(path)
+    assert drawn.tune_seeds == seeds
 
 
 def test_when_all_is_decided_nothing_more_runs(write_card, drawn, call, claimed):
@@ -790,6 +801,14 @@ def test_the_tables_in_the_docs_are_printed_from_the_records(name):
         end = next((j for j in range(i, len(lines)) if not lines[j].startswith("|")), len(lines))
         shown += lines[i:end]
     assert shown == printed
+
+
+def test_what_the_readme_says_of_each_claim_first_is_what_was_found():
+    text = (ROOT / "README.md").read_text().partition("## What it found so far")[0]
+    rows = re.findall(r"^\| \*\*(\w+)\*\* \| .* \| \[(\w+)\]", text, re.MULTILINE)
+    told = {name: word for word, name in rows}
+    assert told == {folder.name: claim_record.read_claim_file(folder)["outcome"]
+                    for folder in claim_record.claimed()}
 
 
 def test_the_example_in_the_docs_can_be_run(write_card, call, here, monkeypatch):

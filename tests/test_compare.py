@@ -381,6 +381,22 @@ def compare_these(tmp_path, monkeypatch, capsys):
     return call
 
 
+def test_losses_beyond_the_trained_length_and_authors_are_shown_where_known(compare_these):
+    some = of_blocks("softmax", 0) + of_blocks("lln", 0.1)
+    for seed, record in enumerate(some[:5]):
+        record.scores["beyond"] = [1.7, 1.6 + seed / 10, 1.5, 1.4]
+    lines, out = compare_these(some)
+    assert "over seeds and 6 blocks of text" in out
+    assert float(lines["softmax"]["loss_to_2T"]) == pytest.approx(1.8)
+    assert float(lines["softmax"]["loss_to_4T"]) == pytest.approx(1.4)
+    assert lines["lln"]["loss_to_2T"] == ""
+    assert "T to 2 T" in out and " 1.8000 |" in out
+    for record in some:
+        record.scores |= {"beyond": None, "authors": [f"author {i}" for i in range(6)]}
+    out = compare_these(some)[1]
+    assert "T to 2 T" not in out and "over seeds and 6 authors, each counted alike" in out
+
+
 def test_the_verdicts_are_of_pairs_and_blocks_and_the_margin_is_in_bytes(compare_these):
     some = (of_blocks("softmax", 0) + of_blocks("lln", -0.1) + of_blocks("linear", 0.005)
             + of_blocks("ssa", 0.5) + of_blocks("performer", 0.3, seeds=1))
@@ -653,10 +669,13 @@ def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(home, tm
     [command] = re.findall("wandb: to upload all that is offline here: wandb sync (.*)",
                            done.stdout)
     assert done.stdout.count("wandb sync") == 1
-    assert run(home, "-m", "tools.compare", swept, "--wandb_log", env=alone,
-               timeout=900).returncode == 0
+    assert f"2 runs to compare: python -m tools.compare {swept} --wandb_log\n" in done.stdout
+    done = run(home, "-m", "tools.compare", swept, "--wandb_log", env=alone, timeout=900)
+    assert done.returncode == 0, done
+    assert done.stdout.endswith(f"to upload all that is offline here: wandb sync {command}\n")
+    assert done.stdout.count("wandb sync") == 2  # that of the comparison's own
     every = {str(path.parent) for path in swept.glob("**/*.wandb")}
-    assert set(glob.glob(command)) == every and len(every) == 5
+    assert set(glob.glob(command)) == every and len(every) == 7
 
     runs = recorded(swept)
     trainings = [found for found in runs if found["run"].job_type != "comparison"]
@@ -672,6 +691,10 @@ def test_wandb_has_the_runs_in_one_group_and_the_comparison_beside_them(home, tm
         line = lines[found["config"]["mixer"]]
         assert found["history"]["val_loss"] == metrics(folder)[-1]["val_loss"]
         assert found["summary"]["report_loss"] == scores(folder)["report"]["loss"]
+        assert found["summary"]["verdict"] == line["word"]
+        assert found["summary"]["verdict_against"] == "softmax"
+        if line["difference"]:
+            assert found["summary"]["difference"] == float(line["difference"])
         for name in ("parameters", "state_bytes", "flops_per_token"):
             assert found["config"][name] == found["summary"][name] == float(line[name])
     history, summary = comparison["history"], comparison["summary"]

@@ -112,6 +112,38 @@ def test_each_arm_is_tuned_until_its_best_rate_is_inside(experiment, capsys):
     assert some.cost([1, 2]).runs == 4
 
 
+def test_further_seeds_decide_between_the_best_two_values(experiment, capsys):
+    """At 0.02 both do best with seed 0, and fail to learn with others."""
+    def loss(options):
+        unlucky = options["learning_rate"] == 0.02 and options["seed"] != 0
+        return 5.0 if unlucky else distance({"softmax": 0.019, "pelican": 0.019})(options)
+
+    some = experiment(loss, tune=RATES, tune_seeds=3)
+    assert some.cost([1, 2]).runs == 2 * (3 + 2 * 2 + 2)
+    assert some.tune(to_come=4) == dict.fromkeys(["softmax", "mine"], {"learning_rate": 0.01})
+    # 0.01 is then the best, so what is below is tried, and what is second best has its seeds too
+    of_softmax = {0.005: [0], 0.01: [0, 1, 2], 0.02: [0, 1, 2], 0.04: [0, 1, 2]}
+    seeds = [0, 1000000, 1000001]
+    assert [name for name in names_of(some) if name.startswith("softmax")] == sorted(
+        f"softmax-lr{rate}-seed{seeds[number]}" for rate, of_rate in of_softmax.items()
+        for number in of_rate)
+    assert all(record.config["holdout"] == 0.1 for record in records.read_records("out/sweeps/one"))
+    out = capsys.readouterr().out
+    words = "mean of 3 seeds 0.01: 0.6419, 0.02: 3.3504, 0.04: 0.7444 -> learning_rate 0.01"
+    assert words in " ".join(out.split()), out
+    before = names_of(some)
+    assert some.tune() and names_of(some) == before and some.cost([1, 2]).runs == 4
+    with pytest.raises(BadInput, match="seed 1000001 is one to tune by"):
+        some.run({"mine": {}}, [1, 1000001])
+
+
+def test_with_one_value_that_ended_there_is_nothing_to_decide(experiment):
+    some = experiment(lambda options: 1.0 if options["learning_rate"] == 0.02 else None, tune=RATES,
+                      tune_seeds=3)
+    assert some.tune()["mine"] == {"learning_rate": 0.02}
+    assert {name.rpartition("seed")[2] for name in names_of(some)} == {"0"}
+
+
 def test_the_runs_to_compare_are_returned_and_named_in_sweep_json(experiment):
     some = experiment(tune=RATES)
     chosen = {"softmax": {"learning_rate": 0.02}, "mine": {"learning_rate": 0.16}}
@@ -133,7 +165,7 @@ def test_without_a_grid_nothing_is_tuned(experiment):
     some = experiment()
     assert some.tune() == {"softmax": {}, "mine": {}} and names_of(some) == []
     assert [record.name for record in some.run({"mine": {}}, [3])] == ["mine-lr0.001-seed3"]
-    with pytest.raises(BadInput, match="seed 0 is the one to tune by"):
+    with pytest.raises(BadInput, match="seed 0 is one to tune by"):
         some.run({"mine": {}}, [0, 1])
 
 
@@ -169,8 +201,9 @@ def search(grids, loss):
     """The Search over these grids of a function of the point, to its end."""
     found = Search(checked_grids(grids))
     while found.wanted():
-        for point in found.wanted():
-            found.losses[point] = loss(*point)
+        for point, number in found.wanted():
+            assert number == 0
+            found.losses[point] = [loss(*point)]
     return found
 
 

@@ -584,7 +584,17 @@ def test_report_and_pictures_of_a_mixed_model(command, here, drawn):
     assert len(ticks) == 26 and ticks[3] == "␣" and ticks[16] == "↵" and ticks[10] == r"\$"
     for figure in drawn.values():
         assert figure.get_suptitle().startswith(f"{pattern} on ")
-        figure.canvas.draw()  # no label that cannot be drawn
+        check_labels(figure)
+
+
+def check_labels(figure):
+    """All can be drawn, the title is within the frame, and no tick is a power of ten."""
+    figure.canvas.draw()
+    title = figure._suptitle.get_window_extent()
+    assert figure.bbox.x0 <= title.x0 and title.x1 <= figure.bbox.x1
+    for ax in figure.axes:
+        for label in (*ax.get_xticklabels(which="both"), *ax.get_yticklabels(which="both")):
+            assert "mathdefault" not in label.get_text(), (ax.get_title(), label)
 
 
 def labels(ax):
@@ -614,7 +624,7 @@ def test_pictures_of_decays_and_gates(command, here, drawn):
     titles = [ax.get_title() for ax in drawn["gates.png"].axes]
     assert titles == ["gla, layer 0, forget", "", "", "deltanet, layer 1, write"]
     for figure in drawn.values():
-        figure.canvas.draw()
+        check_labels(figure)
 
 
 @pytest.mark.parametrize("T, H, written", [(9, 4, True), (44, 2, True), (44, 4, True),

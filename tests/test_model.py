@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from mixers import MIXERS
 from model import GPT, GPTConfig, sample
 
 
@@ -102,6 +103,36 @@ def test_loss_is_the_mean_over_targets_and_ignores_minus_one():
     assert torch.equal(model.loss(idx, targets), loss)
     alone, none = model(idx)
     assert none is None and torch.equal(alone, logits)
+
+
+def training_pass(mixer, checkpointed):
+    """The loss, gradients and buffers of a pass with dropout, as training runs it; and the bytes
+    kept for its second half."""
+    model = make(mixer=mixer, n_layer=3, dropout=0.1).train()
+    model.checkpoint_activations = checkpointed
+    idx, kept = torch.randint(31, (2, 17)), []
+
+    def keep(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    watch = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with watch, torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {"loss": loss, **gradients, **dict(model.named_buffers())}, sum(kept)
+
+
+@pytest.mark.parametrize("mixer", [*MIXERS, "softmax,lln,pelican"])
+def test_checkpointed_activations_change_nothing_and_are_not_kept(mixer):
+    whole, kept = training_pass(mixer, checkpointed=False)
+    again, still_kept = training_pass(mixer, checkpointed=True)
+    for name in whole:
+        if name.endswith("collected"):  # twice, so that their mean is the same
+            again[name] /= 2
+        assert torch.equal(again[name], whole[name]), name
+    assert 0 < still_kept < kept / 2
 
 
 def test_head_temperature_divides_the_logits():

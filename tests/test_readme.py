@@ -50,11 +50,12 @@ def blocks(language, text=TEXT):
 
 
 def commands():
+    """Each once, in the order of the pages."""
     found = []
     for block in blocks("sh"):
         for line in block.splitlines():
             found += [command.strip() for command in line.split("&&")]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def is_long(command):

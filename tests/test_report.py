@@ -20,10 +20,10 @@ from tools import report
 from tools.compare import judge_arms, margin_of
 from tools.compare_arms import arms_of
 from tools.records import Record, read_records, write_records
-from tools.report_data import read_all
+from tools.report_data import Section, read_all
 from tools.report_figures import cut_off
 from tools.report_live import server_of
-from tools.report_page import page
+from tools.report_page import chips, page
 from tools.report_sections import sections_of
 from tools.sweep_cost import time_left
 from tools.verdicts import in_words
@@ -173,6 +173,16 @@ def test_the_baseline_has_no_colour_and_the_others_each_their_own():
     for figure in section.figures:
         for trace in figure["traces"]:
             assert trace["meta"]["colour"] == colours[trace["meta"]["label"]]
+
+
+def test_a_button_is_black_only_if_its_arm_is_the_baseline_everywhere():
+    found = []
+    for colours in ({"gla": None, "softmax": None}, {"gla": "#123456", "softmax": None}):
+        traces = [{"meta": {"label": label, "colour": c}} for label, c in colours.items()]
+        found.append(Section("one", "", figures=[{"traces": traces}]))
+    for order in (found, found[::-1]):
+        buttons = dict(re.findall('data-label="(.*?)" style="--colour: (.*?)"', chips(order)))
+        assert buttons == {"gla": "#123456", "softmax": "var(--ink)"}
 
 
 def test_plotly_knows_every_property_of_the_figures():

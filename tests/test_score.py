@@ -44,6 +44,24 @@ def test_the_whole_validation_split_reports(trained, here, monkeypatch):
     assert of["by_block"][-1] == pytest.approx(torch.cat(full[-last:]).mean().item(), abs=1e-5)
 
 
+def test_windows_longer_than_those_trained_on(train, here):
+    """Four times as long, each quarter of their positions apart; learned positions end before."""
+    train(*TINY, "--max_iters=1", "--pos=rope", f"--out_dir={here}/run")
+    of = scoring.score(here / "run", torch.device("cpu"))
+    data = load_dataset("letters", 16)
+    losses = []
+    model = checkpoint.build_model(checkpoint.load(here / "run"))
+    with torch.no_grad():
+        for start in range(0, len(data.val) - 64, 64):
+            tokens = torch.tensor(data.val[start:start + 65].astype(int))
+            losses.append(F.cross_entropy(model(tokens[None, :-1])[0][0], tokens[1:],
+                                          reduction="none"))
+    by_quarter = torch.stack(losses).view(-1, 4, 16).mean((0, 2))
+    assert of["beyond"] == pytest.approx(by_quarter.tolist(), abs=1e-5)
+    train(*TINY, "--max_iters=1", "--pos=learned", f"--out_dir={here}/other")
+    assert scoring.score(here / "other", torch.device("cpu"))["beyond"] is None
+
+
 def test_what_is_held_out_of_training_chooses(train, here):
     """Neither it nor the validation split is trained on: the batches are those of the rest."""
     train(*TINY, "--max_iters=1", "--holdout=0.25", f"--out_dir={here}/run")

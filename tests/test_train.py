@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    ROOT, TINY, content, metrics, one_line, run, untimed, values_of, wandb_records)
+    ROOT, TINY, content, metrics, one_line, run, screen_of, untimed, values_of, wandb_records)
 from safetensors.torch import load_file
 from test_checkpoint import rewrite
 
@@ -177,6 +177,33 @@ def test_a_terminal_gets_a_progress_bar_with_the_time_left(home, tmp_path):
     assert "| lr" not in out and "val loss" in out  # the bar takes the place of the log lines
 
 
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_leaves_one_bar_and_says_how_to_go_on(home, tmp_path):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "train.py", *TINY, "--max_iters=90000", "--eval_interval=90000",
+               f"--out_dir={tmp_path / 'run'}"]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    process = subprocess.Popen(command, cwd=home, stdout=end, stderr=end, env=environment)
+    os.close(end)
+    shown, interrupted = b"", False
+    try:
+        while part := os.read(terminal, 4096):
+            shown += part
+            if b"step/s" in shown and not interrupted:
+                shown += b"^C"  # as a terminal echoes it
+                process.send_signal(signal.SIGINT)
+                interrupted = True
+    except OSError:  # its other end is closed
+        pass
+    assert process.wait(timeout=60) == 0
+    lines = screen_of(shown.decode())
+    assert sum("/90000 [" in line for line in lines) == 1 and "^" not in "".join(lines)
+    assert any(line.startswith("stopping after step ") for line in lines)
+    assert "go on with --resume" in lines[-2]
+    assert max(map(len, lines[1:])) < 80  # the first names the folder
+
+
 # -- the numbers are right -----------------------------------------------------------------------
 
 def test_the_validation_loss_is_that_of_the_saved_weights_over_the_whole_split(trained, home):
@@ -244,6 +271,11 @@ def test_a_seed_gives_the_same_run_and_another_seed_another(train, trained, here
     assert equal(weights(here / "again", 20), weights(trained, 20))
     train(*TINY, *STRAIGHT, "--max_iters=20", "--out_dir=other", "--seed=1")
     assert metrics("other")[0]["train_loss"] != metrics("again")[0]["train_loss"]
+
+
+def test_checkpointed_activations_are_the_same_run(train, trained, here):
+    train(*TINY, *STRAIGHT, "--max_iters=20", "--checkpoint_activations", "--out_dir=run")
+    assert untimed(metrics(here / "run")) == untimed(metrics(trained))
 
 
 def test_weight_decay_is_on_matrices_only(train, here):

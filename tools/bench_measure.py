@@ -29,7 +29,7 @@ from config import Options
 from mixers import load_mixer_file
 from model import GPT, GPTConfig
 from train import backward
-from training.device import choose_device, ready_to_decode, rows_per_pass
+from training.device import PackedLinear, choose_device, ready_to_decode, rows_per_pass
 from training.machine import Machine
 from training.optimizer import make_optimizer
 from training.parallel import World
@@ -37,6 +37,7 @@ from training.parallel import World
 PIECE = 2048         # tokens of a prefix fed at once, over all sequences
 DECODED = 32         # tokens after a prefix, at most: so few that the length stays what it is
 CEILING_ROWS = 8192  # more rows make a matrix product no faster
+READ_BYTES = 2**22   # fewer are read so fast that the call itself would be measured
 
 
 def run_cell(cell, mixer_file, seconds, cell_seconds):
@@ -108,9 +109,11 @@ def figures(cell, seconds):
         ceiling = matmul_ceiling(model, CEILING_ROWS, dtype, device, True, seconds)
         return {"ceiling_flops_per_s": ceiling}
     tokens = torch.randint(config.vocab_size, (batch, length + 1), device=device)
-    first = flops = ceiling = None
+    first = flops = ceiling = read = read_rate = None
     if mode == "decode":
         ready_to_decode(model, dtype)
+        read = bytes_read(model, batch, length, dtype)
+        read_rate = read and reading_ceiling(read, device, seconds / 4)
         with torch.inference_mode(), autocast():
             times, first, memory = decode(model, tokens[:, :length], seconds, device)
     else:
@@ -132,6 +135,8 @@ def figures(cell, seconds):
         "state_bytes": model.state_bytes(length, dtype),
         "flops_per_token": flops and flops * (3 if training else 1),
         "ceiling_flops_per_s": ceiling,
+        "read_bytes_per_token": read and read / batch,
+        "ceiling_bytes_per_s": read_rate,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -161,6 +166,31 @@ def matmul_ceiling(model, rows, dtype, device, training, seconds):
         flops += count * 2 * rows * n_in * n_out * (3 if training else 1)
         total += count * median(timed(products, device, seconds / len(shapes)))
     return flops / total
+
+
+def bytes_read(model, batch, length, dtype):
+    """Bytes that a step of decoding reads at least, a token for each of `batch` sequences: the
+    weights, of embeddings a row a token at most, and the states. None if a mixer does not say."""
+    state = model.state_bytes(length, dtype)
+    if state is None:
+        return None
+    tensors = []
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            tensors += [module.weight, module.bias]
+        elif not isinstance(module, nn.Embedding):
+            tensors += module.parameters(recurse=False)
+    weights = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return weights + batch * state
+
+
+def reading_ceiling(n_bytes, device, seconds):
+    """Bytes/s at which so many are read over and over, as the weights are: from the cache if they
+    fit into it. A matrix times a vector does nothing else."""
+    rows = max(n_bytes, READ_BYTES) // 4096
+    matrix, vector = torch.zeros(rows, 1024, device=device), torch.zeros(1024, device=device)
+    timed(lambda: matrix @ vector, device, 0)
+    return 4096 * rows / median(timed(lambda: matrix @ vector, device, seconds))
 
 
 def products_of(rows, n_in, n_out, dtype, device, training):

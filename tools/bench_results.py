@@ -37,6 +37,8 @@ class MeasuredRow(Row):
     state_bytes: Bytes
     flops_per_token: Optional[Positive]
     ceiling_flops_per_s: Optional[Positive]
+    read_bytes_per_token: Optional[Positive] = None  # not in what earlier versions measured
+    ceiling_bytes_per_s: Optional[Positive] = None
     parameters: Annotated[int, Field(ge=0, lt=2**53)]
 
 

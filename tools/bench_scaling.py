@@ -19,8 +19,9 @@ from base.terminal import fitting
 FITTED = 3  # the longest lengths; at short ones what does not depend on T dominates
 
 NAMES = ("mode", "batch", "length", "mixer")
-MEASURED = ("first_token_ms", "peak_bytes", "rise_bytes", "ceiling_flops_per_s")
-KNOWN = ("state_bytes", "flops_per_token", "parameters")
+MEASURED = ("first_token_ms", "peak_bytes", "rise_bytes", "ceiling_flops_per_s",
+            "ceiling_bytes_per_s")
+KNOWN = ("state_bytes", "flops_per_token", "read_bytes_per_token", "parameters")
 COLUMNS = (*NAMES, "status", "error", "rounds", "ms", "ms_p20", "ms_p80", "ms_of_rounds",
            *MEASURED, *KNOWN, "tokens_per_s", "ms_per_token", "of_softmax", "of_ceiling")
 IN_TABLE = {  # column: (characters, what it shows, its form, its unit)
@@ -36,6 +37,8 @@ IN_TABLE = {  # column: (characters, what it shows, its form, its unit)
     "state KiB": (9, "state_bytes", ",.1f", 2**10),
     "MFLOP/tok": (9, "flops_per_token", ",.2f", 1e6),
     "ceiling GFLOP/s": (15, "ceiling_flops_per_s", ",.0f", 1e9),
+    "read KiB/tok": (12, "read_bytes_per_token", ",.1f", 2**10),
+    "ceiling GB/s": (12, "ceiling_bytes_per_s", ",.1f", 1e9),
     "of ceiling": (10, "of_ceiling", ".1%", 1),
 }
 FIRST = ("length", "mixer", "ms", "of softmax", "[p20, p80]", "rise MiB", "tokens/s", "of ceiling",
@@ -75,10 +78,13 @@ def summary(cell, rows, softmax_rows):
         line["ms_per_token"] = line["ms"] / tokens
     line["tokens_per_s"] = 1e3 * tokens / line["ms"]
     line["of_softmax"] = ratio(measured, softmax_rows)
-    if line["flops_per_token"]:
+    # a token of training or prefill computes, one that is decoded reads
+    work, ceiling = "flops_per_token", "ceiling_flops_per_s"
+    if cell["mode"] == "decode":
+        work, ceiling = "read_bytes_per_token", "ceiling_bytes_per_s"
+    if line[work]:
         line["of_ceiling"] = median(
-            1e3 * tokens * row["flops_per_token"] / row["ms"] / row["ceiling_flops_per_s"]
-            for row in measured)
+            1e3 * tokens * row[work] / row["ms"] / row[ceiling] for row in measured)
     return line
 
 

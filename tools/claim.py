@@ -98,7 +98,8 @@ class Claim:
         arms = {name: self.arms[name] for name in names}
         left = None if deadline == math.inf else max(1.0, deadline - time.monotonic()) / 3600
         return Experiment(RUNS / self.name, str(self.recipe), {}, arms, tune=self.card.tune or None,
-                          at_once=self.at_once, max_hours=left, keep_checkpoints=keep_checkpoints)
+                          at_once=self.at_once, max_hours=left, keep_checkpoints=keep_checkpoints,
+                          tune_seeds=self.card.tune_seeds)
 
     def say_cost(self):
         """Prints what is still to be run to the first look and to the last. Returns the first's

@@ -83,6 +83,7 @@ class Card(Strict):
     arms: Annotated[dict[Name, Arm], Field(min_length=2, max_length=32)]
     options: dict[str, Value] = {}  # of train.py, for all arms
     tune: dict[str, Grid] = {}
+    tune_seeds: Annotated[int, Field(ge=1, le=100)] = 1  # see tools/sweep_tuning.py
     margin_bpb: Annotated[float, Field(gt=0, le=10)] = MARGIN_BPB
     looks: Looks = list(LOOKS)
     note: Annotated[str, Field(max_length=4000)] = ""

@@ -50,7 +50,7 @@ from tools.score import scores_of
 from tools.sweep_file import read_sweep_file
 from tools.verdicts import MARGIN_BPB, margin_in_nats
 from training.device import choose_device
-from training.metrics import start_wandb, wandb_group
+from training.metrics import start_wandb, sync_command, wandb_group, wandb_id_of
 
 OF_ARMS = ("word", "loss", "difference", "parameters", "state_bytes", "flops_per_token")  # in wandb
 WHAT_TO_NAME = "name run folders, or a sweep: python -m tools.compare out/sweeps/shakespeare"
@@ -72,7 +72,8 @@ class CompareOptions:
         None, "the Python file of the mixer, if a run was trained with one", min_length=1)
     device: str = option(
         "auto", "cpu, cuda, cuda:1, mps, or auto, for runs that are not yet scored")
-    wandb_log: bool = option(False, "log table and plots to wandb, in the group of the sweep")
+    wandb_log: bool = option(
+        False, "log table and plots to wandb, in the group of the sweep, and each run's verdict")
     wandb_project: str = option("nanomix", "wandb project", min_length=1)
 
 
@@ -290,6 +291,11 @@ def main():
         keep(kept, Path(options.keep))
     if options.wandb_log:
         log_to_wandb(options, Path(names[0]), out, lines, pictures)
+        for line in lines:
+            add_verdict(options, line, baseline, by_label[line.mixer].records)
+        for folder in sorted({record.source.parent for record in records}):
+            if any(folder.glob("*/wandb/offline-run-*")):
+                print(f"wandb: to upload all that is offline here: {sync_command(folder)}")
 
 
 def log_to_wandb(options, source, out, lines, pictures):
@@ -309,6 +315,18 @@ def log_to_wandb(options, source, out, lines, pictures):
     for label, values in arms.items():
         run.summary.update({f"{label}/{name}": value for name, value in values.items()})
     run.finish()
+
+
+def add_verdict(options, line, baseline, records):
+    """Adds an arm's verdict to the summaries of the wandb runs that its runs were."""
+    summary = {"verdict": line.word, "verdict_against": baseline, "difference": line.difference,
+               "difference_low": line.difference_low, "difference_high": line.difference_high}
+    for record in records:
+        if wandb_id := wandb_id_of(record.source):
+            run = start_wandb(options.wandb_project, None, record.source, say=False, id=wandb_id,
+                              resume="allow")
+            run.summary.update({k: value for k, value in summary.items() if value is not None})
+            run.finish()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@ options, over the seeds."""
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
-from statistics import median
+from statistics import mean, median
 
 from base.errors import BadInput
 from config import Options, filled_in
 from tools.sweep_runs import ASIDE
+from tools.sweep_tuning import is_tuning_seed
 from tools.verdicts import judge
 from training.run_folder import NOT_OPTIONS
 
@@ -66,6 +67,12 @@ class Arm:
                 steps.append(min(reached, default=None))
         return steps
 
+    def beyond(self, stretch):
+        """The mean loss, in nats, in that stretch of windows longer than those trained on, see
+        tools/score.py; None if a run has none."""
+        losses = [record.scores.get("beyond") for record in self.records]
+        return None if None in losses else mean(of_run[stretch] for of_run in losses)
+
     def measured(self, key, choose):
         """The median over the seeds of choose(that figure of all rows of a run), or None."""
         of_runs = []
@@ -82,9 +89,9 @@ def is_diverged(record):
 
 def is_tuning(record):
     """Whether a scored run was made to choose options by: of a text, with a slice held out of
-    training; of a recall task, with seed 0."""
+    training; of a recall task, with a seed to tune by."""
     is_recall = (record.scores["report"] or {}).get("accuracy") is not None
-    return is_held_out(record) or (is_recall and seed_of(record) == 0)
+    return is_held_out(record) or (is_recall and is_tuning_seed(seed_of(record)))
 
 
 def is_held_out(record):

@@ -23,8 +23,9 @@ LARGEST = 2**31  # parameters of a model that is built to be counted
 SOLVED = 0.95    # the accuracy from which on a seed has solved a recall task
 LEARNED = 0.9    # that which says when it was learned
 LEFT = ("mixer", "verdict")  # columns of text
-SECOND = ("seeds", "solved", f"steps to {LEARNED}", "lr", "parameters", "bits/byte", "state bytes",
-          "MFLOP/token", "tokens/s")  # what a terminal shows beside the four that matter most
+SECOND = ("seeds", "solved", f"steps to {LEARNED}", "lr", "parameters", "bits/byte",
+          "T to 2 T", "3 T to 4 T", "state bytes", "MFLOP/token",
+          "tokens/s")  # what a terminal shows beside the four that matter most
 COLOURS = {"better": "green", "worse": "red", "equivalent": "blue", "leaks": "red",
            "undecided": "quiet", "one seed": "quiet"}  # of verdicts, in a terminal
 
@@ -50,6 +51,8 @@ class TableLine:
     loss_interval: Optional[float]
     bpb: Optional[float]
     bpb_interval: Optional[float]
+    loss_to_2T: Optional[float]  # of tokens behind T to 2 T others of their window, T as trained
+    loss_to_4T: Optional[float]  # behind 3 T to 4 T
     accuracy: Optional[float]
     accuracy_interval: Optional[float]
     solved: Optional[int]      # seeds, of a recall task
@@ -90,6 +93,8 @@ def line_of(arm, verdict, margin=None):
         loss_interval=interval(losses),
         bpb=bpb,
         bpb_interval=bpb_interval,
+        loss_to_2T=arm.beyond(1),
+        loss_to_4T=arm.beyond(3),
         accuracy=accuracy,
         accuracy_interval=accuracy_interval,
         solved=None if accuracy is None else sum(a >= SOLVED for a in accuracies),
@@ -180,6 +185,8 @@ def cells(line):
         "val loss": with_interval(line.val_loss, line.val_loss_interval),
         "report loss": with_interval(line.loss, line.loss_interval),
         "bits/byte": with_interval(line.bpb, line.bpb_interval),
+        "T to 2 T": in_units(line.loss_to_2T, ".4f"),
+        "3 T to 4 T": in_units(line.loss_to_4T, ".4f"),
         "accuracy": with_interval(line.accuracy, line.accuracy_interval),
         "solved": "n/a" if line.solved is None else f"{line.solved}/{line.seeds}",
         f"steps to {LEARNED}": in_units(line.steps_to_learn, ",.0f"),
@@ -343,7 +350,9 @@ def how_it_was_judged(arms, verdicts, baseline, is_text):
     blocks = max([verdicts[label].blocks for label in compared], default=1)
     over = "over seeds alone"
     if blocks > 1:
-        over = f"over seeds and {blocks} blocks of text"
+        by_author = any(record.scores.get("authors") for arm in arms for record in arm.records)
+        kind = "authors, each counted alike" if by_author else "blocks of text"
+        over = f"over seeds and {blocks} {kind}"
     elif is_text:
         over = "over seeds alone, the text is not counted"
     steps = in_range([arm.config["max_iters"] for arm in arms])

@@ -12,8 +12,8 @@ Every run is an ordinary run of train.py in folder/<arm>-lr<rate>-seed<seed>, wi
 alone, what was interrupted goes on, and what was trained elsewhere is taken from there (see
 sweep_finished.py), so the same calls continue an experiment.
 
-The tuning runs have seed 0 and, of a text, leave a slice out of training to be judged by: the
-validation split reports, and has chosen nothing. sweep.json names the runs to compare.
+The tuning runs have seeds of their own and, of a text, leave a slice out of training to be judged
+by: the validation split reports, and has chosen nothing. sweep.json names the runs to compare.
 """
 import itertools
 import math
@@ -26,6 +26,7 @@ import torch
 
 from base.command_line import parse_options
 from base.errors import BadInput
+from base.terminal import wrapped
 from config import Options
 from data import load_dataset
 from mixers import has_effect, layer_mixers, load_mixer_file
@@ -35,11 +36,12 @@ from tools.sweep_cost import Cost, seconds_of_run, time_left
 from tools.sweep_file import SweepFile, locked, write_sweep_file
 from tools.sweep_finished import FinishedRuns, dtype_on_cpu, is_cpu
 from tools.sweep_runs import Run, carry_out
-from tools.sweep_tuning import DIVERGED, Search, checked_grids, in_name
+from tools.sweep_tuning import (
+    DIVERGED, FINALISTS, Search, checked_grids, in_name, is_tuning_seed, tuning_seeds)
+from tools.sweep_watch import Watch
 from training.metrics import wandb_group
 from training.run_folder import data_sha256
 
-TUNING_SEED = 0
 HOLDOUT = 0.1  # of the training split, in tuning runs
 
 
@@ -57,12 +59,13 @@ class Experiment:
     """See above. Options are given by name and value, as in a config file."""
 
     def __init__(self, folder, config_file, common, arms, tune=None, at_once=None, executor=None,
-                 max_hours=None, keep_checkpoints=False):
+                 max_hours=None, keep_checkpoints=False, tune_seeds=1):
         """folder: of the runs. config_file: the recipe, or None. common: {option: value} of all
         runs, of which an arm takes those that matter to it. arms: {name: {option: value}}, "mixer"
         among them. tune: {option: [value]}, the grid to begin with, or None. at_once: runs at a
         time on this machine [default: on a CPU as many as cores, with a thread each; otherwise 1].
         executor: a cluster's, see sweep_runs.cluster. max_hours: after that many no run starts.
+        tune_seeds: with how many the best two points of a grid are tried.
 
         BadInput for what train.py would refuse."""
         self.folder = Path(folder)
@@ -71,6 +74,7 @@ class Experiment:
         self.common = common
         self.arms = arms
         self.grids = checked_grids(tune or {})
+        self.tune_seeds = tune_seeds
         self.executor = executor
         self.max_hours = max_hours
         self.until = time.monotonic() + 3600 * max_hours if max_hours else math.inf
@@ -127,9 +131,9 @@ class Experiment:
         return Run(str(self.folder / name), tuple(arguments), self.keep_checkpoints)
 
     def run_of(self, arm, values, seed):
-        """The Run of an arm with the tuned {option: value}; of TUNING_SEED, one to tune by."""
+        """The Run of an arm with the tuned {option: value}; of some seeds, one to tune by."""
         options = self.options_of(arm) | values | {"seed": seed}
-        if seed == TUNING_SEED and self.data_of(self.resolved[arm])[1]:
+        if is_tuning_seed(seed) and self.data_of(self.resolved[arm])[1]:
             options["holdout"] = HOLDOUT
         return self.run_with(options, f"{self.name_of(arm, values)}-seed{seed}")
 
@@ -142,9 +146,9 @@ class Experiment:
 
     def runs_of(self, chosen, seeds):
         """Those to compare, of {arm: {option: value}}; seed by seed, so that an unfinished
-        experiment has a few of each arm. BadInput for the seed to tune by."""
-        if TUNING_SEED in seeds:
-            raise BadInput(f"seed {TUNING_SEED} is the one to tune by; report others")
+        experiment has a few of each arm. BadInput for a seed to tune by."""
+        for seed in filter(is_tuning_seed, seeds):
+            raise BadInput(f"seed {seed} is one to tune by; report others")
         return [self.run_of(arm, values, seed) for seed in seeds for arm, values in chosen.items()]
 
     def data_of(self, options):
@@ -196,6 +200,8 @@ class Experiment:
             search, open_runs = self.search_so_far(arm)
             if open_runs:
                 left[arm] = len(open_runs) + len(seeds)
+                if max(map(len, search.losses.values()), default=1) == 1:
+                    left[arm] += FINALISTS * (self.tune_seeds - 1)
             elif search.best() is not None:
                 runs = self.runs_of({arm: search.values(search.best())}, seeds)
                 left[arm] = sum(self.finished(run) is None for run in runs)
@@ -233,29 +239,39 @@ class Experiment:
 
     def search_so_far(self, arm):
         """(the Search of an arm, its runs that are not finished yet)."""
-        search = Search(self.grids_of(arm))
+        search = Search(self.grids_of(arm), self.tune_seeds)
         if not search.grids:
-            search.losses[()] = 0.0  # nothing to search
+            search.losses[()] = [0.0]  # nothing to search
         while search.wanted():
             open_runs = []
-            for point in search.wanted():
-                run = self.run_of(arm, search.values(point), TUNING_SEED)
-                record = self.finished(run)
-                if record and record.scores["select"]:
-                    search.losses[point] = loss_to_choose_by(record.scores)
-                elif Path(run.folder).name in self.failed:
-                    search.losses[point] = math.inf
-                else:
+            for point, number in search.wanted():
+                run = self.tuning_run(arm, search, point, number)
+                loss = self.tuning_loss(run)
+                if loss is None:
                     open_runs.append(run)
+                elif number == len(search.losses.get(point, ())):
+                    search.losses.setdefault(point, []).append(loss)
             if open_runs:
                 return search, open_runs
         return search, []
+
+    def tuning_loss(self, run):
+        """The loss to choose by of a run, None while it is not finished."""
+        record = self.finished(run)
+        if record and record.scores["select"]:
+            return loss_to_choose_by(record.scores)
+        return math.inf if Path(run.folder).name in self.failed else None
+
+    def tuning_run(self, arm, search, point, number):
+        seed = tuning_seeds(self.tune_seeds)[number]
+        return self.run_of(arm, search.values(point), seed)
 
     def tuning_runs(self, arm, search):
         """The runs of an arm's Search so far."""
         if not search.grids:
             return []
-        return [self.run_of(arm, search.values(point), TUNING_SEED) for point in search.losses]
+        return [self.tuning_run(arm, search, point, number)
+                for point, losses in search.losses.items() for number in range(len(losses))]
 
     def tune(self, to_come=0):
         """The best {option: value} of each arm, {arm: {...}}: trains what is missing for it. An arm
@@ -266,7 +282,7 @@ class Experiment:
                 search, of_arm = self.search_so_far(arm)
                 open_runs += of_arm
                 for line in search.extensions():
-                    print(f"{arm}: {line}", flush=True)
+                    print(wrapped(f"{arm}: {line}"), flush=True)
             if not open_runs:
                 break
             self.carry_out(open_runs, to_come)
@@ -278,7 +294,7 @@ class Experiment:
                 continue
             chosen[arm] = search.values(search.best())
             if search.grids:
-                print(f"{arm:20} {search.choice()}", flush=True)
+                print(wrapped(f"{arm:20} {search.choice()}"), flush=True)
         return chosen
 
     def run(self, chosen, seeds):
@@ -310,7 +326,8 @@ class Experiment:
             print(f"[{number}/{len(runs)}] {self.found[run]}: finished before")
         after_each()
         started = time.monotonic()
-        ended = carry_out(left, self.at_once, self.executor, wandb_group(self.folder), self.until)
+        ended = carry_out(left, self.at_once, self.executor, wandb_group(self.folder), self.until,
+                          Watch(to_come))
         done = 0
         for done, (run, error) in enumerate(ended, start=1):
             name = Path(run.folder).name

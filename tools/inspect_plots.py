@@ -3,9 +3,11 @@ files."""
 import numpy as np
 from matplotlib.colors import LogNorm, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from scipy import stats
 
-from tools.drawing import plain, save
+from tools.colours import colour_of
+from tools.drawing import BASELINE, GREY, WIDTH, label_ends, plain, save
 from tools.inspect_measures import LONGEST, entropy, log_weights, uniform, weight_by_distance
 
 FAINTEST = 1e-3  # weights below it look like it
@@ -13,15 +15,16 @@ BINS = 50        # of the histograms
 TAU_TOKENS = 44  # of the text, under the temperatures
 LABELLED = 44    # most tokens of a map that are written at its axes,
 ROOM = 0.085     # inches, which each of them needs at least
-WIDE = 16        # inches, of all panels of a figure
+WIDE = 16        # inches, of all panels of a figure at most,
+NARROW = 5       # and of a figure at least, for its title
 PLAIN = "{x:g}"  # of ticks: 0.01, not a power of ten
-GREY, COLOURS = "0.55", ("#3b6fb6", "#d1603d", "#4f9d69", "#8a5fa8")
+COLOURS = ("#3b6fb6", "#d1603d", "#4f9d69", "#8a5fa8")  # of heads, of queries, keys and values
 
 
 def draw(folder, report, matrices):
     """Writes the pictures that there is something to show in; yields their paths."""
     for name, figure in figures(report, matrices):
-        figure.suptitle(plain(report["run"]), fontsize=9)
+        figure.suptitle(plain(report["run"]), fontsize=9, wrap=True)
         yield save(folder / name, figure)
 
 
@@ -56,7 +59,8 @@ def panels(rows, columns, size, **options):
     """A figure with rows x columns panels of `size` inches, smaller if there are many, and their
     axes as a 2-D array."""
     width, height = (min(side, WIDE / n) for side, n in zip(size, (columns, rows)))
-    figure = Figure(figsize=(width * columns + 1.2, height * rows + 0.8), layout="constrained")
+    width, height = max(NARROW, width * columns + 1.2), height * rows + 0.8
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
         ax.tick_params(labelsize=7)
@@ -71,6 +75,11 @@ def log_map(ax, matrix, norm):
 
 def title(layer):
     return f"{layer['mixer']}, layer {layer['layer']}"
+
+
+def ink(layer):
+    """The colour of a layer's mixer, the same as in all pictures: softmax's is black."""
+    return BASELINE if layer["mixer"] == "softmax" else colour_of(layer["mixer"])
 
 
 def map_side(T, rows, columns, usual):
@@ -155,18 +164,17 @@ def log_weight_histograms(layers, matrices):
     for layer, row, xs in zip(layers, axes, samples):
         for h, (ax, x) in enumerate(zip(row, xs)):
             fit = layer["heads"][h]["log_weights"]
-            ax.set_title(f"{title(layer)}, head {h}", fontsize=8)
+            ks = "" if fit["ks"] is None else f", ks {fit['ks']:.3f}"
+            ax.set_title(f"{title(layer)}, head {h}\nvar {fit['variance']:.3g}{ks}", fontsize=7)
             ax.set(yticks=[], xlim=(low, high))
             if fit["ks"] is None:
-                ax.axvline(fit["mean"], color=COLOURS[1])
+                ax.axvline(fit["mean"], color=ink(layer))
                 continue
             share = np.full(len(x), BINS / (high - low) / len(x))  # also of what is not shown
-            ax.hist(x, BINS, range=(low, high), weights=share, color=COLOURS[0], alpha=0.55)
+            ax.hist(x, BINS, range=(low, high), weights=share, color=ink(layer), alpha=0.5)
             grid = np.linspace(low, high, 200)
             normal = stats.norm.pdf(grid, fit["mean"], fit["variance"] ** 0.5)
-            ax.plot(grid, normal, color=COLOURS[1], linewidth=1.2)
-            text = f"var {fit['variance']:.3g}\nks {fit['ks']:.3f}"
-            ax.text(0.03, 0.95, text, transform=ax.transAxes, va="top", fontsize=7)
+            ax.plot(grid, normal, color="black", linewidth=1)
     figure.supxlabel("log of the attention weight over that of even attention; "
                      "line: the normal of the same mean and variance", fontsize=9)
     return figure
@@ -176,15 +184,17 @@ def entropy_over_depth(layers, T):
     figure, [[ax]] = panels(1, 1, (4.6, 3))
     depth = [layer["layer"] for layer in layers]
     values = [[head["entropy_bits"] for head in layer["heads"]] for layer in layers]
-    for x, heads in zip(depth, values):
-        label = "a head" if x == depth[0] else None
-        ax.scatter([x] * len(heads), heads, s=18, color=COLOURS[0], alpha=0.7, label=label)
-    ax.plot(depth, [np.mean(heads) for heads in values], color=COLOURS[1], label="mean over heads")
-    ax.axhline(entropy(uniform(T)), color=GREY, linestyle="--", linewidth=1,
-               label=f"even attention over {T} tokens")
-    ax.set(xlabel="layer", ylabel="entropy, bits a row", xticks=depth, ylim=(0, None))
+    for layer, heads in zip(layers, values):
+        ax.scatter([layer["layer"]] * len(heads), heads, s=18, color=ink(layer), alpha=0.7)
+    ax.plot(depth, [np.mean(heads) for heads in values], color=GREY, linewidth=1)
+    even = entropy(uniform(T))
+    ax.axhline(even, color=GREY, linestyle="--", linewidth=1)
+    ax.annotate(f"even attention over {T} tokens", (0.99, even), (0, -3), fontsize=7, ha="right",
+                va="top", xycoords=("axes fraction", "data"), textcoords="offset points")
+    ax.set(xticks=depth, ylim=(0, max(even, *map(max, values)) * 1.05))
+    ax.set_xlabel("layer", fontsize=9)
+    ax.set_ylabel("entropy, bits a row; a point a head, line: their mean", fontsize=8)
     ax.set_xticklabels([f"{layer['layer']}\n{layer['mixer']}" for layer in layers])
-    ax.legend(fontsize=7, frameon=False)
     return figure
 
 
@@ -237,24 +247,22 @@ def tick_label(token):
 
 def ssa_temperatures(layers, tokens):
     n = min(len(tokens), TAU_TOKENS)
-    figure, axes = panels(len(layers), 1, (0.19 * n, 1.25), sharex=True, sharey=True)
+    figure, axes = panels(len(layers), 1, (WIDTH - 1.2, 1.25), sharex=True, sharey=True)
+    labels = [tick_label(token) for token in tokens[:n]]
+    rotation = 90 if max(map(len, labels)) > 1 else 0
+    axes[-1, 0].set_xticks(range(n), labels, rotation=rotation, fontsize=8, fontfamily="monospace")
+    figure.supylabel("SSA's temperature $\\tau$, which multiplies", fontsize=8)
     for layer, ax in zip(layers, axes[:, 0]):
+        ends = {}
         for colour, (name, heads) in zip(COLOURS, layer["ssa_temperature"].items()):
-            what = {"q": "queries", "k": "keys", "v": "values"}[name]
-            for h, tau in enumerate(heads):
-                ax.plot(tau[:n], "o-", markersize=2.5, linewidth=1, color=colour,
-                        label=what if h == 0 else None)
+            for tau in heads:
+                ax.plot(tau[:n], "o-", markersize=2.5, linewidth=1, color=colour)
+            ends[{"q": "queries", "k": "keys", "v": "values"}[name]] = n - 1, tau[n - 1], colour
         ax.axhline(1, color=GREY, linestyle="--", linewidth=1)
         ax.set_ylabel(f"layer {layer['layer']}", fontsize=8)
         ax.grid(axis="x", color="0.92")
         ax.margins(x=0.01)
-    axes[0, 0].legend(fontsize=7, frameon=False, ncols=3)
-    labels = [tick_label(token) for token in tokens[:n]]
-    rotation = 90 if max(map(len, tokens)) > 1 else 0
-    axes[-1, 0].set_xticks(range(n), labels, rotation=rotation, fontsize=8,
-                           fontfamily="monospace")
-    figure.supylabel("SSA's temperature $\\tau$, which multiplies queries, keys or values",
-                     fontsize=8)
+        label_ends(ax, ends)
     return figure
 
 
@@ -265,10 +273,12 @@ def half_life_histograms(layers, T):
     edges = np.geomspace(low / 1.5, high * 1.5, 30)
     for layer, ax in zip(layers, axes[0]):
         values = np.ravel(layer["half_lives"]).clip(0.1, LONGEST)
-        ax.hist(values, edges, weights=np.full(len(values), 1 / len(values)), color=COLOURS[0])
+        ax.hist(values, edges, weights=np.full(len(values), 1 / len(values)), color=ink(layer))
         ax.axvline(T, color=GREY, linestyle="--", linewidth=1)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         ax.xaxis.set_major_formatter(PLAIN)
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.set_title(title(layer), fontsize=9)
     figure.supxlabel("half-life of a channel, tokens; dashed: the text's length", fontsize=9)
     figure.supylabel("share of channels", fontsize=9)
@@ -283,9 +293,10 @@ def gate_histograms(layers):
             if name not in layer["gates"]:
                 ax.set_axis_off()
                 continue
+            ax.tick_params(labelbottom=True)  # the panel below may be none
             shares = layer["gates"][name]["histogram"]
             edges = np.linspace(0, 1, len(shares) + 1)
-            ax.stairs(shares, edges, fill=True, color=COLOURS[0])
+            ax.stairs(shares, edges, fill=True, color=ink(layer))
             ax.set_title(f"{title(layer)}, {name}", fontsize=8)
     figure.supxlabel("value of the gate", fontsize=9)
     figure.supylabel("share of tokens and channels", fontsize=9)

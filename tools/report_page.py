@@ -194,12 +194,14 @@ def select(name, label, choices):
 
 
 def chips(sections):
-    """A button for each arm of the page; a click shows those that were clicked alone."""
+    """A button for each arm of the page, black if it is the baseline of all that it is in; a click
+    shows those that were clicked alone."""
     metas = {}
     for section in sections:
         traces = [trace for figure in section.figures for trace in figure["traces"]]
         for one in [*traces, *(section.curves or {}).get("arms", [])]:
-            metas.setdefault(one["meta"]["label"], one["meta"]["colour"])
+            label, colour = one["meta"]["label"], one["meta"]["colour"]
+            metas[label] = metas.get(label) or colour
     buttons = []
     for label in sorted(metas):
         colour = metas[label] or "var(--ink)"

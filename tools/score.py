@@ -13,8 +13,11 @@ folder holds
 
 Each is {"loss": nats per target, "bpb": bits per byte or null, "accuracy": share of right answers
 or null}. Beside them stand, of a text's report, "by_position", the loss in nats at each of the T
-positions of the windows, and "by_block", that of each of its blocks of about 2,000 bytes, all of
-as many windows (or one more); of a recall task "by_cell", the report's accuracy per difficulty;
+positions of the windows, and "by_block", that of each of its blocks: of one author each, "authors"
+in the same order, where the data set names them, otherwise of about 2,000 bytes, all of as many
+windows (or one more), and "authors" null, and "beyond", the losses in windows of 4 T tokens, of
+each quarter of their positions, the first of which was trained on (null for learned positions, that
+end at T); of a recall task "by_cell", the report's accuracy per difficulty;
 "iter" and "vocab_size" of the model; "weights", the checksum of what was scored; and
 "first_losses", which tell what code trained it (see tools/numerics.py), or null.
 
@@ -40,6 +43,7 @@ from base.files import exists, read_json, write_json
 from base.options import checked, option
 from config import Options
 from data import load_dataset
+from data.dataset import window_starts
 from mixers import load_mixer_file
 from tools.numerics import first_losses
 from training import checkpoint
@@ -50,6 +54,7 @@ from training.run_folder import check_data
 LOGITS_AT_ONCE = 2**24  # of a forward pass; more is no faster and needs memory
 BLOCK_BYTES = 2000      # of text in a block
 STRIDE = 4              # tokens between the windows whose last positions are scored
+LONGER = 4              # times the length of the training, for what goes on beyond it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -97,6 +102,8 @@ class Scores(Lenient):
     report: Optional[Part]
     by_position: Optional[Annotated[list[Optional[Measured]], Field(min_length=1)]]
     by_block: Optional[Annotated[list[Measured], Field(min_length=1)]] = None
+    authors: Optional[list[Annotated[str, Field(max_length=200)]]] = None
+    beyond: Optional[Annotated[list[Measured], Field(min_length=LONGER)]] = None
     by_cell: Optional[dict[str, Optional[Measured]]]
     first_losses: Optional[list[Measured]] = None
     diverged: bool = False
@@ -266,6 +273,43 @@ def block_losses(losses, T, bytes_per_token):
     return [float(block.mean()) for block in np.array_split(losses, blocks)]
 
 
+def author_losses(losses, data, T, max_tokens):
+    """{author: mean loss in nats} of the validation windows whose middle is theirs; None where the
+    authors are not known."""
+    starts, _ = window_starts(len(data.val), T, max_tokens)
+    authors = data.val_authors(starts + T // 2)
+    if authors is None:
+        return None
+    by_author = {}
+    for author, loss in zip(authors, losses):
+        by_author.setdefault(author, []).append(loss)
+    return {author: float(np.mean(of_one)) for author, of_one in by_author.items()}
+
+
+def losses_beyond(data, options, logits_of):
+    """The losses, in nats, in each of the LONGER equal stretches of validation windows as many
+    times as long as those that were trained on; None if the model's positions or the text do not
+    reach so far."""
+    T = LONGER * options.block_size
+    if options.pos == "learned" or len(data.val) <= T:
+        return None
+    sums = Sums(T)
+    rows = max(1, LOGITS_AT_ONCE // (T * data.vocab_size))
+    for x, y in data.val_batches(T, rows, options.eval_tokens):
+        if x.size(1) == T:
+            losses = token_losses(logits_of(x), y)
+            sums.add(losses, torch.zeros_like(losses), torch.ones_like(losses))
+    return (sums.loss / sums.targets).view(LONGER, -1).mean(1).tolist()
+
+
+def token_losses(logits, y):
+    """The loss in nats (B, T) of logits (B, T, V); 0 where y is -1."""
+    y = y.to(logits.device)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(),
+                             ignore_index=-1, reduction="none")
+    return losses.view_as(y)
+
+
 def longest_row(data, options):
     """The most positions that a batch of the data may have."""
     if data.bytes_per_token is not None:
@@ -317,9 +361,8 @@ def measured(data, options, logits_of):
     windows = []  # mean loss of each, of a text
     for part, x, y, cell in batches(data, options):
         logits = logits_of(x)
+        losses = token_losses(logits, y)
         y = y.to(logits.device)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(),
-                                 ignore_index=-1, reduction="none").view_as(y)
         values = losses, logits.argmax(-1) == y, y != -1
         sums.setdefault(part, Sums(T)).add(*values)
         if is_text and x.size(1) == T:  # what is left over at the end makes no window
@@ -334,6 +377,8 @@ def measured(data, options, logits_of):
         "report": parts.get("report"),
         "by_position": None,
         "by_block": None,
+        "authors": None,
+        "beyond": None,
         "by_cell": None,
         "first_losses": first_losses(options),
     }
@@ -342,6 +387,11 @@ def measured(data, options, logits_of):
     elif result["report"]:
         result["by_position"] = sums["report"].by_position()
         result["by_block"] = block_losses(windows, T, data.bytes_per_token)
+        by_author = author_losses(windows, data, T, options.eval_tokens)
+        if by_author:
+            result["by_block"] = list(by_author.values())
+            result["authors"] = list(by_author)
+        result["beyond"] = losses_beyond(data, options, logits_of)
     return result
 
 

@@ -17,7 +17,9 @@ run with all threads does. Once a run is scored, its checkpoints go, unless --ke
 --tune gives each mixer the values whose run ends with the lowest loss on data that are not reported
 on (see tools/score.py): all begin with the same values, and where the best is at the edge of them
 the search goes on beyond it. Those runs have seed 0 and are not compared themselves: one that was
-chosen for being low is too low. The seeds 1, 2, ... then run with these values alone. sweep.json
+chosen for being low is too low. Where an arm does well with some seeds only, one tells little:
+--tune_seeds=3 runs the best two values with two further seeds, and the mean of three decides. The
+seeds 1, 2, ... then run with the chosen values alone. sweep.json
 holds the choice and names the runs to compare, also while the sweep goes on. Those of an earlier
 sweep in the same folder stay in it, unless their mixer now has other values.
 
@@ -56,6 +58,9 @@ class SweepOptions(Options):
     tune: Optional[str] = option(
         None, "options to tune for each mixer, with the values to begin with: "
         "\"learning_rate=1e-3,2e-3,4e-3 dropout=0,0.1\" [default: the config's own]")
+    tune_seeds: int = option(
+        1, "seeds to tune by: with more, those of the best two values decide by their mean",
+        ge=1, le=100)
     seeds: int = option(3, "runs of each mixer, with the seeds 1, 2, ...", ge=1, le=1000)
     match: Optional[Literal["params", "flops"]] = option(
         None, "give all mixers as many parameters, or FLOPs per token, as the baseline")
@@ -93,6 +98,8 @@ def check_options(options, given):
     for name in NOT_OF_A_SWEEP:
         if name in given:
             raise BadInput(f"--{name} is of one run; {NOT_OF_A_SWEEP[name]}")
+    if "tune_seeds" in given and not options.tune:
+        raise BadInput("--tune_seeds is for --tune; leave it out")
     if "cluster_options" in given and not options.cluster:
         raise BadInput("--cluster_options is for --cluster; leave it out")
     if "at_once" in given and options.cluster:
@@ -175,7 +182,7 @@ def main():
     experiment = Experiment(
         folder, config_file, common_options(options, given), arms_of(options, mixers),
         grids_in(options.tune or ""), options.at_once, executor, options.max_hours,
-        options.keep_checkpoints)
+        options.keep_checkpoints, options.tune_seeds)
     read_sweep_file(folder)  # were it damaged, nothing should be trained first
     seeds = list(range(1, options.seeds + 1))
     cost = experiment.cost(seeds)
@@ -191,7 +198,8 @@ def main():
     records = experiment.run(chosen, seeds)
     for name, error in experiment.failed.items():
         print(f"failed: {name}: {error}")
-    print(f"{len(records)} runs to compare: python -m tools.compare {folder}")
+    too = " --wandb_log" if options.wandb_log else ""  # or the verdicts would not be in wandb
+    print(f"{len(records)} runs to compare: python -m tools.compare {folder}{too}")
     if options.wandb_log and any(folder.glob("*/wandb/offline-run-*")):
         print(f"wandb: to upload all that is offline here: {sync_command(folder)}")
     sys.exit(1 if experiment.failed else 0)

@@ -30,13 +30,14 @@ from base.files import exists, read_json, writing
 from config import Options, filled_in
 from tools.records import holds_run
 from tools.score import read_scores
+from tools.sweep_watch import Watch
 from training.checkpoint import remove_all
 from training.run_folder import OF_ONE_COMMAND, open_plainly, read_options, weights_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 # options that change neither what is trained nor how, but for rounding
-ASIDE = {"out_dir", "device", "threads", "eval_interval", "keep_last", "log_interval",
-         "wandb_log", "wandb_project", "wandb_run_name", *OF_ONE_COMMAND}
+ASIDE = {"out_dir", "device", "threads", "checkpoint_activations", "eval_interval", "keep_last",
+         "log_interval", "wandb_log", "wandb_project", "wandb_run_name", *OF_ONE_COMMAND}
 OF_SCORING = ("--mixer_file=", "--device=", "--wandb_log=", "--wandb_project=")
 IN_USE = "in use by another process"  # what train_and_score returns then
 DIVERGED = re.compile(r"step \d+: .* is not finite")  # how train.py ends then
@@ -277,13 +278,13 @@ def cluster(name, folder, settings):
     return executor
 
 
-def carry_out(runs, at_once=1, executor=None, group=None, until=math.inf):
+def carry_out(runs, at_once=1, executor=None, group=None, until=math.inf, watch=None):
     """Yields (run, error or None) as they end. executor: a cluster's, which gets all of them at
     once; otherwise at_once run here at a time, with a thread each if that is more than one. A run
     in use by another process is waited for, after the others. From `until` on, a time.monotonic(),
     none is started. A signal stops all of them, with a checkpoint each, and raises
-    KeyboardInterrupt."""
-    waiting = list(runs)
+    KeyboardInterrupt. watch: the Watch that shows how far they are, on a terminal."""
+    waiting, watch = list(runs), watch or Watch()
     slots = len(waiting) if executor else at_once
     # more threads than cores would wait for each other
     threads = 1 if at_once > 1 and not executor else None
@@ -293,7 +294,7 @@ def carry_out(runs, at_once=1, executor=None, group=None, until=math.inf):
         while waiting or jobs:
             if time.monotonic() >= until:
                 waiting.clear()
-            for run in startable(waiting, slots - len(jobs), told):
+            for run in startable(waiting, slots - len(jobs), told, watch):
                 waiting.remove(run)
                 jobs[run] = submit(pool, run, threads, group)
             for run in [run for run, job in jobs.items() if job.done()]:
@@ -301,11 +302,15 @@ def carry_out(runs, at_once=1, executor=None, group=None, until=math.inf):
                 if error == IN_USE:
                     waiting.append(run)
                 else:
+                    watch.clear()
                     yield run, error
             if waiting or jobs:
+                watch.show(list(jobs), len(waiting), slots)
                 time.sleep(0.1 if jobs else 1)
     except BaseException:  # Ctrl-C, say
         stopping.set()
+        if jobs:
+            watch.say("stopping: what runs saves a checkpoint; the same command goes on")
         for job in jobs.values():
             job.cancel()
         raise
@@ -314,7 +319,7 @@ def carry_out(runs, at_once=1, executor=None, group=None, until=math.inf):
             pool.shutdown(cancel_futures=True)  # returns when the last one has saved
 
 
-def startable(waiting, at_most, told):
+def startable(waiting, at_most, told, watch):
     """The first at_most of the waiting runs that no other process is at; of those that one is at,
     a line each, unless they are among `told`."""
     found = []
@@ -324,7 +329,7 @@ def startable(waiting, at_most, told):
         if not is_in_use(run):
             found.append(run)
         elif run not in told:
-            print(f"{run.folder} is {IN_USE}: waiting for it, the others go first", flush=True)
+            watch.say(f"{run.folder} is {IN_USE}: waiting for it, the others go first")
             told.add(run)
     return found
 

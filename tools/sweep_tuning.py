@@ -2,11 +2,14 @@
 
 All arms begin with the same grid. Where the best value is the smallest or the largest that was
 tried, the grid is extended beyond it by its own factor of growth, until the best one has worse
-neighbours on both sides.
+neighbours on both sides. With one seed each, chance chooses between values that are nearly as good,
+or do well with some seeds alone. With more, a value is as good as its mean over the seeds it was
+tried with, and the search ends when the best two were tried with all of them.
 """
 import itertools
 import math
 from dataclasses import fields
+from statistics import mean
 
 from pydantic import ValidationError
 
@@ -17,8 +20,19 @@ from tools.sweep_runs import ASIDE
 
 MOST_EXTENSIONS = 4  # on each side of an option's grid
 MOST_POINTS = 1000   # of all grids together
+FINALISTS = 2        # values that further seeds decide between
+LATER_SEEDS = 10**6  # seeds to tune by are 0, and from here on
 DIVERGED = 1e30      # the loss in a search: an even guess may be better than a poor model
 NOT_TUNABLE = ASIDE | {"mixer", "seed", "dataset", "holdout", "eval_tokens", "allow_leak"}
+
+
+def tuning_seeds(count):
+    """So many seeds to tune by, which are never reported."""
+    return [0, *range(LATER_SEEDS, LATER_SEEDS + count - 1)]
+
+
+def is_tuning_seed(seed):
+    return seed == 0 or seed >= LATER_SEEDS
 
 
 # Grids --------------------------------------------------------------------------------------------
@@ -103,21 +117,33 @@ def in_name(value):
 class Search:
     """The search of one arm. A point is one value for each option, in the grids' order."""
 
-    def __init__(self, grids):
+    def __init__(self, grids, seeds=1):
         self.grids = grids  # as checked_grids returns them
-        self.losses = {}    # point -> loss; infinite where the run has failed
+        self.seeds = seeds  # how many there are to tune by
+        self.losses = {}    # point -> [loss with each seed so far]; infinite where a run has failed
 
     def wanted(self):
-        """The points to try next, a list; empty once the search is over."""
+        """[(point, number of the seed)] to try next; empty once the search is over."""
         points = [p for p in itertools.product(*self.grids.values()) if p not in self.losses]
-        return points or [point for _, point in self.beyond()]
+        points = points or [point for _, point in self.beyond()]
+        if points:
+            return [(point, 0) for point in points]
+        finite = [point for point in self.losses if math.isfinite(self.loss(point))]
+        if len(finite) < 2:
+            return []  # nothing is to be decided
+        return [(point, number) for point in sorted(finite, key=self.loss)[:FINALISTS]
+                for number in range(len(self.losses[point]), self.seeds)]
+
+    def loss(self, point):
+        """The mean over the seeds that it was tried with."""
+        return mean(self.losses[point])
 
     def best(self):
         """The point with the lowest loss, the first of several; None if no run was finished."""
         if not self.losses:
             return None
-        point = min(self.losses, key=self.losses.get)
-        return point if math.isfinite(self.losses[point]) else None
+        point = min(self.losses, key=self.loss)
+        return point if math.isfinite(self.loss(point)) else None
 
     def values(self, point):
         """{option: value} of a point."""
@@ -167,13 +193,24 @@ class Search:
 
     def choice(self):
         """The line that says why the best point is chosen."""
-        tried = []
-        for point in sorted(self.losses, key=numbers):
-            loss = {DIVERGED: "diverged", math.inf: "failed"}.get(self.losses[point])
-            tried.append(f"{' '.join(map(in_name, point))}: {loss or f'{self.losses[point]:.4f}'}")
+        words = in_words({point: losses[0] for point, losses in self.losses.items()})
+        again = {p: self.loss(p) for p, losses in self.losses.items() if len(losses) > 1}
+        if again:
+            words += f"; mean of {self.seeds} seeds {in_words(again)}"
         best = [f"{option} {in_name(value)}" for option, value in self.values(self.best()).items()]
         edge = " - the edge of what was tried" if self.edges() else ""
-        return f"{', '.join(tried)} -> {', '.join(best)}{edge}"
+        return f"{words} -> {', '.join(best)}{edge}"
+
+
+def in_words(losses):
+    """0.001: 1.6120, 0.002: diverged of {point: loss}."""
+    words = []
+    for point in sorted(losses, key=numbers):
+        shown = f"{losses[point]:.4f}"
+        if losses[point] > 1e20:  # the mean of seeds of which one diverged, too
+            shown = "failed" if math.isinf(losses[point]) else "diverged"
+        words.append(f"{' '.join(map(in_name, point))}: {shown}")
+    return ", ".join(words)
 
 
 def next_value(grid, value, above):

@@ -120,8 +120,12 @@ def can_pack(linear):
 
 @torch.no_grad()
 def ready_to_decode(model, dtype):
-    """The model with the weights of its products held in dtype, which autocast would cast for every
-    token anew. It can no longer be trained or saved; embeddings, norms and statistics stay."""
+    """The model with what it would form anew for every token held ready: the weights of its
+    products in dtype, to which autocast would cast them, and what a mixer has of its own. It can no
+    longer be trained or saved; embeddings, norms and statistics stay."""
+    for mixer in model.mixers():
+        if hasattr(mixer, "ready_to_decode"):
+            mixer.ready_to_decode()
     if dtype == torch.float32:
         return model
     pack = dtype == torch.bfloat16 and model.head.weight.device.type == "cpu"

@@ -5,6 +5,7 @@ One JSON object (`Row`) per log line and per evaluation, absent values null.
 import hashlib
 import json
 import os
+import re
 import shlex
 import socket
 from pathlib import Path
@@ -136,9 +137,18 @@ def sync_command(folder):
     return f"wandb sync {shlex.quote(str(folder))}/*/wandb/offline-run-*"
 
 
-def start_wandb(project, name, folder, **more):
+def wandb_id_of(folder):
+    """The id of the wandb run that a run's folder has, as its file is named, or None."""
+    for path in sorted(Path(folder).glob("wandb/*run-*/run-*.wandb")):
+        if found := re.fullmatch(r"run-(\w{1,64})\.wandb", path.name, re.ASCII):
+            return found[1]
+    return None
+
+
+def start_wandb(project, name, folder, say=True, **more):
     """A wandb run that keeps its files in `folder`; without an account or a network an offline
-    one, and one line that says so. BadInput for what wandb does not accept."""
+    one, and one line that says so unless `say` is False. BadInput for what wandb does not
+    accept."""
     import wandb  # takes half a second: only for those who ask
     try:
         settings = wandb.Settings(silent=True, init_timeout=20)
@@ -154,7 +164,7 @@ def start_wandb(project, name, folder, **more):
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"wandb cannot start: {reason}; "
                        "leave out --wandb_log, or mend its settings") from error
-    if run.offline:
+    if run.offline and say:
         print(f"wandb: offline, {why}; to upload later: "
               f"wandb sync {shlex.quote(str(Path(run.dir).parent))}", flush=True)
     return run

@@ -6,6 +6,7 @@ import sys
 import torch
 
 from base.errors import printable
+from base.terminal import wrapped
 from data.tokenizer import read_prompt
 from mixers import layer_mixers
 
@@ -23,7 +24,7 @@ def describe(options, model, data, machine):
     if machine.world.size > 1:
         where += f", {machine.world.size} processes ({options.parallel})"
     print(f"{options.out_dir}: {options.mixer}, {options.arch}, on {where}, {options.dtype}")
-    print(f"data       {data.name}: {data.size()}, vocabulary {data.vocab_size:,}")
+    print(wrapped(f"data       {data.name}: {data.size()}, vocabulary {data.vocab_size:,}"))
     for group, count in groups.items():
         print(f"{group:10} {count:>12,} parameters {100 * count / total:5.1f} %")
     print(f"{'all':10} {total:>12,} parameters")
@@ -31,12 +32,13 @@ def describe(options, model, data, machine):
     flops, state = costs["flops_per_token"], costs["state_bytes"]
     flops = "n/a" if flops is None else f"{flops:,.0f} forward FLOPs"
     state = "n/a" if state is None else f"{state:,.0f} bytes"
-    print(f"cost       {flops} per token of {T}, a multiply-add being 2; "
-          f"{state} of state after {T} tokens", flush=True)
+    print(wrapped(f"cost       {flops} per token of {T}, a multiply-add being 2; "
+                  f"{state} of state after {T} tokens"), flush=True)
     if 0 < options.max_iters <= options.warmup_iters and not options.eval_only:
-        print(f"warning    the warm-up outlasts the run: of {options.max_iters:,} steps "
-              f"{options.warmup_iters:,} raise the learning rate, it never gets to "
-              f"{options.learning_rate:g}; lower --warmup_iters", flush=True)
+        print(wrapped(
+            f"warning    the warm-up outlasts the run: of {options.max_iters:,} steps "
+            f"{options.warmup_iters:,} raise the learning rate, it never gets to "
+            f"{options.learning_rate:g}; lower --warmup_iters"), flush=True)
 
 
 def costs_of(options, model):

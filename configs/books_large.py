@@ -1,0 +1,16 @@
+"""Victorian books, the largest of three sizes: 2.7M parameters, and one epoch.
+
+    python train.py configs/books_large.py --mixer=gated_deltanet
+
+2.7M parameters (and 0.8M in the vocabulary). 20 tokens for each would be 53M, more than the
+training authors have: this reads 36M, 14 for each. Not run by us yet.
+"""
+from configs.books import *
+
+n_layer = 6
+n_head = 6
+n_embd = 192       # 32 channels a head
+max_iters = 8800
+warmup_iters = 440
+eval_interval = 1760
+log_interval = 176

@@ -1,0 +1,97 @@
+"""tools.ladder: the compute that a baseline needs for an arm's loss, over two sizes."""
+import sys
+
+import pytest
+from test_compare import made_up
+
+from base.errors import BadInput
+from tools import ladder, records
+
+SMALL, LARGE = (1e12, 2.0), (16e12, 1.6)  # FLOPs and loss of the baseline
+
+
+@pytest.mark.parametrize("loss, compute, expected", [
+    (2.0, 1e12, (1.0, "")), (1.6, 16e12, (1.0, "")),
+    (1.8, 4e12, (1.0, "")),    # half way in the logarithm
+    (1.8, 2e12, (2.0, "")), (1.9, 1e12, (2.0, "")),
+    (2.1, 1e12, (1.0, "<")),   # more than what the baseline needs for less
+    (1.5, 8e12, (2.0, ">"))])  # it has not got there
+def test_the_multiplier(loss, compute, expected):
+    value, sign = ladder.multiplier(loss, compute, [SMALL, LARGE])
+    assert (pytest.approx(value), sign) == expected
+
+
+def write(folder, losses, flops, seconds, n_embd, **options):
+    """Runs of three seeds for each arm, {mixer: loss}; seed by seed the same difference."""
+    some = []
+    for mixer, loss in losses.items():
+        for seed in (1, 2, 3):
+            blocks = [loss + seed / 1000 + (block == seed) / 5000 for block in range(6)]
+            record = made_up(mixer, seed, blocks, n_embd=n_embd, **options)
+            record.metrics = [row | {"flops": flops[mixer], "seconds": seconds}
+                              for row in record.metrics]
+            some.append(record)
+    records.write_records(folder, some)
+    return str(folder)
+
+
+def printed(capsys, monkeypatch, *names):
+    monkeypatch.setattr(sys, "argv", ["ladder", *names, "--device=cpu"])
+    ladder.main.__wrapped__()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    return {(row[0], row[1]): row for row in rows if len(row) == 8}, rows
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    small = write(tmp_path / "small", {"softmax": 2.0, "lln": 1.9, "pelican": 2.3},
+                  {"softmax": 1e15, "lln": 1e15, "pelican": 5e14}, 10.0, 8)
+    large = write(tmp_path / "large", {"softmax": 1.6, "lln": 1.7},
+                  {"softmax": 16e15, "lln": 4e15}, 40.0, 16)
+    return small, large
+
+
+def test_the_table(sizes, capsys, monkeypatch):
+    table, rows = printed(capsys, monkeypatch, *reversed(sizes))  # the order of names is no matter
+    [small, large] = sorted({size for size, arm in table if arm == "softmax"},
+                            key=lambda size: int(size.replace(",", "")))
+    assert table[small, "softmax"][4:6] == ["1.000", "1.00"]
+    assert table[small, "lln"][5].startswith("2.00 [")
+    # 1.7 is three quarters of the way from 1e15 to 16e15: 8e15, for which lln took 4e15
+    assert table[large, "lln"][5].startswith("2.00 [")
+    [pelican] = [row for (_, arm), row in table.items() if arm == "pelican"]
+    assert pelican[5] == "<2.00 [<2.00, <2.00]"
+    assert table[small, "lln"][7].startswith(f"{4**0.25:.2f} [")  # seconds: 10 to 40
+    low, high = table[small, "lln"][5].removeprefix("2.00 [").removesuffix("]").split(", ")
+    assert float(low) <= 2 <= float(high)
+    assert [row[0] for row in rows[-2:]] == [
+        f"by loss at {small} parameters: lln, softmax, pelican",
+        f"by loss at {large} parameters: softmax, lln"]
+
+
+def test_parameters_are_without_vocabulary_and_positions(sizes):
+    [record] = [record for record in records.read_records(sizes[0])
+                if record.config["mixer"] == "pelican" and record.config["seed"] == 1]
+    more = {**record.config, "block_size": 2 * record.config["block_size"]}
+    same = records.Record(record.name, record.source, more, [], record.scores | {"vocab_size": 99})
+    assert ladder.parameters_of(record) == ladder.parameters_of(same) > 0
+
+
+def test_a_baseline_that_does_not_gain_by_its_size_says_nothing(tmp_path, capsys, monkeypatch):
+    flops = {"softmax": 1e15, "lln": 1e15}
+    small = write(tmp_path / "a", {"softmax": 2.0, "lln": 1.9}, flops, 1, 8)
+    more = {"softmax": 9e15, "lln": 9e15}
+    large = write(tmp_path / "b", {"softmax": 2.1, "lln": 1.7}, more, 2, 16)
+    table, _ = printed(capsys, monkeypatch, small, large)
+    assert {row[5] for key, row in table.items() if key[1] != "arm" and key[1] != "---"} == {"n/a"}
+
+
+def test_what_cannot_be_a_ladder_is_refused(sizes, tmp_path, capsys, monkeypatch):
+    with pytest.raises(BadInput, match="a folder for each of two sizes"):
+        printed(capsys, monkeypatch, sizes[0])
+    other = write(tmp_path / "c", {"softmax": 1.5}, {"softmax": 1e15}, 1, 16, block_size=32)
+    with pytest.raises(BadInput, match="differ in block_size"):
+        printed(capsys, monkeypatch, sizes[0], other)
+    only = write(tmp_path / "d", {"lln": 1.5}, {"lln": 1e15}, 1, 16)
+    with pytest.raises(BadInput, match="other baselines: softmax, lln"):
+        printed(capsys, monkeypatch, sizes[0], only)

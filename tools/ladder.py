@@ -1,0 +1,164 @@
+"""What compute each arm needs for its loss, against a baseline, over several sizes of a model.
+
+Run: python -m tools.ladder results/claims/books_small results/claims/books_medium
+
+One folder a size: a sweep, a claim or their records. For every size, the arms by their loss, with
+
+    multiplier    the compute with which the baseline reaches an arm's loss, over the arm's own:
+                  above 1 the arm is the cheaper way to that loss
+
+once in FLOPs of training, by each mixer's own formula, and once in seconds, as the machine took
+them. The baseline's loss is interpolated between neighbouring sizes, over the logarithm of its
+compute. It is not continued beyond them: what it has not reached gives a bound (> or <). The
+interval is that of the arm's difference from the baseline at its size (see verdicts.py), carried
+over to the compute; the baseline's own losses are taken as they are. Two or three sizes support no
+law, so none is fitted.
+"""
+import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
+import math
+import sys
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Optional
+
+import numpy as np
+
+from base.command_line import paths_and_options
+from base.errors import BadInput, exit_on_bad_input, printable
+from base.options import checked, option
+from tools.compare import baseline_of, records_to_compare
+from tools.compare_arms import arms_of, check_alike, judge_arms, unequal_options
+from tools.compare_table import build, model_config_of
+from tools.verdicts import MARGIN_BPB, in_words, margin_in_nats
+from training.device import choose_device
+
+
+@checked
+class LadderOptions:
+    baseline: Optional[str] = option(
+        None, "the arm that the others are compared with [default: softmax, or the first]")
+    device: str = option(
+        "auto", "cpu, cuda, cuda:1, mps, or auto, for runs that are not yet scored")
+
+
+@dataclass
+class Rung:
+    """An arm at one size."""
+    label: str
+    parameters: int  # without embeddings
+    loss: float      # nats per target, mean over the seeds
+    low: Optional[float]   # the loss if the difference from the baseline were at the lower end
+    high: Optional[float]
+    words: str       # of its verdict
+    flops: Optional[float]  # of training, the mean
+    seconds: float   # of training and evaluation, the median
+
+
+def rungs_of(name, options):
+    """The Rungs at one size, the baseline first, then by loss. BadInput if there are none."""
+    records = records_to_compare([name], choose_device(options.device))
+    arms = arms_of(records)
+    baseline = baseline_of(options, arms)
+    steady = next(arm.steady for arm in arms if arm.label == baseline)
+    verdicts = judge_arms(arms, baseline, margin_in_nats(MARGIN_BPB, steady.scores))
+    at = {arm.label: mean(arm.reported("loss")) for arm in arms}
+    rungs = []
+    for arm in arms:
+        verdict = verdicts[arm.label]
+        ends = verdict.difference_low, verdict.difference_high
+        off = at[arm.label] - verdict.difference  # each block of text may be counted alike
+        low, high = (None if end is None else off + end for end in ends)
+        flops = [record.metrics[-1].get("flops") for record in arm.records if record.metrics]
+        rungs.append(Rung(
+            arm.label, parameters_of(arm.steady), at[arm.label], low, high, in_words(verdict),
+            None if None in flops or not flops else mean(flops),
+            median(record.seconds() for record in arm.records)))
+    rungs.sort(key=lambda rung: (rung.label != baseline, rung.loss))
+    return rungs, records
+
+
+def parameters_of(record):
+    """A model's parameters but for those of its vocabulary and positions."""
+    model = build(model_config_of(record), record)
+    apart = [module for module in (model.embed, model.pos_embed, model.head) if module is not None]
+    left_out = {id(p) for module in apart for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
+
+
+# The multiplier -------------------------------------------------------------------------------
+
+def multiplier(loss, compute, baseline):
+    """(the multiplier of an arm of that loss and compute, its sign: "", or "<" or ">" where it is a
+    bound). baseline: [(compute, loss)] of its sizes, the loss falling from each to the next."""
+    computes, losses = zip(*baseline)
+    if loss > losses[0]:
+        return computes[0] / compute, "<"
+    if loss < losses[-1]:
+        return computes[-1] / compute, ">"
+    needed = np.interp(-loss, np.negative(losses), np.log(computes))
+    return math.exp(needed) / compute, ""
+
+
+def falls(baseline):
+    """Whether more compute is a lower loss at each of the baseline's sizes, [(compute, loss)]."""
+    pairs = list(zip(baseline, baseline[1:]))
+    return bool(pairs) and all(one[0] < two[0] and one[1] > two[1] for one, two in pairs)
+
+
+def multiplier_in_words(rung, compute, baseline):
+    """With its interval: a higher loss is a smaller multiplier."""
+    if compute is None or not falls(baseline):
+        return "n/a"
+
+    def words(loss):
+        value, sign = multiplier(loss, compute, baseline)
+        return f"{sign}{value:.2f}"
+    if rung.low is None:
+        return words(rung.loss)
+    return f"{words(rung.loss)} [{words(rung.high)}, {words(rung.low)}]"
+
+
+def lines_of(ladder):
+    """The lines to print of [[Rung] of a size]."""
+    flops = [(rungs[0].flops, rungs[0].loss) for rungs in ladder if rungs[0].flops is not None]
+    seconds = [(rungs[0].seconds, rungs[0].loss) for rungs in ladder]
+    rows = [("parameters", "arm", "loss", "verdict", "PFLOP", "multiplier", "seconds",
+             "multiplier in time")]
+    for rungs in ladder:
+        for rung in rungs:
+            rows.append((
+                f"{rung.parameters:,}", printable(rung.label), f"{rung.loss:.4f}", rung.words,
+                "n/a" if rung.flops is None else f"{rung.flops / 1e15:.3f}",
+                multiplier_in_words(rung, rung.flops, flops), f"{rung.seconds:,.0f}",
+                multiplier_in_words(rung, rung.seconds, seconds)))
+    rule = ["---"] * len(rows[0])
+    lines = ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
+    lines.append("")
+    for rungs in ladder:
+        order = sorted(rungs, key=lambda rung: rung.loss)
+        lines.append(f"by loss at {rungs[0].parameters:,} parameters: "
+                     + ", ".join(printable(rung.label) for rung in order))
+    return lines
+
+
+@exit_on_bad_input("tools.ladder")
+def main():
+    names, options, _ = paths_and_options(LadderOptions, sys.argv[1:], __doc__.splitlines()[0])
+    if len(names) < 2:
+        raise BadInput("name a folder for each of two sizes or more: python -m tools.ladder "
+                       "results/claims/books_small results/claims/books_medium")
+    ladder, everything = [], []
+    for name in names:
+        rungs, records = rungs_of(name, options)
+        ladder.append(rungs)
+        everything += records
+    check_alike(everything, unequal_options(everything))
+    if len({rungs[0].label for rungs in ladder}) > 1:
+        raise BadInput("the sizes have other baselines: "
+                       f"{', '.join(rungs[0].label for rungs in ladder)}; choose one by --baseline")
+    ladder.sort(key=lambda rungs: rungs[0].parameters)
+    print("\n".join(lines_of(ladder)))
+
+
+if __name__ == "__main__":
+    main()
