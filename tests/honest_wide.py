@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from honest import Attention
+from honest import Attention, Convolution
 from planted import Honest
 
 from mixers import MIXERS
@@ -43,6 +43,14 @@ class Sigmoid(Attention):
     def weights(self, scores):
         n = scores.isfinite().sum(-1, keepdim=True)
         return torch.sigmoid(scores - n.to(scores.dtype).log())
+
+
+class NoBias(Convolution):
+    """A Fourier transform, by which zeros before other tokens are zeros but for rounding."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.proj.bias = None
 
 
 class StochasticFeatures(Honest):
@@ -336,6 +344,7 @@ HONEST_WIDE = {
     "top_keys": (TopKeys, "inputs lengths"),
     "hard": (Hard, "derivative inputs"),
     "sigmoid": (Sigmoid, "modes"),
+    "no_bias": (NoBias, "inputs"),
     "stochastic_features": (StochasticFeatures, "length batches"),
     "own_generator": (OwnGenerator, "repeat"),
     "experts_with_dropout": (ExpertsWithDropout, "rows suffix batches"),

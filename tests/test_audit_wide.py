@@ -11,6 +11,7 @@ from conftest import ROOT, TINY, metrics, run
 from honest import HONEST
 from honest_wide import HONEST_WIDE
 from planted import PLANTED, Honest
+from planted_rare import PLANTED_RARE
 from planted_wide import PLANTED_WIDE, Running
 from test_audit import CHECK_OF as FIRST
 from test_audit import make
@@ -18,12 +19,14 @@ from test_audit import make
 from mixers import MIXERS
 from tools import audit
 from tools.audit_around import used
+from tools.audit_leaks import causality
 from tools.audit_state import SPLITS, decode, split
 from tools.audit_subject import SKELETONS, named
-from tools.audit_wide import lengths, sizes
+from tools.audit_wide import FURTHER, lengths, sizes
 from training.leaks import find_leak
 
 WIDE_FILE = ROOT / "tests" / "planted_wide.py"
+FAULTS = PLANTED_WIDE | PLANTED_RARE
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def planted():
     """The faulty mixers and the honest ones are registered for the time of a test."""
     before = dict(MIXERS)
     MIXERS.update({name: mixer for name, (mixer, _) in (HONEST | PLANTED | HONEST_WIDE
-                                                        | PLANTED_WIDE).items()})
+                                                        | FAULTS).items()})
     MIXERS["running"] = Running
     yield
     MIXERS.clear()
@@ -39,7 +42,7 @@ def planted():
 
 
 def fewer_lengths(subject):
-    return lengths(subject, every=220, further=(288, 384, 512, 513, 608, 1100))
+    return lengths(subject, every=220, further=(288, 384, 512, 513, 608, 743, 1100))
 
 
 def fewer_sizes(subject):
@@ -47,14 +50,24 @@ def fewer_sizes(subject):
 
 
 def less_used(subject):
-    return used(subject, steps=101, calls=301)
+    return used(subject, steps=101, calls=301, steps_told=1001)
 
 
 def less_decoded(subject):
     return decode(subject, single=210, pieces=())
 
 
+def rough_chunks(subject):
+    return causality(subject, lengths=(66,), rough_lengths=(256,))
+
+
+def long_split(subject):
+    return split(subject, SPLITS[-1:])
+
+
 CHECK_OF = FIRST | {
+    "suffix": rough_chunks,
+    "split": long_split,
     "lengths": fewer_lengths,
     "inputs": audit.inputs,
     "batches": audit.batches,
@@ -74,6 +87,7 @@ CHECK_OF = FIRST | {
     "aside": audit.aside,
 }
 SLOW = {"lengths", "sizes", "used", "compiled", "process", "suffix"}  # half a second and more
+SLOW_FAULTS = {"by_length", "forgets_rows", "grows", "stale_weights", "with_weights"}
 
 
 def one_skeleton(name):
@@ -93,15 +107,15 @@ def failed(subject, names):
 
 def by_speed():
     found = []
-    for name, (_, checks) in PLANTED_WIDE.items():
-        slow = SLOW & set(checks.split())
+    for name, (_, checks) in FAULTS.items():
+        slow = SLOW & set(checks.split()) or name in SLOW_FAULTS
         found.append(pytest.param(name, marks=[pytest.mark.slow] if slow else []))
     return found
 
 
 @pytest.mark.parametrize("mixer", by_speed())
 def test_a_planted_fault_is_found_by_the_check_it_is_for(mixer, planted):
-    expected = PLANTED_WIDE[mixer][1].split()
+    expected = FAULTS[mixer][1].split()
     found = failed(one_skeleton(mixer), expected)
     assert set(expected) <= found.keys()
 
@@ -109,6 +123,11 @@ def test_a_planted_fault_is_found_by_the_check_it_is_for(mixer, planted):
 def test_every_wider_check_has_a_planted_fault():
     found = {check for _, checks in PLANTED_WIDE.values() for check in checks.split()}
     assert found >= CHECK_OF.keys() - FIRST.keys()
+
+
+@pytest.mark.parametrize("n", [2, 4, 8, 16, 32])
+def test_long_lengths_leave_every_remainder(n):
+    assert {T % n for T in FURTHER if T > 500} == set(range(n))
 
 
 @pytest.mark.parametrize("mixer", ["every_96", "in_the_module", "ring", "sign_flipped"])
@@ -228,5 +247,5 @@ def test_a_leak_that_opens_in_training_is_found_at_the_last_evaluation(train, pl
 def test_splits_cover_single_tokens_and_pieces(planted):
     """`running` is whole in any pieces, and its state is what goes on."""
     assert not failed(one_skeleton("running"), ["carried", "decode"])
-    [row] = split(one_skeleton("running"), SPLITS)
+    [row] = split(one_skeleton("running"), SPLITS[:-1])
     assert row.passed

@@ -20,7 +20,8 @@ The first questions, with --quick the only ones, take about ten seconds:
     forward   forward(x, state=None) returns (y, state), y shaped like x; if not, nothing else is
               asked
     repeat rows suffix gradient length huge
-              what no output may depend on, see training/leaks.py; the first four in every dtype
+              what no output may depend on, see training/leaks.py; the first four in every dtype,
+              where float16 is computed in it too
     split     a sequence in pieces of any lengths, down to single tokens, is the whole: outputs and
               gradients
     branch    stepping on from a state leaves the state as it was
@@ -33,22 +34,27 @@ The first questions, with --quick the only ones, take about ten seconds:
 and then:
 
     bfloat16  a bfloat16 model, float32 weights under autocast, and without, stay near float64
-    finite    no infinity, no NaN in outputs or gradients at inputs of 1,000 times the usual size
+    finite    no infinity, no NaN in outputs or gradients at inputs of 1,000 times the usual size,
+              and in 3,000 tokens of the usual size
     depth     gradient norms of the layers of a fresh model of 12, largest over smallest
     lengths   every length up to 300 and more up to 1,100: a beginning alone is as in the whole
     inputs    repeated and equal tokens, zeros, one-sided, tiny and large ones
-    batches   33 rows: none depends on another, alone or in another order each is the same
-    sizes     heads of 64 and 128 channels, other skeletons, each of 12 layers
-    modes     with and without gradients, in inference mode
+    batches   33 rows: none depends on another, alone or in another order each is the same, and
+              gradients are the sum of the rows'
+    sizes     heads of 64 and 128 channels, 384 channels, other skeletons, each of 12 layers
+    modes     with and without gradients, in inference mode; without norms too
     compiled  as torch.compile traces it
-    decode    700 single tokens, long pieces, 16 rows, in the precisions of training; the state's
-              size at each
-    carried   the state holds all that goes on: sequences in turn, another copy of the model
+    decode    700 single tokens, long pieces, one row and 16, in the precisions of training; the
+              state's size at each
+    carried   the state holds all that goes on: sequences in turn, another copy of the model, behind
+              a model of other weights
     derivative backward
-              gradients are the derivatives by differences; a second backward pass gives the same
+              gradients are the derivatives by differences; a second backward pass gives the same,
+              and one of larger gradients the same in proportion
     slopes    gradients in the precisions of training are near those of float64
-    used      the first questions after 220 steps of training and 1,000 calls
-    saved     a model of another seed that loads the checkpoint gives the same
+    used      the first questions after 220 steps of training and 1,000 calls, and as after 10,000
+    saved     a model of another seed that loads the checkpoint gives the same, whatever both were
+              asked before
     process   so do processes with other hash seeds
     flops     flops_per_token(T) is not less than the products counted
     aside     settings, generators and options stay; evaluation leaves no trace in training

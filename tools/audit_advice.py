@@ -55,8 +55,8 @@ ADVICE = {
         "Look at: divisions by a norm or a deviation that is zero, thresholds, what compares "
         "tokens for equality.",
     "batches":
-        f"{SHARE}, between a row in a batch and the same row elsewhere. Look at: conditions on "
-        "the number of rows, rows that are shifted or shared.",
+        f"{SHARE}, between a row in a batch and the same row elsewhere, or of a gradient. Look at: "
+        "conditions on the number of rows, rows that are shifted or shared, sums over rows.",
     "sizes":
         f"{SHARE}, as with the questions of the small model. Look at: conditions on the layer, "
         "the head size, the width and the kind of positions.",
@@ -85,7 +85,8 @@ ADVICE = {
         "gates that open late.",
     "saved":
         "a resumed or sampled model would be another one. Look at: tensors that are plain "
-        "attributes; register_buffer keeps them in the checkpoint.",
+        "attributes; register_buffer keeps them in the checkpoint; what is made from weights once "
+        "and kept.",
     "process":
         "the same command would train another model. Look at: hash(), sets of strings, id(), "
         "the time.",

@@ -113,8 +113,9 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-def used(subject, steps=220, calls=1000):
-    """The first questions once more, after steps of training and many calls."""
+def used(subject, steps=220, calls=1000, steps_told=10_000):
+    """The first questions once more, after steps of training and many calls, and as if after a
+    long run."""
     worst = {kind: Worst(limit(kind)) for kind in KINDS}
     with torch.random.fork_rng(devices=[]):
         for model in subject.build():
@@ -133,9 +134,13 @@ def used(subject, steps=220, calls=1000):
                 worst["repeat"].note(moved.max().item(), limit("repeat"),
                                      f"after {calls:,} calls", "3 tokens, 2 rows")
             look(worst, bare, 71, {1, 64, 70}, EXACT)
+            for _ in range(steps_told):  # of which a schedule learns in apply_statistics() alone
+                bare.apply_statistics()
+            look(worst, bare, 71, {1, 64, 70}, EXACT)
     kind = max(worst, key=lambda kind: worst[kind].size / worst[kind].limit)
     yield worst[kind].row("used", KINDS[kind][0] + ", of a mixer that was used",
-                          f"; after {steps} steps and {calls:,} calls")
+                          f"; after {steps} steps, {calls:,} calls, and {steps_told:,} steps more "
+                          "by apply_statistics() alone")
 
 
 def outputs_of(model, T=70):
@@ -151,10 +156,16 @@ def outputs_of(model, T=70):
 
 
 def saved(subject, steps=20):
-    """A model of another seed that loads what a checkpoint holds is that model."""
+    """A model of another seed that loads what a checkpoint holds is that model, though both were
+    evaluated with other weights before."""
     differs = []
     with torch.random.fork_rng(devices=[]):
         for model, other in zip(subject.build(), reseeded(subject)):
+            with torch.no_grad():
+                for p in other.parameters():
+                    p += 0.1 * torch.randn(p.shape, generator=generator(), dtype=p.dtype)
+            outputs_of(model)
+            outputs_of(other)
             with torch.enable_grad():
                 some_steps(model, steps)
             other.load_state_dict(copy.deepcopy(model.state_dict()))
@@ -165,7 +176,8 @@ def saved(subject, steps=20):
                     differs.append(f"by {moved:.0e} of the largest in {mode}")
     if differs:
         yield Row("saved", False, "loaded into a model of another seed the outputs differ, "
-                  f"{differs[0]}: something random is in neither parameters nor buffers",
+                  f"{differs[0]}: something is in neither parameters nor buffers, or was kept from "
+                  "before",
                   smallest="2 rows of 70 tokens")
     else:
         yield Row("saved", True, "a model of another seed that loads the weights gives the same")

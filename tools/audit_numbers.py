@@ -5,6 +5,7 @@ import math
 import torch
 from torch.overrides import TorchFunctionMode
 
+from base.errors import is_out_of_memory
 from tools.audit_leaks import in_precision
 from tools.audit_state import BFLOAT16_EPS, BFLOAT16_LIMIT
 from tools.audit_subject import EXACT, ROUGH, Row, Worst, asked, normal, tokens
@@ -12,6 +13,8 @@ from training.leaks import bare_copy, call, cast, drawn, parts, precision_within
 
 FLOAT32_LIMIT = 0.1  # as BFLOAT16_LIMIT
 LARGE = 1e3
+LONG = 1000  # tokens that are to be near float64
+LATE = 3000  # tokens that are to be finite
 DEPTH_LIMIT = 100
 FLOAT32_GRADIENT_LIMIT = 0.05  # error over size
 ROUGH_GRADIENT_LIMIT = 0.5
@@ -25,25 +28,32 @@ def dtypes(subject):
     not_finite = set()
     for exact in subject.bare():
         x = normal(2, 130, exact.config.n_embd)
-        expected = exact.requires_grad_()(x)[0].detach()
-        # a choice of the largest falls otherwise for rounded numbers, however exact it is made
-        rounded = cast(cast(copy.deepcopy(exact), torch.bfloat16), torch.float64)
-        most = max(most, 4 * rough_error(rounded, x.bfloat16(), expected, EXACT))
+        exact.requires_grad_()
+        # mixers alone also where bfloat16 cannot count: from 256 on
+        long = normal(2, LONG, x.size(2))
+        for module, given in [(exact, x), *((mixer, long) for mixer in asked(exact).values())]:
+            expected = module(given.clone())[0].detach()
+            # a choice of the largest falls otherwise for rounded numbers, however exact it is made
+            rounded = cast(cast(copy.deepcopy(module), torch.bfloat16), torch.float64)
+            most = max(most, 4 * rough_error(rounded, given.bfloat16(), expected, EXACT))
+            for precision in ROUGH:
+                rough = cast(copy.deepcopy(module), precision.dtype)
+                try:
+                    error = rough_error(rough, given, expected, precision)
+                except Exception as error:
+                    raise in_precision(error, precision)
+                errors[precision.name] = max(errors[precision.name], error)
         for precision in ROUGH:
             rough = cast(copy.deepcopy(exact), precision.dtype)
-            try:
-                error = rough_error(rough, x, expected, precision)
-                errors[precision.name] = max(errors[precision.name], error)
-                not_finite |= overflowing(rough, x, precision)
-            except Exception as error:
-                raise in_precision(error, precision)
+            not_finite |= overflowing(rough, x, precision)
+            not_finite |= overflowing_late(rough, precision)
     passed = errors["float32"] <= FLOAT32_LIMIT
     passed = passed and max(errors["bfloat16"], errors["autocast"]) <= most
     yield Row("bfloat16", passed, f"error {errors['bfloat16']:.1f} eps, "
                                   f"under autocast {errors['autocast']:.1f}, "
                                   f"limit {most:.0f}; "
                                   f"in float32 {errors['float32']:.0e}, limit {FLOAT32_LIMIT}")
-    figures = f"inputs {LARGE:,.0f} times the usual size"
+    figures = f"inputs {LARGE:,.0f} times the usual size, {LATE:,} tokens"
     if not_finite:
         figures += f": not finite in {', '.join(sorted(not_finite))}"
     yield Row("finite", not not_finite, figures)
@@ -53,7 +63,7 @@ def rough_error(model, x, expected, precision):
     """The root mean square error of a model's outputs over that of the outputs, in units of
     bfloat16's eps."""
     with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
-        y = model(x.to(precision.dtype))[0]
+        y = model(x.to(precision.dtype).clone())[0]
     error = (y.double() - expected).square().mean() / expected.square().mean()
     return error.sqrt().nan_to_num(nan=math.inf).item() / BFLOAT16_EPS
 
@@ -69,6 +79,23 @@ def overflowing(model, x, precision):
         [gradient] = torch.autograd.grad(y.double().sum(), large, materialize_grads=True)
         if not (y.isfinite().all() and gradient.isfinite().all()):
             found.add(f"{name} in {precision.name}")
+    return found
+
+
+@torch.no_grad()
+def overflowing_late(model, precision):
+    """The same for a long sequence of usual inputs. Some mixers refuse it."""
+    found = set()
+    x = normal(1, LATE, model.config.n_embd).to(precision.dtype)
+    for name, module in asked(model).items():
+        try:
+            y = call(module, x, precision.autocast)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            continue
+        if not y.isfinite().all():
+            found.add(f"{name}, {LATE:,} tokens, in {precision.name}")
     return found
 
 
@@ -143,7 +170,7 @@ def derivative(subject, T=9):
     if bits:
         yield Row("backward", False, "; ".join(bits))
     else:
-        yield Row("backward", True, "twice the same, and in whatever order")
+        yield Row("backward", True, "twice the same, in whatever order, and in proportion")
     figures = f"; {'; '.join(sorted(set(notes)))}" if notes else "; inputs and parameters"
     yield worst.row("derivative", "a gradient is not the derivative of the output", figures)
 
@@ -219,20 +246,24 @@ class Detached(TorchFunctionMode):
 
 
 def backward_again(module, where, T, C):
-    """What is wrong with a backward pass that runs twice, or behind that of a later call."""
-    def gradients_of(y, x, keep=False):
+    """What is wrong with a backward pass that runs twice, behind that of a later call, or with
+    larger gradients."""
+    def gradients_of(y, x, keep=False, factor=1.0):
         inputs = [x, *module.parameters()]
-        return torch.autograd.grad((y * combine).sum(), inputs, retain_graph=keep,
+        return torch.autograd.grad((y * combine).sum() * factor, inputs, retain_graph=keep,
                                    materialize_grads=True)
 
     combine = normal(2, T, C, seed=1)
     x, other = (normal(2, T, C, seed=seed).requires_grad_() for seed in (0, 2))
     still = bool(drawn(module, x.detach()))
     y = call(module, x, still=still)
-    once, twice = gradients_of(y, x, keep=True), gradients_of(y, x)
+    once, twice = gradients_of(y, x, keep=True), gradients_of(y, x, keep=True)
+    large = gradients_of(y, x, factor=2.0**20)
     found = []
     if not all(map(torch.equal, once, twice)):
         found.append(f"{where}: the second backward pass through the same graph gives others")
+    elif not all(torch.allclose(a / 2**20, b, rtol=1e-4, atol=1e-9) for a, b in zip(large, once)):
+        found.append(f"{where}: gradients are not in proportion to those that come in")
     y, other_y = (call(module, t, still=still) for t in (x, other))
     gradients_of(other_y, other)
     behind = gradients_of(y, x)

@@ -11,9 +11,10 @@ import torch
 from mixers.parts.heads import Room
 from tools.audit_subject import (
     ROUGH, Row, Worst, asked, first_over, in_pieces, normal, step, tokens)
-from training.leaks import beyond_rounding, call, cast, difference, limit, precision_within
+from training.leaks import (
+    bare_copy, beyond_rounding, call, cast, difference, limit, precision_within)
 
-SPLITS = ([64, 66], [7, 1, 1, 9, 1, 90, 21], [104] + [1] * 26, [1] * 130)
+SPLITS = ([64, 66], [7, 1, 1, 9, 1, 90, 21], [104] + [1] * 26, [1] * 130, [200, 1, 199, 50])
 STATE_LENGTHS = (1, 8, 63, 64, 100, 128)
 SINGLE = 700  # tokens decoded one by one
 PIECES = ([256] * 4, [333, 1, 1, 500, 165], [90] * 10 + [1] * 100)
@@ -36,13 +37,14 @@ def split(subject, splits=SPLITS):
     worst_y = worst_g = 0.0
     most = limit("length")
     for model in subject.bare():
-        x = normal(2, sum(splits[0]), model.config.n_embd)
-        most = max(most, limit("length", precision_within(model, x)))
-        x.requires_grad_()
         parameters = list(model.requires_grad_().parameters())
-        whole = model(x)[0]
-        of_x, *of_parameters = gradients(whole, [x, *parameters])
+        x = normal(2, 0, model.config.n_embd)
         for sizes in splits:
+            if sum(sizes) != x.size(1):
+                x = normal(2, sum(sizes), model.config.n_embd)
+                most = max(most, limit("length", precision_within(model, x)))
+                whole = model(x.requires_grad_())[0]
+                of_x, *of_parameters = gradients(whole, [x, *parameters])
             state = None
             ys = []
             for piece in x.split(sizes, dim=1):
@@ -179,9 +181,11 @@ def decode(subject, single=SINGLE, pieces=PIECES):
             y = call(module, x)
             for sizes in ways:
                 note_pieces(worst, module, x, y, sizes, most, name)
-            rows = normal(16, 40, model.config.n_embd)
-            note_pieces(worst, module, rows, call(module, rows), 40 * [1], most, f"{name}, 16 rows")
-            look_at_rough_steps(worst, module, x[:, :130], name)
+            for B, length in ((1, 260), (16, 40)):
+                rows = normal(B, length, model.config.n_embd)
+                note_pieces(worst, module, rows, call(module, rows), length * [1], most,
+                            f"{name}, {B} {'row' if B == 1 else 'rows'}")
+            look_at_rough_steps(worst, module, x[:, :330], name)
             wrong_size += wrong_sizes(module, name, model.config.n_embd, min(T, single))
     yield worst.row("decode", "token by token is not the whole", f"; {single} single tokens")
     says = bool(subject.build()[0].state_bytes(1, torch.float32) is not None)
@@ -218,17 +222,18 @@ def look_at_rough_steps(worst, module, x, where):
     """In low precision single tokens may err as the whole does, and four times as much."""
     y = call(module, x)
     T = x.size(1)
-    half = T // 2
+    fifth = max(T // 5, 1)
+    sizes = [fifth, *fifth * [1], T - 3 * fifth, *fifth * [1]]
     for precision in ROUGH:
         rough = cast(copy.deepcopy(module), precision.dtype)
         given = x.to(precision.dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
             whole = call(rough, given, precision.autocast)
-            stepped = in_pieces(rough, given, [half] + [1] * (T - half))
+            stepped = in_pieces(rough, given, sizes)
         eps = torch.finfo(precision.rounding).eps
         allowed = 4 * max(error_of(whole, y), BFLOAT16_LIMIT * eps / 4)
         worst.note(error_of(stepped, y), allowed, f"{where}, token by token in {precision.name}",
-                   f"{T} tokens, the last {T - half} one by one")
+                   f"{T} tokens, {in_runs(sizes, T - 1)}")
 
 
 def error_of(y, expected):
@@ -260,8 +265,9 @@ def carried(subject, T=150):
     go on, and with another sequence's tensors a state is that sequence's."""
     worst = Worst(limit("length"))
     raised = None
-    for model, fresh, other, elsewhere in zip(*(subject.bare() for _ in range(3)),
-                                              subject.bare(seed=1)):
+    # of other weights throughout, also where a mixer starts from the same whatever the seed
+    others = [bare_copy(model, -subject.noise or 0.2) for model in subject.build(seed=1)]
+    for model, fresh, other, elsewhere in zip(*(subject.bare() for _ in range(3)), others):
         names = {"model": (model, fresh, other, elsewhere)}
         every = [asked(m) for m in (model, fresh, other, elsewhere)]
         names |= {name: tuple(found[name] for found in every) for name in every[0]}
@@ -280,7 +286,7 @@ def carried(subject, T=150):
                 words = ""
                 if moved.max() > most:
                     row, position = first_over(moved, most)
-                    words = f"{T} tokens, row {row}: output {position}"
+                    words = f"{x.size(1)} tokens, row {row}: output {position}"
                 worst.note(moved.max().item(), most, f"{name}, {way}", words)
     yield worst.row("carried", "what goes on is not all in the state",
                     f"; {', '.join(WAYS)}")
@@ -324,5 +330,13 @@ def another_sequence(module, fresh, other, elsewhere, a, b):
     return torch.cat([y, again], 1), call(other, b), b
 
 
+def another_model_first(module, fresh, other, elsewhere, a, b, T=309):
+    """At lengths that nobody has asked about, another model's call before: what is kept by length
+    is then the other's."""
+    x = normal(2, T + 1, a.size(2))
+    call(elsewhere, x[:, :T])
+    return call(module, x[:, :T]), call(fresh, x)[:, :T], x[:, :T]
+
+
 WAYS = {"in turns": taking_turns, "in another copy": another_copy,
-        "with another's tensors": another_sequence}
+        "with another's tensors": another_sequence, "behind another model": another_model_first}

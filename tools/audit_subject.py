@@ -83,6 +83,7 @@ class Precision:
 EXACT = Precision("float64", torch.float64)
 ROUGH = (Precision("float32", torch.float32), Precision("autocast", torch.float32, autocast=True),
          Precision("bfloat16", torch.bfloat16))
+HALF = Precision("float16", torch.float16)
 
 
 @dataclass

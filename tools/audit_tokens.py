@@ -260,30 +260,27 @@ def repeat_at(subject, T):
 
 
 def length_at(subject, T):
-    idx = subject.tokens(2, T)
-    whole = subject(idx)
-    worst, where = 0.0, {}
-    for t in subject.cuts(T):
-        if t < subject.shortest:
-            continue
-        moved = difference(subject(idx[:, :t]), whole[:, :t])
-        size = moved.max().item()
-        if not size <= worst:
-            worst = size
-            where = {"tokens": T, "beginning": t, "moved": moved.argmax().item() % t}
-    return worst, where
+    beginnings = [t for t in subject.cuts(T) if t >= subject.shortest]
+    return part_alone(subject, subject.tokens(2, T),
+                      [({"beginning": t}, slice(None), t) for t in beginnings])
 
 
 def one_at(subject, T):
-    idx = subject.tokens(ROWS, T)
+    return part_alone(subject, subject.tokens(ROWS, T),
+                      [({"row": row}, slice(row, row + 1), T) for row in range(ROWS)])
+
+
+def part_alone(subject, idx, parts):
+    """The largest difference between a part of idx (B, T) alone and within the whole, and where.
+    parts: each (its name, which rows, how many tokens)."""
     whole = subject(idx)
     worst, where = 0.0, {}
-    for row in range(ROWS):
-        moved = difference(subject(idx[row:row + 1]), whole[row:row + 1])
+    for name, rows, t in parts:
+        moved = difference(subject(idx[rows, :t]), whole[rows, :t])
         size = moved.max().item()
         if not size <= worst:
             worst = size
-            where = {"tokens": T, "row": row, "moved": moved.argmax().item() % T}
+            where = {"tokens": idx.size(1), **name, "moved": moved.argmax().item() % t}
     return worst, where
 
 

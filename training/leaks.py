@@ -158,11 +158,12 @@ def drawn(module, x):
 
 # Questions ----------------------------------------------------------------------------------------
 
-def difference(a, b):
-    """|a - b| over the largest |b|, the largest over the last axis. Infinite where only one is a
-    number; two NaN are alike."""
+def difference(a, b, either=False):
+    """|a - b| over the largest |b|, or with `either` of both, the largest over the last axis.
+    Infinite where only one is a number; two NaN are alike."""
     alike = (a == b) | a.isnan() & b.isnan()
-    scale = b.abs().nan_to_num(0, 0, 0).max().clamp(min=torch.finfo(b.dtype).tiny)
+    size = torch.maximum(a.abs(), b.abs()) if either else b.abs()
+    scale = size.nan_to_num(0, 0, 0).max().clamp(min=torch.finfo(b.dtype).tiny)
     shares = (a - b).abs() / scale
     return shares.masked_fill(alike, 0).nan_to_num(nan=math.inf).amax(-1)
 
@@ -243,7 +244,8 @@ def leaks(module, x, cuts, lengths=True, huge=True, autocast=False, other=None):
 
     x, y = x.detach(), y.detach()
     with torch.no_grad():
-        moved = difference(call(module, changed, autocast, still), y)
+        # either: beside later tokens zeros need only be zeros but for their rounding
+        moved = difference(call(module, changed, autocast, still), y, either=True)
         sizes["rows"] = moved[first].max().item()
         sizes["suffix"] = moved[earlier].max().item()
         # row 0 was the same in both calls
