@@ -74,7 +74,7 @@ class BenchOptions(ModelOptions):
         None, "names, layer patterns joined by + (softmax,softmax+lln), or all "
         "[default: one of each kind, and the config's]")
     lengths: str = option("256,512,1024,2048", "sequence lengths in tokens")
-    mode: str = option("train,prefill,decode", "what to measure")
+    mode: str = option("all", "what to measure: train, prefill, decode, several of them or all")
     batch: Optional[str] = option(None, "sequences at once [default: 4; for decode 1,32]")
     rounds: int = option(5, "times each cell is measured", ge=1, le=1000)
     seconds: float = option(
@@ -112,6 +112,8 @@ def whole_numbers(name, text):
 
 
 def modes_of(text):
+    if text == "all":
+        return list(BATCHES)
     for entry in entries_of(text):
         if entry not in BATCHES:
             raise BadInput(f"--mode={text}: {entry!r} is not one of {', '.join(BATCHES)}")

@@ -23,7 +23,7 @@ from model import GPT, GPTConfig, model_config
 from tools import claim, claim_record, records, sweep_runs
 from tools.claim_cards import (
     Arm, Card, find_file, mixer_file_sums, read_card, sha256_of)
-from tools.claim_outcomes import outcome_of_word
+from tools.claim_outcomes import findings, outcome_of_word
 from tools.claim_table import COLUMNS, table_for_terminal
 from tools.records import Record
 from tools.sweep_cost import Cost
@@ -801,6 +801,15 @@ def test_the_tables_in_the_docs_are_printed_from_the_records(name):
         end = next((j for j in range(i, len(lines)) if not lines[j].startswith("|")), len(lines))
         shown += lines[i:end]
     assert shown == printed
+
+
+@pytest.mark.parametrize("folder", claim_record.claimed(), ids=lambda folder: folder.name)
+def test_what_a_record_says_of_its_arms_is_what_its_runs_say_today(folder):
+    content = json.loads((folder / "claim.json").read_text())
+    card = claim_record.card_in(claim_record.read_claim_file(folder), folder)
+    by_arm = claim_record.arms_of(claim_record.recorded(folder))
+    found = findings(card, by_arm, content["counting"], content["sizes"])
+    assert json.loads(json.dumps(found)) == content["arms"]
 
 
 def test_what_the_readme_says_of_each_claim_first_is_what_was_found():

@@ -38,6 +38,7 @@ from tools.claim_table import (
 from tools.experiment import Experiment
 from tools.records import scored_runs, write_records
 from tools.sweep_runs import end_like_ctrl_c
+from tools.sweep_tuning import is_tuning_seed
 
 RUNS = Path("out/claims")
 NEW_NAME = "a card that changes is a new claim: give it a new name"
@@ -173,7 +174,8 @@ class Claim:
         if records:
             check_against_card(self.card, records)
             tuning = [record for record in scored_runs(RUNS / self.name)
-                      if record.config["seed"] == 0 and arm_of_run(record.name) in self.arms]
+                      if is_tuning_seed(record.config["seed"])
+                      and arm_of_run(record.name) in self.arms]
             write_records(self.folder, [*tuning, *records])
             write_json(self.folder / "sweep.json",
                        {"runs": [record.name for record in records], "failed": {}})
