@@ -15,7 +15,7 @@ from mixers.parts.heads import (
     Cache,
     ConvolvedQKV,
     cache_bytes,
-    cached_attention,
+    causal_attention,
     causal_attention_flops,
     merge_heads,
     qkv_flops,
@@ -42,7 +42,7 @@ class Softmax(nn.Module):
             q = rotate(q, start, self.rope_base)
             k = rotate(k, start, self.rope_base)
         cache = Cache.append(cache, k, v)
-        y = cached_attention(tempered(q, self.temperature), cache)
+        y = causal_attention(tempered(q, self.temperature), cache.k, cache.v)
         return self.c_proj(merge_heads(y)), (conv, cache)
 
     def flops_per_token(self, T):

@@ -34,7 +34,7 @@ from mixers.parts.heads import (
     Cache,
     ConvolvedQKV,
     cache_bytes,
-    cached_attention,
+    causal_attention,
     causal_attention_flops,
     merge_heads,
     qkv_flops,
@@ -158,7 +158,7 @@ class SSA(nn.Module):
             q = rotate(q, n, self.rope_base)
             k = rotate(k, n, self.rope_base)
         cache = Cache.append(cache, k, v)
-        y = cached_attention(tempered(q, self.temperature), cache)
+        y = causal_attention(tempered(q, self.temperature), cache.k, cache.v)
         return self.c_proj(merge_heads(y)), (conv, cache)
 
     def be_neutral(self):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mixers import MIXERS
 from mixers.parts.cpu_attention import BLOCK, BlockedAttention
-from mixers.parts.heads import Cache, cached_attention, causal_attention
+from mixers.parts.heads import causal_attention
 from mixers.parts.products import exact_product, fast_products, onednn_is_exact
 from model import GPT, Dropout, GPTConfig
 from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
@@ -124,27 +124,6 @@ def test_attention_in_blocks_without_what_pytorch_may_drop(missing, monkeypatch)
         monkeypatch.delattr(torch, "_softmax_backward_data")
     inputs, dy = drawn(200, 32, 9)
     assert all(error < 0.004 for error in errors(causal_attention, inputs, dy))
-
-
-def test_the_float32_copy_of_a_cache_is_the_cache():
-    """Whatever is appended to whichever cache, in whichever mode, and also to rows of one."""
-    g = torch.Generator().manual_seed(0)
-    tokens, caches = [(None, None)], [None]
-    modes = torch.inference_mode, torch.no_grad, torch.enable_grad
-    for parent, T, mode in ((0, 3, 0), (1, 1, 0), (2, 1, 0), (3, 1, 0), (3, 2, 0), (1, 1, 1),
-                            (6, 1, 1), (7, 3, 0), (8, 1, 2), (9, 1, 1), (10, 1, 1), (4, 1, 0)):
-        with modes[mode]():
-            q, k, v = (torch.randn(2, H, T, 8, generator=g).bfloat16() for H in (4, 2, 2))
-            before, cache = tokens[parent], caches[parent]
-            if len(caches) % 3 == 2:  # as a beam search does
-                before = [t.flip(0) for t in before]
-                cache = Cache(cache.k.flip(0), cache.v.flip(0), cache.room)
-            new = [t if b is None else torch.cat([b, t], dim=2) for b, t in zip(before, (k, v))]
-            cache = Cache.append(cache, k, v)
-            assert torch.equal(cached_attention(q, cache), causal_attention(q, *new))
-        tokens.append(new)
-        caches.append(cache)
-    assert any(cache.room.copies for cache in caches[1:])
 
 
 def test_attention_in_blocks_sees_nothing_later():

@@ -60,7 +60,7 @@ def split(subject, splits=SPLITS):
     yield Row("split", max(worst_y, worst_g) <= most, figures)
 
 
-# what holds no tensors of its own; those beside a Room are views of it or were copied into it
+# what holds no tensors of its own; those beside a Room are views of it
 WITHOUT_TENSORS = (type(None), Number, str, bytes, torch.dtype, torch.device, Room)
 
 

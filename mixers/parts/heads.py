@@ -123,30 +123,16 @@ def rotate(x, start, base):
 
 
 class Room:
-    """Storage that the caches of one sequence share; `filled` tokens of it are written.
-
-    In bfloat16 on a CPU attention reads a float32 copy, into which each token goes once: to convert
-    all of them for every new one takes up to half of its time."""
+    """Storage that the caches of one sequence share; `filled` tokens of it are written."""
 
     def __init__(self, k, v):
         self.k, self.v, self.filled = k, v, k.size(2)
-        self.copies, self.copied = None, 0  # of k and v, and how many of their tokens are in it
 
     def begins_with(self, k, v):
         """Whether k and v are views of the first tokens here, which a caller may have selected or
         copied rows of, and whether this is a place that may be written to now."""
         writable = self.k.is_inference() == torch.is_inference_mode_enabled()
         return writable and same_rows(k, self.k) and same_rows(v, self.v)
-
-    def in_float32(self):
-        """k and v of all tokens so far, (B, G, S, D)."""
-        if self.copies is None:
-            self.copies = [torch.empty_like(t, dtype=torch.float32) for t in (self.k, self.v)]
-        new = slice(self.copied, self.filled)
-        for copy, t in zip(self.copies, (self.k, self.v)):
-            copy[:, :, new] = t[:, :, new]
-        self.copied = self.filled
-        return (copy[:, :, :self.filled] for copy in self.copies)
 
 
 def same_rows(a, b):
@@ -184,15 +170,6 @@ class Cache(NamedTuple):
         room.v[:, :, S:S + T] = v
         room.filled = S + T
         return Cache(room.k[:, :, :S + T], room.v[:, :, :S + T], room)
-
-
-def cached_attention(q, cache):
-    """causal_attention of q (B, H, T, D) over the cache to which the last T tokens were just
-    appended."""
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if slow and q.size(2) < cache.k.size(2) and not torch.is_grad_enabled():
-        return causal_attention(q, *cache.room.in_float32())
-    return causal_attention(q, cache.k, cache.v)
 
 
 def causal_attention(q, k, v):
