@@ -351,7 +351,7 @@ HONEST_WIDE = {
     "stochastic_depth": (StochasticDepth, "batches"),
     "by_statistics": (ByStatistics, "used aside saved"),
     "short_mask": (ShortMask, "sizes"),
-    "learned_table": (LearnedTable, "sizes saved"),
+    "learned_table": (LearnedTable, "sizes saved bfloat16"),
     "even_heads": (EvenHeads, "sizes"),
     "needs_four_heads": (NeedsFourHeads, "sizes"),
     "float_state": (FloatState, "decode carried"),
