@@ -165,7 +165,7 @@ class RunOptions:
         "minute, and gains little")
     checkpoint_activations: bool = option(
         False, "keep only each block's input for the backward pass, which forms the rest again: "
-        "long sequences in less memory, for about a third more time")
+        "long sequences in less memory, for up to a third more time")
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "under torchrun: each process holds the whole model, or a share of it")
     keep_last: int = option(2, "newest checkpoints to keep, besides the best", ge=1)
