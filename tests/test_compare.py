@@ -381,6 +381,21 @@ def compare_these(tmp_path, monkeypatch, capsys):
     return call
 
 
+def test_arms_that_differ_by_their_rate_alone_are_called_by_it(compare_these):
+    some = of_blocks("softmax", 0) + of_blocks("softmax", 0.1, draw=1)
+    for number, record in enumerate(some):
+        rate = 0.01 if number < 5 else 0.04
+        record.config |= {"learning_rate": rate, "min_lr": rate / 10}
+        record.name = f"softmax-lr{rate:g}-seed{record.config['seed']}"
+    lines, _ = compare_these(some)
+    assert {name for name in lines if name.startswith("softmax")} == {
+        "softmax learning_rate=0.01", "softmax learning_rate=0.04"}
+    for record in some:
+        record.config["learning_rate"] = 0.01
+    arms = compare.arms_of(some)
+    assert [arm.label for arm in arms] == ["softmax min_lr=0.001", "softmax min_lr=0.004"]
+
+
 def test_losses_beyond_the_trained_length_and_authors_are_shown_where_known(compare_these):
     some = of_blocks("softmax", 0) + of_blocks("lln", 0.1)
     for seed, record in enumerate(some[:5]):

@@ -126,6 +126,25 @@ def test_the_recall_table_is_that_of_the_records():
         assert in_table == in_records, task
 
 
+def test_the_table_of_many_pairs_is_that_of_the_records():
+    folders = [ROOT / "results/mqar", ROOT / "results/mqar_softmax"]
+    of_records = compare.arms_of(compare.records_to_compare(folders, torch.device("cpu")))
+    verdicts = compare.judge_arms(of_records, "softmax learning_rate=0.004")
+    cells = {arm.label: compare_table.cells(compare.line_of(arm, verdicts[arm.label]))
+             for arm in of_records}
+    [rows] = tables("mqar")
+    assert {row["mqar"] for row in rows} == set(cells)
+    for row in rows:
+        label = row.pop("mqar")
+        assert row == {column: cells[label][column] for column in row}
+    words = {}
+    for label, verdict in verdicts.items():
+        words.setdefault(verdict.word, []).append(label.partition(" ")[0])
+    assert words == {"baseline": ["softmax"], "worse": ["gla", "linear", "swa"],
+                     "undecided": ["gated_deltanet", "lln", "mamba2", "softmax"],
+                     "better": ["deltanet"]}
+
+
 @pytest.mark.parametrize("label", ["causal_max", "mamba2", "lln", "pelican"])
 def test_the_differences_of_the_headline_are_those_of_the_records(label):
     of_records = arms("shakespeare")

@@ -251,10 +251,12 @@ def label_of(arm, arms):
     """The mixer's name, and the options in which the arms of that mixer differ; the learning rate
     only where nothing else tells them apart, as each may have its own."""
     same = [other for other in arms if other.mixer == arm.mixer]
-    names = [name for name in arm.settings if len({other.settings[name] for other in same}) > 1]
-    others = [name for name in names if name != "learning_rate"]
-    if len({tuple(other.settings[name] for name in others) for other in same}) == len(same):
-        names = others
+    every = [name for name in arm.settings if len({other.settings[name] for other in same}) > 1]
+    without = [name for name in every if name not in OF_THE_RATE]
+    rate_alone = [name for name in every if name != "min_lr"]
+    for names in (without, rate_alone, every):
+        if len({tuple(other.settings[name] for name in names) for other in same}) == len(same):
+            break
     values = [f"{name}={without_quotes(arm.settings[name])}" for name in names]
     return " ".join([arm.mixer.replace(",", "+"), *values])
 
