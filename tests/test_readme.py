@@ -126,17 +126,30 @@ def test_the_recall_table_is_that_of_the_records():
         assert in_table == in_records, task
 
 
-def test_the_table_of_many_pairs_is_that_of_the_records():
-    folders = [ROOT / "results/mqar", ROOT / "results/mqar_softmax"]
-    of_records = compare.arms_of(compare.records_to_compare(folders, torch.device("cpu")))
-    verdicts = compare.judge_arms(of_records, "softmax learning_rate=0.004")
-    cells = {arm.label: compare_table.cells(compare.line_of(arm, verdicts[arm.label]))
+def check_the_table(first_cell, names, baseline):
+    """That of the records of that name; returns the verdicts."""
+    paths = [ROOT / "results" / name for name in names]
+    of_records = compare.arms_of(compare.records_to_compare(paths, torch.device("cpu")))
+    margin = compare.margin_of(of_records, baseline, MARGIN_BPB)
+    verdicts = compare.judge_arms(of_records, baseline, margin)
+    cells = {arm.label: compare_table.cells(compare.line_of(arm, verdicts[arm.label], margin))
              for arm in of_records}
-    [rows] = tables("mqar")
-    assert {row["mqar"] for row in rows} == set(cells)
+    [rows] = tables(first_cell)
+    assert {row[first_cell] for row in rows} == set(cells)
     for row in rows:
-        label = row.pop("mqar")
+        label = row.pop(first_cell)
         assert row == {column: cells[label][column] for column in row}
+    return verdicts
+
+
+def test_the_table_of_the_arms_that_came_later_is_that_of_the_records():
+    verdicts = check_the_table(
+        "later arms", ["shakespeare/softmax.jsonl.gz", "shakespeare_later"], "softmax")
+    assert verdicts["retnet"].word == "worse"
+
+
+def test_the_table_of_many_pairs_is_that_of_the_records():
+    verdicts = check_the_table("mqar", ["mqar", "mqar_softmax"], "softmax learning_rate=0.004")
     words = {}
     for label, verdict in verdicts.items():
         words.setdefault(verdict.word, []).append(label.partition(" ")[0])
