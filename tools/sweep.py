@@ -99,7 +99,7 @@ def check_options(options, given):
     for name in NOT_OF_A_SWEEP:
         if name in given:
             raise BadInput(f"--{name} is of one run; {NOT_OF_A_SWEEP[name]}")
-    if "tune_seeds" in given and not options.tune:
+    if "tune_seeds" in given and "tune" not in given:
         raise BadInput("--tune_seeds is for --tune; leave it out")
     if "cluster_options" in given and not options.cluster:
         raise BadInput("--cluster_options is for --cluster; leave it out")
