@@ -48,12 +48,18 @@ def run_cell(cell, mixer_file, seconds, cell_seconds):
     context.set_forkserver_preload(["torch", "torch._dynamo", "pydantic"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=send_figures, args=(cell, mixer_file, seconds, theirs))
-    # inherited: Ctrl-C is for us, who then end the other
+    # inherited: Ctrl-C is for us, who then end the other; where another of our threads is sent it,
+    # it waits until the server of forks knows all that it must
+    interrupted = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process.start()
+    signal.signal(signal.SIGINT, handler)
     theirs.close()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if interrupted:
+            raise KeyboardInterrupt
         if not ours.poll(cell_seconds):
             return {"status": "timeout"}
         figures = ours.recv()
