@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import math
 import stat
-from typing import Annotated, Literal, NamedTuple, Optional
+from typing import Annotated, Literal, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -155,7 +155,7 @@ class DocumentMeta(BaseModel):
 
 class TextMeta(Meta):
     val_bytes: Count
-    val_documents: Optional[list[DocumentMeta]] = None  # in their order
+    val_documents: Union[list[DocumentMeta], int, None] = None  # in their order, or how many
     test_tokens: Optional[Count] = None
     test_bytes: Optional[Count] = None
     alphabet: Optional[str] = None
@@ -289,7 +289,7 @@ class Dataset:
         """The author of the validation split's tokens at such positions, [name]; None where
         meta.json does not name the authors."""
         documents = self.meta.get("val_documents")
-        if documents is None:
+        if not isinstance(documents, list):
             return None
         ends = np.cumsum([document["tokens"] for document in documents])
         if ends[-1] != len(self.val):
