@@ -50,7 +50,7 @@ from tools.score import scores_of
 from tools.sweep_file import read_sweep_file
 from tools.verdicts import MARGIN_BPB, margin_in_nats
 from training.device import choose_device
-from training.metrics import start_wandb, sync_command, wandb_group, wandb_id_of
+from training.metrics import say_how_to_sync, start_wandb, wandb_group, wandb_id_of
 
 OF_ARMS = ("word", "loss", "difference", "parameters", "state_bytes", "flops_per_token")  # in wandb
 WHAT_TO_NAME = "name run folders, or a sweep: python -m tools.compare out/sweeps/shakespeare"
@@ -294,8 +294,7 @@ def main():
         for line in lines:
             add_verdict(options, line, baseline, by_label[line.mixer].records)
         for folder in sorted({record.source.parent for record in records}):
-            if any(folder.glob("*/wandb/offline-run-*")):
-                print(f"wandb: to upload all that is offline here: {sync_command(folder)}")
+            say_how_to_sync(folder)
 
 
 def log_to_wandb(options, source, out, lines, pictures):

@@ -242,9 +242,9 @@ class Experiment:
         search = Search(self.grids_of(arm), self.tune_seeds)
         if not search.grids:
             search.losses[()] = [0.0]  # nothing to search
-        while search.wanted():
+        while wanted := search.wanted():
             open_runs = []
-            for point, number in search.wanted():
+            for point, number in wanted:
                 run = self.tuning_run(arm, search, point, number)
                 loss = self.tuning_loss(run)
                 if loss is None:

@@ -26,10 +26,10 @@ import numpy as np
 from base.command_line import paths_and_options
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.options import checked, option
-from tools.compare import baseline_of, records_to_compare
+from tools.compare import baseline_of, margin_of, records_to_compare
 from tools.compare_arms import arms_of, check_alike, judge_arms, unequal_options
 from tools.compare_table import build, model_config_of
-from tools.verdicts import MARGIN_BPB, in_words, margin_in_nats
+from tools.verdicts import MARGIN_BPB, in_words
 from training.device import choose_device
 
 
@@ -55,12 +55,12 @@ class Rung:
 
 
 def rungs_of(name, options):
-    """The Rungs at one size, the baseline first, then by loss. BadInput if there are none."""
+    """(the Rungs at one size, the baseline first, then by loss; the Records that they are of).
+    BadInput if there are none."""
     records = records_to_compare([name], choose_device(options.device))
     arms = arms_of(records)
     baseline = baseline_of(options, arms)
-    steady = next(arm.steady for arm in arms if arm.label == baseline)
-    verdicts = judge_arms(arms, baseline, margin_in_nats(MARGIN_BPB, steady.scores))
+    verdicts = judge_arms(arms, baseline, margin_of(arms, baseline, MARGIN_BPB))
     at = {arm.label: mean(arm.reported("loss")) for arm in arms}
     rungs = []
     for arm in arms:

@@ -293,18 +293,18 @@ def losses_beyond(data, options, logits_of):
     T = LONGER * options.block_size
     if options.pos == "learned" or len(data.val) <= T:
         return None
-    sums = Sums(T)
     rows = max(1, LOGITS_AT_ONCE // (T * data.vocab_size))
+    stretches = []  # (B, LONGER) each
     for x, y in data.val_batches(T, rows, options.eval_tokens):
         if x.size(1) == T:
-            losses = token_losses(logits_of(x), y)
-            sums.add(losses, torch.zeros_like(losses), torch.ones_like(losses))
-    return (sums.loss / sums.targets).view(LONGER, -1).mean(1).tolist()
+            logits = logits_of(x)
+            losses = token_losses(logits, y.to(logits.device)).double()
+            stretches.append(losses.view(len(x), LONGER, -1).mean(2))
+    return torch.cat(stretches).mean(0).tolist()
 
 
 def token_losses(logits, y):
     """The loss in nats (B, T) of logits (B, T, V); 0 where y is -1."""
-    y = y.to(logits.device)
     losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(),
                              ignore_index=-1, reduction="none")
     return losses.view_as(y)
@@ -361,8 +361,8 @@ def measured(data, options, logits_of):
     windows = []  # mean loss of each, of a text
     for part, x, y, cell in batches(data, options):
         logits = logits_of(x)
-        losses = token_losses(logits, y)
         y = y.to(logits.device)
+        losses = token_losses(logits, y)
         values = losses, logits.argmax(-1) == y, y != -1
         sums.setdefault(part, Sums(T)).add(*values)
         if is_text and x.size(1) == T:  # what is left over at the end makes no window
@@ -386,11 +386,12 @@ def measured(data, options, logits_of):
         result["by_cell"] = {name: cell.accuracy() for name, cell in cells.items()}
     elif result["report"]:
         result["by_position"] = sums["report"].by_position()
-        result["by_block"] = block_losses(windows, T, data.bytes_per_token)
         by_author = author_losses(windows, data, T, options.eval_tokens)
         if by_author:
             result["by_block"] = list(by_author.values())
             result["authors"] = list(by_author)
+        else:
+            result["by_block"] = block_losses(windows, T, data.bytes_per_token)
         result["beyond"] = losses_beyond(data, options, logits_of)
     return result
 

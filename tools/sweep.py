@@ -48,7 +48,7 @@ from tools.sweep_file import read_sweep_file
 from tools.sweep_matching import matched
 from tools.sweep_runs import cluster, end_like_ctrl_c
 from tools.sweep_tuning import grids_in
-from training.metrics import sync_command
+from training.metrics import say_how_to_sync
 
 
 @checked
@@ -201,8 +201,8 @@ def main():
         print(f"failed: {name}: {error}")
     too = " --wandb_log" if options.wandb_log else ""  # or the verdicts would not be in wandb
     print(f"{len(records)} runs to compare: python -m tools.compare {folder}{too}")
-    if options.wandb_log and any(folder.glob("*/wandb/offline-run-*")):
-        print(f"wandb: to upload all that is offline here: {sync_command(folder)}")
+    if options.wandb_log:
+        say_how_to_sync(folder)
     sys.exit(1 if experiment.failed else 0)
 
 

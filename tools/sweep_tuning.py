@@ -207,7 +207,7 @@ def in_words(losses):
     words = []
     for point in sorted(losses, key=numbers):
         shown = f"{losses[point]:.4f}"
-        if losses[point] > 1e20:  # the mean of seeds of which one diverged, too
+        if losses[point] > DIVERGED / 1000:  # the mean of seeds of which one diverged, too
             shown = "failed" if math.isinf(losses[point]) else "diverged"
         words.append(f"{' '.join(map(in_name, point))}: {shown}")
     return ", ".join(words)

@@ -137,6 +137,12 @@ def sync_command(folder):
     return f"wandb sync {shlex.quote(str(folder))}/*/wandb/offline-run-*"
 
 
+def say_how_to_sync(folder):
+    """Prints that command, if anything in the folder of a sweep is offline."""
+    if any(folder.glob("*/wandb/offline-run-*")):
+        print(f"wandb: to upload all that is offline here: {sync_command(folder)}")
+
+
 def wandb_id_of(folder):
     """The id of the wandb run that a run's folder has, as its file is named, or None."""
     for path in sorted(Path(folder).glob("wandb/*run-*/run-*.wandb")):
