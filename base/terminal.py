@@ -21,9 +21,14 @@ def height():
     return shutil.get_terminal_size().lines
 
 
+def obeys_codes():
+    """Whether there is a terminal that colours and moves its cursor when told to."""
+    return is_terminal() and os.environ.get("TERM") != "dumb"
+
+
 def has_colours():
     """See https://no-color.org."""
-    return is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return obeys_codes() and not os.environ.get("NO_COLOR")
 
 
 def coloured(text, colour):
@@ -57,7 +62,7 @@ class Lines:
     clear(), and clear() is right at any time, also if drawing was interrupted."""
 
     def __init__(self):
-        self.shown = is_terminal() and os.environ.get("TERM") != "dumb"
+        self.shown = obeys_codes()
 
     def draw(self, lines):
         """Each is cut to the terminal's width, and their number to its height."""
