@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base.options import option
+from mixers.parts.cpu_attention import BlockedAttention
 from mixers.parts.heads import (
     ConvolvedQKV,
     merge_heads,
@@ -94,6 +95,9 @@ def windowed_attention(q, first, window, n, W):
     tokens before n and of the new ones."""
     B, H, T, D = q.shape
     n_s, R = first[0].size(2), window[0].size(2) - T
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and n_s == R == 0 and T > 1:
+        k, v = (repeat_heads(t, H) for t in window)
+        return BlockedAttention.apply(q, k, v, W)
     first = [repeat_heads(t, H).flatten(0, 1)[:, None] for t in first]  # (X, 1, n_s, D), X = B H
     window = [repeat_heads(t, H).flatten(0, 1) for t in window]
     size = min(W, T)  # queries in a block; each sees W - 1 + size keys of the window

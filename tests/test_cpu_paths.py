@@ -10,6 +10,7 @@ from mixers import MIXERS
 from mixers.parts.cpu_attention import BLOCK, BlockedAttention
 from mixers.parts.heads import causal_attention
 from mixers.parts.products import exact_product, fast_products, onednn_is_exact
+from mixers.swa import windowed_attention
 from model import GPT, Dropout, GPTConfig
 from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 
@@ -59,6 +60,23 @@ def test_attention_is_as_exact_as_the_fused_kernel(T, new, std, D):
     ours, theirs = errors(causal_attention, inputs, dy), errors(fused, inputs, dy)
     assert all(a < 1.5 * b for a, b in zip(ours, theirs)), (ours, theirs)
     # and alike for every length, in training and in decoding
+    assert all(a < 0.0035 for a in ours), ours
+
+
+@pytest.mark.parametrize("W", [2, 16, BLOCK - 1, BLOCK, BLOCK + 1, 290, 400])
+@pytest.mark.parametrize("T", [17, BLOCK + 1, 300, 700])
+def test_attention_in_a_window_is_as_exact_as_the_fused_kernel(T, W):
+    inputs, dy = drawn(T, 32, 9)
+
+    def ours(q, k, v):
+        return windowed_attention(q, (k[:, :, :0], v[:, :, :0]), (k, v), 0, W)
+
+    def theirs(q, k, v):
+        mask = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - W)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    ours, theirs = errors(ours, inputs, dy), errors(theirs, inputs, dy)
+    assert all(a < 1.5 * b for a, b in zip(ours, theirs)), (ours, theirs)
     assert all(a < 0.0035 for a in ours), ours
 
 

@@ -1,6 +1,6 @@
 """Causal softmax attention in bfloat16 on a CPU, where PyTorch's fused kernel takes longest.
 
-    P_ts = softmax_{s<=t}(q_t . k_s / sqrt(D)),   y = P v
+    P_ts = softmax_{s<=t}(q_t . k_s / sqrt(D)),   y = P v,   or over s in (t - W, t] in a window
 
 For blocks of queries at a time: a block's rows of P are whole, so it takes a product, a softmax
 and a product. With dP = dy v^T and dS = P (dP - sum_s P dP):
@@ -17,6 +17,7 @@ in the fused kernel.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from mixers.parts.products import exact_product
@@ -27,14 +28,15 @@ KEPT = 512   # tokens up to which P is kept: at 4,096 tokens a pass 5 MB a head 
 
 class BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, window=None):
         shape = q.shape
         q, k, v = (t.contiguous().flatten(0, 1) for t in (q, k, v))  # (X, T, D), X = B H
+        W = ctx.W = window or q.size(1)
         wide_q, wide_k = q.float(), k.float()
         y, kept = [], []
-        for rows in blocks(q.size(1)):
-            P = probabilities(wide_q, wide_k, rows)
-            y.append(P.to(v.dtype) @ v[:, :rows.stop])
+        for rows, seen in blocks(q.size(1), W):
+            P = probabilities(wide_q, wide_k, rows, seen, W)
+            y.append(P.to(v.dtype) @ v[:, seen])
             if q.size(1) <= KEPT:
                 kept.append(P)
         ctx.save_for_backward(q, k, v, *kept)
@@ -51,22 +53,21 @@ class BlockedAttention(torch.autograd.Function):
             wide_q, wide_k = q.float(), k.float()
         scale = 1 / math.sqrt(q.size(-1))
         dq, dk, dv = [], None, None
-        for rows in reversed(blocks(q.size(1))):  # the last one sees all keys
-            seen = slice(rows.stop)
-            P = kept.pop() if kept else probabilities(wide_q, wide_k, rows)
+        for rows, seen in reversed(blocks(q.size(1), ctx.W)):
+            P = kept.pop() if kept else probabilities(wide_q, wide_k, rows, seen, ctx.W)
             # dS is linear in dP, which carries the scale of dq and dk
             dP = exact_product(wide_dy[:, rows], wide_v[:, seen].mT, scale)
             dS = softmax_backward(dP, P).to(k.dtype)
             dq.append(dS @ k[:, seen])
             of_k, of_v = dS.mT @ q[:, rows], P.to(v.dtype).mT @ dy[:, rows]
             if dk is None:
-                dk, dv = of_k, of_v
+                dk, dv = (F.pad(t, (0, 0, seen.start, 0)) for t in (of_k, of_v))
             else:
                 dk, dv = dk.float(), dv.float()  # sums
                 dk[:, seen] += of_k
                 dv[:, seen] += of_v
         dq = joined(dq[::-1])
-        return dq.view(shape), dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape)
+        return dq.view(shape), dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape), None
 
 
 def joined(parts):
@@ -74,17 +75,25 @@ def joined(parts):
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def blocks(T):
-    """The blocks of T queries, slices."""
-    return [slice(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+def blocks(T, W):
+    """The blocks of T queries that see W tokens each: (queries, keys that some of them see), two
+    slices."""
+    found = []
+    for start in range(0, T, BLOCK):
+        rows = slice(start, min(start + BLOCK, T))
+        found.append((rows, slice(max(start - W + 1, 0), rows.stop)))
+    return found
 
 
-def probabilities(q, k, rows):
-    """P (X, c, seen) of c queries, the slice `rows`, and the keys that they see; all in float32,
-    q and k (X, T, D)."""
-    scores = exact_product(q[:, rows], k[:, :rows.stop].mT, 1 / math.sqrt(q.size(-1)))
-    c = rows.stop - rows.start
-    scores[:, :, rows.start:] += torch.full((c, c), -math.inf, device=q.device).triu(1)
+def probabilities(q, k, rows, seen, W):
+    """P (X, c, n) of the c queries and n keys of a block; all in float32, q and k (X, T, D)."""
+    scores = exact_product(q[:, rows], k[:, seen].mT, 1 / math.sqrt(q.size(-1)))
+    c, n = scores.shape[1:]
+    first = n - c - W  # query i is key n - c + i, and sees none up to first + i
+    unseen = torch.full((c, c), -math.inf, device=q.device)
+    scores[:, :, n - c:] += unseen.triu(1)
+    left = max(first + c, 0)
+    scores[:, :, :left] += unseen[:, :left].tril(first)
     return scores.softmax(-1)
 
 
