@@ -1,5 +1,6 @@
 """bench.py: what is measured, cells that fail, going on, what the figures are turned into."""
 import csv
+import gzip
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from bench import BenchOptions, code_of, model_of
 from mixers import MIXERS
 from model import GPT, GPTConfig
 from tools import bench_measure as measure
+from tools import bench_table
 from tools.bench_plots import plot
 from tools.bench_scaling import (
     IN_TABLE, columns_for, crossover, exponent, scaling, summary, table_head, table_line)
@@ -165,6 +167,31 @@ def test_finished_cells_are_kept_and_only_what_is_missing_is_measured(finished, 
     assert (folder / "notes.txt").exists() and not (folder / "train_batch2.png").exists()
 
 
+def test_a_record_is_printed_as_a_table_for_each_mode(
+        finished, here, monkeypatch, capsys, refusal):
+    def table(name):
+        monkeypatch.setattr(sys, "argv", ["bench_table", name])
+        bench_table.main()
+        return capsys.readouterr().out
+
+    out = table(str(finished[0]))
+    (here / "record").mkdir()
+    packed = gzip.compress((finished[0] / "cells.jsonl").read_bytes())
+    (here / "record" / "cells.jsonl.gz").write_bytes(packed)
+    assert table("record") == out
+    for line in result(finished[1])["cells"]:
+        mode, batch, length, mixer = name_of(line)
+        entries = out.partition(f"| {mode}, batch {batch} | 16 | 64 |")[2].partition("\n\n")[0]
+        entry = next(e for e in entries.splitlines() if e.startswith(f"| {mixer} |"))
+        words = entry.split(" | ")[1 if length == 16 else 2]
+        ratio = line["of_softmax"]
+        assert words == (f"{line['ms']:,.3g} ms" if mixer == "softmax"
+                         else f"{ratio:.2f} [{ratio:.2f}, {ratio:.2f}]")
+    assert "nowhere has no cells.jsonl" in refusal(bench_table, "nowhere")
+    (here / "record" / "cells.jsonl.gz").write_bytes(packed[:-9])
+    assert "damaged" in refusal(bench_table, "record")
+
+
 # Cells that fail ----------------------------------------------------------------------------------
 
 def test_too_little_memory_is_a_cell(bench, here):
@@ -179,6 +206,7 @@ def test_too_little_memory_is_a_cell(bench, here):
 LIMITED = """
 import json, resource, sys
 from tools import bench_measure as measure
+from tools import bench_table
 
 class Connection:
     def send(self, found):
@@ -470,6 +498,7 @@ def test_the_ceiling_counts_the_models_products(training, products, monkeypatch)
 MEMORY = """
 import torch
 from tools import bench_measure as measure
+from tools import bench_table
 device = torch.device("cpu")
 old = [torch.ones(2**18) for _ in range(50)]  # 50 MiB that malloc keeps
 del old

@@ -43,6 +43,7 @@ class MeasuredRow(Row):
 
 
 ROW = TypeAdapter(Annotated[Union[FailedRow, MeasuredRow], Field(discriminator="status")])
+REMEDY = "clear it with --overwrite"
 
 
 class Results:
@@ -88,29 +89,13 @@ class Results:
                 self.path.with_name(name).unlink(missing_ok=True)
 
     def read(self):
-        remedy = "clear it with --overwrite"
-        content = read_bytes(self.path, JSON_BYTES, remedy)
-        lines = content.split(b"\n")
-        cut_off = lines.pop()  # empty, unless the power failed in the middle of a line
+        content = read_bytes(self.path, JSON_BYTES, REMEDY)
+        whole = content[:content.rfind(b"\n") + 1]  # the power may fail in the middle of a line
         with writing(self.path):
-            self.file.truncate(len(content) - len(cut_off))
+            self.file.truncate(len(whole))
             self.file.seek(0, 2)
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            place = f"{self.path} is damaged: line {number}"
-            try:
-                row = parse_json(line)
-                ROW.validate_python(row)
-            except ValidationError as error:
-                detail = error.errors(include_url=False)[0]
-                where = ".".join(map(str, detail["loc"]))
-                what = f"{where[:100]}: {detail['msg'][:200]}"
-                raise BadInput(f"{place}: {what}; {remedy}") from error
-            except ValueError as error:
-                raise BadInput(f"{place}: no valid JSON; {remedy}") from error
-            if row["status"] != "error":  # errors get another chance
-                rows.append(row)
-        return rows
+        rows = rows_of(self.path, whole)
+        return [row for row in rows if row["status"] != "error"]  # errors get another chance
 
     def add(self, row):
         with writing(self.path):
@@ -132,3 +117,22 @@ class Results:
             if row["status"] == "timeout" and row["cell_seconds"] >= cell_seconds:
                 return True
         return False
+
+
+def rows_of(path, content):
+    """The rows of a cells.jsonl with this content; BadInput for what is none."""
+    rows = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        place = f"{path} is damaged: line {number}"
+        try:
+            row = parse_json(line)
+            ROW.validate_python(row)
+        except ValidationError as error:
+            detail = error.errors(include_url=False)[0]
+            where = ".".join(map(str, detail["loc"]))
+            what = f"{where[:100]}: {detail['msg'][:200]}"
+            raise BadInput(f"{place}: {what}; {REMEDY}") from error
+        except ValueError as error:
+            raise BadInput(f"{place}: no valid JSON; {REMEDY}") from error
+        rows.append(row)
+    return rows

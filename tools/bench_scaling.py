@@ -89,16 +89,21 @@ def summary(cell, rows, softmax_rows):
 
 
 def ratio(rows, softmax_rows):
-    """The median of each row's time over that of softmax which was measured nearest in time."""
+    """The median of ratios_of_rounds, or None."""
+    ratios = ratios_of_rounds(rows, softmax_rows)
+    return median(ratios) if ratios else None
+
+
+def ratios_of_rounds(rows, softmax_rows):
+    """Each row's time over that of softmax which was measured nearest in time; what failed has
+    none."""
     softmax_rows = [row for row in softmax_rows if row["status"] == "ok"]
-    if not softmax_rows:
-        return None
     ratios = []
     for row in rows:
-        distances = [abs(other["time"] - row["time"]) for other in softmax_rows]
-        nearest = softmax_rows[distances.index(min(distances))]
-        ratios.append(row["ms"] / nearest["ms"])
-    return median(ratios)
+        if row["status"] == "ok" and softmax_rows:
+            nearest = min(softmax_rows, key=lambda other: abs(other["time"] - row["time"]))
+            ratios.append(row["ms"] / nearest["ms"])
+    return ratios
 
 
 def columns_for(width):
