@@ -20,6 +20,7 @@ from base.options import option
 from mixers.parts.cpu_attention import BlockedAttention
 from mixers.parts.heads import (
     ConvolvedQKV,
+    causal_attention,
     merge_heads,
     qkv_flops,
     repeat_heads,
@@ -95,7 +96,13 @@ def windowed_attention(q, first, window, n, W):
     tokens before n and of the new ones."""
     B, H, T, D = q.shape
     n_s, R = first[0].size(2), window[0].size(2) - T
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and n_s == R == 0 and T > 1:
+    if T == 1:  # sees all there is; sinks may still be in the window too
+        again = max(n_s - (n - R), 0)
+        keys, values = (
+            torch.cat([sinks, t[:, :, again:]], dim=2) if n_s else t
+            for sinks, t in zip(first, window))
+        return causal_attention(q, keys, values)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and n_s == R == 0:
         k, v = (repeat_heads(t, H) for t in window)
         return BlockedAttention.apply(q, k, v, W)
     first = [repeat_heads(t, H).flatten(0, 1)[:, None] for t in first]  # (X, 1, n_s, D), X = B H

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mixers import MIXERS
-from mixers.parts.cpu_attention import BLOCK, BlockedAttention
+from mixers.parts.cpu_attention import BLOCK, MANY, BlockedAttention
 from mixers.parts.heads import causal_attention
 from mixers.parts.products import exact_product, fast_products, onednn_is_exact
 from mixers.swa import windowed_attention
@@ -61,6 +61,31 @@ def test_attention_is_as_exact_as_the_fused_kernel(T, new, std, D):
     assert all(a < 1.5 * b for a, b in zip(ours, theirs)), (ours, theirs)
     # and alike for every length, in training and in decoding
     assert all(a < 0.0035 for a in ours), ours
+
+
+def test_attention_longer_than_its_blocks_are_fast_for_is_as_exact(monkeypatch):
+    inputs, dy = drawn(300, 32, 9)
+    blocked = causal_attention(*inputs)
+    monkeypatch.setattr("mixers.parts.heads.MOST", 299)
+    assert not torch.equal(causal_attention(*inputs), blocked)  # another way
+    assert all(a < 0.0035 for a in errors(causal_attention, inputs, dy))
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.0035), (torch.float32, 1e-6),
+                                          (torch.float64, 1e-14)])
+@pytest.mark.parametrize("std", [1, 25])
+@pytest.mark.parametrize("new", [MANY, 299])
+def test_many_tokens_behind_others_are_as_in_the_whole(new, std, dtype, limit, monkeypatch):
+    """Without a gradient; with one, and where the kernel is missing, masked."""
+    inputs, _ = drawn(300, 32, std, new)
+    exact = fused(*(t.double() for t in inputs))
+    q, k, v = (t.to(dtype) for t in inputs)
+    with torch.no_grad():
+        y = causal_attention(q, k, v)
+        monkeypatch.setattr("mixers.parts.heads.FLASH", None)
+        masked = causal_attention(q, k, v)
+    assert y.dtype == dtype and relative(y, exact) < limit and relative(masked, exact) < limit
+    assert not torch.equal(y, masked)  # two ways
 
 
 @pytest.mark.parametrize("W", [2, 16, BLOCK - 1, BLOCK, BLOCK + 1, 290, 400])

@@ -1,4 +1,5 @@
-"""Causal softmax attention in bfloat16 on a CPU, where PyTorch's fused kernel takes longest.
+"""Causal softmax attention in bfloat16 on a CPU, where PyTorch's fused kernel takes long: of short
+sequences, in a window, and behind tokens that were there before.
 
     P_ts = softmax_{s<=t}(q_t . k_s / sqrt(D)),   y = P v,   or over s in (t - W, t] in a window
 
@@ -24,6 +25,25 @@ from mixers.parts.products import exact_product
 
 BLOCK = 128  # queries; of 64, 128 and 256 the fastest at T = 256 to 4,096
 KEPT = 512   # tokens up to which P is kept: at 4,096 tokens a pass 5 MB a head at most
+MOST = 4096  # tokens without a window; a block of more leaves the cache, and takes longer than the
+# fused kernel in float32
+MANY = 128  # new tokens from which on those before them are asked apart
+# what F.scaled_dot_product_attention runs here; it is private and may go
+FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def continued_attention(q, k, v):
+    """y (B, H, T, D) of the last T of S tokens, q (B, H, T, D), k and v (B, H, S, D), in at least
+    float32, without a gradient.
+
+    A mask for what comes later would take twice the time. So the kernel is asked twice, for the
+    tokens before, which all see, and for the new ones among themselves; it says with each the
+    logarithm of the sum of weights, whose difference is what share of the whole each has."""
+    before = k.size(2) - q.size(2)
+    y_before, log_before = FLASH(q, k[:, :, :before], v[:, :, :before])
+    y_own, log_own = FLASH(q, k[:, :, before:], v[:, :, before:], is_causal=True)
+    own = torch.sigmoid(log_own - log_before)[..., None].to(q.dtype)
+    return torch.lerp(y_before, y_own, own)
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -3,6 +3,7 @@ cache, causal attention.
 
 B batch, T new tokens, S tokens so far (S >= T), H heads, G key/value heads, D head size.
 """
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,7 +13,13 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from mixers.parts.convolution import ShortConvolution
-from mixers.parts.cpu_attention import BlockedAttention
+from mixers.parts.cpu_attention import (
+    FLASH,
+    MANY,
+    MOST,
+    BlockedAttention,
+    continued_attention,
+)
 from mixers.parts.products import exact_product
 
 
@@ -114,12 +121,20 @@ def rotate(x, start, base):
     (float64 stays)."""
     T, D = x.shape[-2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    position = torch.arange(start, start + T, device=x.device, dtype=dtype)
-    wavelength = base ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)
-    angle = position[:, None] * wavelength  # (T, D/2)
-    cos, sin = angle.cos(), angle.sin()
+    form = rotation.__wrapped__ if torch.compiler.is_compiling() else rotation
+    cos, sin = form(start, T, D, base, dtype, x.device, torch.is_inference_mode_enabled())
     a, b = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def rotation(start, T, D, base, dtype, device, in_inference_mode):
+    """The cosines and sines (T, D/2) of RoPE's angles. Queries and keys of all layers ask for the
+    same, which is kept; but what inference mode made no gradient may use."""
+    position = torch.arange(start, start + T, device=device, dtype=dtype)
+    wavelength = base ** (-torch.arange(0, D, 2, device=device, dtype=dtype) / D)
+    angle = position[:, None] * wavelength
+    return angle.cos(), angle.sin()
 
 
 class Room:
@@ -177,14 +192,17 @@ def causal_attention(q, k, v):
     (B, G, S, D) -> (B, H, T, D)."""
     T, S = q.size(2), k.size(2)
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        if T == S > 1:
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and q.dtype == torch.bfloat16:
+        if T == S and 1 < T <= MOST:
             return BlockedAttention.apply(q, k, v)
-        # a few tokens on top of others: the fused kernel is fast in float32 only
+        # the fused kernel is fast, with few queries, and as exact in float32 only
         with torch.autocast("cpu", enabled=False):
             return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if on_cpu and T >= MANY and FLASH and not torch.is_grad_enabled():
+        return continued_attention(q, k, v)
     mask = None  # a single token sees all
     if T > 1:  # new token i is token S - T + i of the whole and sees everything up to itself
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
