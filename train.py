@@ -26,6 +26,7 @@ from tqdm import tqdm
 from base.errors import BadInput, exit_on_bad_input
 from base.terminal import width, wrapped
 from data import load_dataset
+from mixers.parts.products import always_fast_products
 from model import GPT, model_config
 from training import checkpoint
 from training.contract import check_builders
@@ -60,6 +61,8 @@ def carry_out(world, lock):
         torch.set_num_threads(min(options.threads, os.cpu_count()))
     device = world.start(choose_device(options.device), options)
     dtype = choose_dtype(options.dtype, device, options.n_embd)
+    if device.type == "cpu":
+        always_fast_products()
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     machine = Machine(device, autocast, world)
     data = world.first_alone(lambda: load_dataset(

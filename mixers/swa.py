@@ -17,9 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base.options import option
-from mixers.parts.cpu_attention import BlockedAttention
+from mixers.parts.cpu_attention import blocked_attention
 from mixers.parts.heads import (
     ConvolvedQKV,
+    attention_scores,
     causal_attention,
     merge_heads,
     qkv_flops,
@@ -102,9 +103,9 @@ def windowed_attention(q, first, window, n, W):
             torch.cat([sinks, t[:, :, again:]], dim=2) if n_s else t
             for sinks, t in zip(first, window))
         return causal_attention(q, keys, values)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and n_s == R == 0:
+    if q.device.type == "cpu" and q.dtype != torch.float64 and n_s == R == 0:
         k, v = (repeat_heads(t, H) for t in window)
-        return BlockedAttention.apply(q, k, v, W)
+        return blocked_attention(q, k, v, W)
     first = [repeat_heads(t, H).flatten(0, 1)[:, None] for t in first]  # (X, 1, n_s, D), X = B H
     window = [repeat_heads(t, H).flatten(0, 1) for t in window]
     size = min(W, T)  # queries in a block; each sees W - 1 + size keys of the window
@@ -132,8 +133,8 @@ def blocks(t, missing, N, size, W):
 
 def attention(q, k, v, mask):
     """Softmax attention of q over k and v with a mask of what is seen; on a CPU in at least
-    float32."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):
-            return attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    float32, and written out, as the fused kernel takes long over small blocks."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    weights = attention_scores(q, k).masked_fill(~mask, -math.inf).softmax(-1)
+    return weights.to(v.dtype) @ v

@@ -1,21 +1,35 @@
 """What a CPU does in its own way to be fast, against the plain way."""
 import copy
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mixers import MIXERS
-from mixers.parts.cpu_attention import BLOCK, MANY, BlockedAttention
+from mixers.parts.cpu_attention import BLOCK, KEPT, MANY, BlockedAttention
 from mixers.parts.heads import causal_attention
-from mixers.parts.products import exact_product, fast_products, onednn_is_exact
+from mixers.parts.products import (
+    always_fast_products, exact_product, fast_products, onednn_is_exact)
 from mixers.swa import windowed_attention
 from model import GPT, Dropout, GPTConfig
 from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 
 needs_mkldnn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
+
+
+@contextmanager
+def setting_of(precision):
+    """What float32 products may be rounded to, for a while."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = precision
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def relative(rough, exact):
@@ -28,15 +42,15 @@ def fused(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def errors(attention, inputs, dy):
-    """Of y and the gradients of inputs, in bfloat16, relative to float64's."""
+def errors(attention, inputs, dy, dtype=torch.bfloat16):
+    """Of y and the gradients of inputs, in this dtype, relative to float64's."""
     def results(function, dtype):
         leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
         y = function(*leaves)
         return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
-    rough = results(attention, torch.bfloat16)
+    rough = results(attention, dtype)
     exact = results(attention, torch.float64)
-    assert all(t.dtype == torch.bfloat16 for t in rough)
+    assert all(t.dtype == dtype for t in rough)
     return [relative(a, b) for a, b in zip(rough, exact)]
 
 
@@ -63,12 +77,14 @@ def test_attention_is_as_exact_as_the_fused_kernel(T, new, std, D):
     assert all(a < 0.0035 for a in ours), ours
 
 
-def test_attention_longer_than_its_blocks_are_fast_for_is_as_exact(monkeypatch):
-    inputs, dy = drawn(300, 32, 9)
-    blocked = causal_attention(*inputs)
-    monkeypatch.setattr("mixers.parts.heads.MOST", 299)
-    assert not torch.equal(causal_attention(*inputs), blocked)  # another way
-    assert all(a < 0.0035 for a in errors(causal_attention, inputs, dy))
+@pytest.mark.parametrize("T", [17, 64, BLOCK + 1, 300, KEPT + 1])
+def test_attention_in_float32_keeps_its_digits(T):
+    inputs, dy = drawn(T, 32, 9)
+    found = errors(causal_attention, inputs, dy, torch.float32)
+    assert all(error < 5e-6 for error in found), found
+    with setting_of("bf16" if onednn_is_exact() else "ieee"):  # as training has it
+        found = errors(causal_attention, inputs, dy, torch.float32)
+    assert all(error < 5e-6 for error in found), found
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.0035), (torch.float32, 1e-6),
@@ -146,6 +162,33 @@ def test_fast_products_round_nothing_and_leave_the_setting(exact, monkeypatch):
         assert exact or setting.fp32_precision == before
     assert relative(product, a.double() @ b.double()) < 1e-6
     assert setting.fp32_precision == before
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_all_float32_products_are_fast_where_that_loses_nothing(exact, monkeypatch):
+    setting = torch.backends.mkldnn.matmul
+    monkeypatch.setattr("mixers.parts.products.onednn_is_exact", lambda: exact)
+    with setting_of("ieee"):
+        always_fast_products()
+        assert setting.fp32_precision == ("bf16" if exact else "ieee")
+
+
+@pytest.mark.skipif(not onednn_is_exact(), reason="rounds here, so it is never asked for")
+@pytest.mark.parametrize("M, K, N", [
+    (8192, 64, 192), (7, 1000, 33), (1, 384, 1536), (64, 8192, 64)])
+def test_linear_layers_in_float32_keep_their_digits(M, K, N):
+    torch.manual_seed(0)
+    x, w, b, dy = (torch.randn(shape, dtype=torch.float64)
+                   for shape in ((M, K), (N, K), (N,), (M, N)))
+
+    def results(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w, b)]
+        y = F.linear(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    exact = results(torch.float64)
+    with fast_products():
+        assert all(relative(a, e) < 2e-6 for a, e in zip(results(torch.float32), exact))
 
 
 def test_a_processor_that_rounds_is_noticed(monkeypatch):

@@ -27,6 +27,7 @@ import torch.nn as nn
 from base.errors import is_out_of_memory
 from config import Options
 from mixers import load_mixer_file
+from mixers.parts.products import always_fast_products
 from model import GPT, GPTConfig
 from train import backward
 from training.device import PackedLinear, choose_device, ready_to_decode, rows_per_pass
@@ -103,6 +104,8 @@ def figures(cell, seconds):
     mode, batch, length = cell["mode"], cell["batch"], cell["length"]
     training = mode == "train"
     device = choose_device(cell["device"])
+    if training and device.type == "cpu":
+        always_fast_products()  # as train.py
     dtype = getattr(torch, cell["dtype"])
     config = GPTConfig(**cell["model"])
     torch.manual_seed(0)

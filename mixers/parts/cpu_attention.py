@@ -1,5 +1,5 @@
-"""Causal softmax attention in bfloat16 on a CPU, where PyTorch's fused kernel takes long: of short
-sequences, in a window, and behind tokens that were there before.
+"""Causal softmax attention on a CPU, where PyTorch's fused kernel takes long: of short sequences,
+in a window, and behind tokens that were there before.
 
     P_ts = softmax_{s<=t}(q_t . k_s / sqrt(D)),   y = P v,   or over s in (t - W, t] in a window
 
@@ -11,9 +11,9 @@ and a product. With dP = dy v^T and dS = P (dP - sum_s P dP):
 Of short sequences P is kept for the backward pass, of long ones its blocks are formed again, so
 that memory stays linear in T.
 
-q, k, v, y (B, H, T, D) are bfloat16. Scores, softmax, dP and dS are float32, and so are the sums
-of dk and dv over the blocks; P and dS are rounded to bfloat16 only as factors of a product, as
-in the fused kernel.
+q, k, v, y (B, H, T, D) are bfloat16 or float32. Scores, softmax, dP and dS are float32, and so are
+the sums of dk and dv over the blocks; P and dS are rounded to bfloat16 only as factors of a product
+with bfloat16, as in the fused kernel.
 """
 import math
 
@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from mixers.parts.products import exact_product
+from mixers.parts.products import exact_product, scaled_product
 
 BLOCK = 128  # queries; of 64, 128 and 256 the fastest at T = 256 to 4,096
-KEPT = 512   # tokens up to which P is kept: at 4,096 tokens a pass 5 MB a head at most
-MOST = 4096  # tokens without a window; a block of more leaves the cache, and takes longer than the
-# fused kernel in float32
+# tokens up to which P is kept, at 4,096 tokens a pass 5 MB a head at most. Without it blocks take
+# longer than the fused kernel, but in a window
+KEPT = 512
 MANY = 128  # new tokens from which on those before them are asked apart
 # what F.scaled_dot_product_attention runs here; it is private and may go
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -46,6 +46,13 @@ def continued_attention(q, k, v):
     return torch.lerp(y_before, y_own, own)
 
 
+def blocked_attention(q, k, v, window=None):
+    """y (B, H, T, D) of a whole sequence; each token sees those before it, or of them and itself
+    the last `window`."""
+    with torch.autocast("cpu", enabled=False):
+        return BlockedAttention.apply(q, k, v, window)
+
+
 class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, window=None):
@@ -53,9 +60,10 @@ class BlockedAttention(torch.autograd.Function):
         q, k, v = (t.contiguous().flatten(0, 1) for t in (q, k, v))  # (X, T, D), X = B H
         W = ctx.W = window or q.size(1)
         wide_q, wide_k = q.float(), k.float()
+        product = scores_product(q.dtype)
         y, kept = [], []
         for rows, seen in blocks(q.size(1), W):
-            P = probabilities(wide_q, wide_k, rows, seen, W)
+            P = probabilities(wide_q, wide_k, rows, seen, W, product)
             y.append(P.to(v.dtype) @ v[:, seen])
             if q.size(1) <= KEPT:
                 kept.append(P)
@@ -69,14 +77,16 @@ class BlockedAttention(torch.autograd.Function):
         shape = dy.shape
         dy = dy.contiguous().flatten(0, 1)
         wide_v, wide_dy = v.float(), dy.float()
+        product = scores_product(q.dtype)
         if not kept:
             wide_q, wide_k = q.float(), k.float()
         scale = 1 / math.sqrt(q.size(-1))
         dq, dk, dv = [], None, None
         for rows, seen in reversed(blocks(q.size(1), ctx.W)):
-            P = kept.pop() if kept else probabilities(wide_q, wide_k, rows, seen, ctx.W)
+            P = kept.pop() if kept else probabilities(
+                wide_q, wide_k, rows, seen, ctx.W, product)
             # dS is linear in dP, which carries the scale of dq and dk
-            dP = exact_product(wide_dy[:, rows], wide_v[:, seen].mT, scale)
+            dP = product(wide_dy[:, rows], wide_v[:, seen].mT, scale)
             dS = softmax_backward(dP, P).to(k.dtype)
             dq.append(dS @ k[:, seen])
             of_k, of_v = dS.mT @ q[:, rows], P.to(v.dtype).mT @ dy[:, rows]
@@ -105,9 +115,14 @@ def blocks(T, W):
     return found
 
 
-def probabilities(q, k, rows, seen, W):
+def scores_product(dtype):
+    """What multiplies float32 factors whose values are of this dtype, and a scale."""
+    return exact_product if dtype == torch.bfloat16 else scaled_product
+
+
+def probabilities(q, k, rows, seen, W, product):
     """P (X, c, n) of the c queries and n keys of a block; all in float32, q and k (X, T, D)."""
-    scores = exact_product(q[:, rows], k[:, seen].mT, 1 / math.sqrt(q.size(-1)))
+    scores = product(q[:, rows], k[:, seen].mT, 1 / math.sqrt(q.size(-1)))
     c, n = scores.shape[1:]
     first = n - c - W  # query i is key n - c + i, and sees none up to first + i
     unseen = torch.full((c, c), -math.inf, device=q.device)

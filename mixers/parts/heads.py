@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from mixers.parts.convolution import ShortConvolution
 from mixers.parts.cpu_attention import (
     FLASH,
+    KEPT,
     MANY,
-    MOST,
-    BlockedAttention,
+    blocked_attention,
     continued_attention,
 )
 from mixers.parts.products import exact_product
@@ -193,9 +193,9 @@ def causal_attention(q, k, v):
     T, S = q.size(2), k.size(2)
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     on_cpu = q.device.type == "cpu"
+    if on_cpu and q.dtype in (torch.bfloat16, torch.float32) and T == S and 1 < T <= KEPT:
+        return blocked_attention(q, k, v)
     if on_cpu and q.dtype == torch.bfloat16:
-        if T == S and 1 < T <= MOST:
-            return BlockedAttention.apply(q, k, v)
         # the fused kernel is fast, with few queries, and as exact in float32 only
         with torch.autocast("cpu", enabled=False):
             return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)

@@ -3,6 +3,9 @@
 PyTorch hands float32 products to MKL, unless it may round their factors to bfloat16; then to
 oneDNN, which rounds them only where the processor has no other fast way (Intel's AMX). An AMD EPYC
 with AVX512 is twice as fast by oneDNN as by MKL, to the same digits.
+
+Training asks for it once and for all; the engines, which are also used without it, each time. Of
+single tokens it makes a product slower.
 """
 import functools
 from contextlib import contextmanager
@@ -14,7 +17,13 @@ def exact_product(a, b, scale=1.0):
     """scale a b in float32, for a (X, n, d) and b (X, d, m), float32 tensors of bfloat16 values.
 
     The product of two bfloat16 values is a float32 value, so rounding to bfloat16 loses nothing."""
-    with torch.autocast(a.device.type, enabled=False), rounding_allowed():
+    with rounding_allowed():
+        return scaled_product(a, b, scale)
+
+
+def scaled_product(a, b, scale):
+    """The same of any float32 tensors."""
+    with torch.autocast(a.device.type, enabled=False):
         return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
@@ -28,15 +37,26 @@ def fast_products():
         yield
 
 
+def always_fast_products():
+    """From now on the same for all float32 products on a CPU: those of linear layers, forward and
+    backward, among them."""
+    setting = matmul_setting()
+    if setting is not None and onednn_is_exact():
+        setting.fp32_precision = "bf16"
+
+
 @functools.cache
 def onednn_is_exact():
     """Whether float32 products keep their digits where they may be rounded to bfloat16: tried once,
     as a processor's name says too little."""
     a = torch.linspace(1, 2, 16 * 64 * 64, dtype=torch.float64, device="cpu").view(16, 64, 64)
+    flat = a.flatten(0, 1)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         with rounding_allowed():
-            product = a.float() @ a.float().mT
-        return torch.allclose(product.double(), a @ a.mT, rtol=1e-5)
+            of_many = a.float() @ a.float().mT
+            of_one = flat.float() @ flat[:64].float()
+        return (torch.allclose(of_many.double(), a @ a.mT, rtol=1e-5)
+                and torch.allclose(of_one.double(), flat @ flat[:64], rtol=1e-5))
 
 
 @contextmanager
@@ -45,8 +65,8 @@ def rounding_allowed():
     setting.
 
     It is the process's, not the thread's: nothing else may multiply meanwhile."""
-    setting = getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(setting, "fp32_precision") or torch.compiler.is_compiling():
+    setting = matmul_setting()
+    if setting is None or torch.compiler.is_compiling():
         yield
         return
     before = setting.fp32_precision
@@ -55,3 +75,10 @@ def rounding_allowed():
         yield
     finally:
         setting.fp32_precision = before
+
+
+def matmul_setting():
+    """Where PyTorch keeps what float32 products on a CPU may be rounded to; None where it has no
+    such setting."""
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    return setting if hasattr(setting, "fp32_precision") else None
