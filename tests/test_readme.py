@@ -158,6 +158,10 @@ def test_the_table_of_many_pairs_is_that_of_the_records():
                      "better": ["deltanet"]}
 
 
+def test_the_table_with_the_convolution_for_all_is_that_of_the_records():
+    check_the_table("mqar, convolution for all", ["claims/deltanet_recalls"], "deltanet")
+
+
 @pytest.mark.parametrize("label", ["causal_max", "mamba2", "lln", "pelican"])
 def test_the_differences_of_the_headline_are_those_of_the_records(label):
     of_records = arms("shakespeare")
