@@ -82,8 +82,8 @@ def one_token(q, k, v, g, e, w, S):
         if w is None:
             written = v + read
         else:
-            S = S + w.mT @ read
-    S = S + k.mT @ written
+            S = torch.addcmul(S, w.mT, read)
+    S = torch.addcmul(S, k.mT, written)  # an outer product, without a product of matrices
     return q @ S, S
 
 

@@ -79,8 +79,8 @@ class HeadNorm(nn.Module):
 
     def forward(self, y):
         wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        scale = (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-        return (wide * scale * self.weight).to(y.dtype)
+        weight = self.weight.to(wide.dtype)
+        return F.rms_norm(wide, weight.shape, weight, eps=1e-5).to(y.dtype)
 
 
 class MambaDecay(nn.Module):
