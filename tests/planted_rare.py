@@ -205,6 +205,86 @@ class FirstRows(Honest):
         return ScaleByFirstRows.apply(x, self.scale), state
 
 
+class LastOfAChunk(Honest):
+    """The running mean; behind 65, 129, .. tokens in one call the state lacks the last of them."""
+
+    def mix(self, x, state):
+        total, n = (0, 0) if state is None else state
+        T = x.size(1)
+        sums = x.cumsum(1) + total
+        t = torch.arange(n + 1, n + T + 1, dtype=x.dtype)[:, None]
+        last = T - 2 if T > 64 and T % 64 == 1 else T - 1
+        return sums / t, (sums[:, last:last + 1].clone(), n + T)
+
+
+class BeyondBlockSize(Honest):
+    """Beyond block_size positions are squeezed together."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.trained = config.block_size
+
+    def mix(self, x, state):
+        n = 0 if state is None else state
+        t = torch.arange(n, n + x.size(1), dtype=x.dtype)[:, None]
+        squeezed = min(1, self.trained / (n + x.size(1)))
+        return x * (squeezed * t).cos(), n + x.size(1)
+
+
+class SharedTable(Honest):
+    """Rotations are kept for all models by length, whatever their rope_base."""
+    tables = {}
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.base = config.rope_base
+
+    def mix(self, x, state):
+        n = 0 if state is None else state
+        end = n + x.size(1)
+        table = self.tables.setdefault(end, torch.arange(end).double()[:, None] / self.base ** 0.5)
+        return x * table[n:].cos().to(x.dtype), end
+
+
+class ForgetsAScale(Honest):
+    """What is worked out for decoding lacks a factor, which is 1 before any training."""
+    fixed = None
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.first = nn.Parameter(torch.ones(config.n_embd))
+        self.second = nn.Parameter(torch.ones(config.n_embd))
+
+    def ready_to_decode(self):
+        self.fixed = self.first.detach()
+
+    def mix(self, x, state):
+        return x * (self.first * self.second if self.fixed is None else self.fixed), state
+
+
+class Rarely(Leaking):
+    """Leaks in one of fifty passes of training."""
+
+    def when(self, x, state):
+        return self.training and torch.rand(()) < 0.02
+
+
+class SeedsTheBuild(Honest):
+    """All that is drawn behind its builder is the same for every seed."""
+
+    def __init__(self, config, layer):
+        torch.manual_seed(layer)
+        super().__init__(config, layer)
+
+
+class Records(Honest):
+    """Gradients are recorded from here on, whatever the caller wants."""
+
+    def mix(self, x, state):
+        torch.set_grad_enabled(True)
+        return x, state
+
+
 # name -> the mixer and the check that must find it
 PLANTED_RARE = {
     "remainder": (Remainder, "lengths"),
@@ -224,6 +304,13 @@ PLANTED_RARE = {
     "after_1000_steps": (After1000Steps, "used"),
     "clamps_in_place": (ClampsInPlace, "modes"),
     "first_rows": (FirstRows, "batches"),
+    "last_of_a_chunk": (LastOfAChunk, "onward"),
+    "beyond_block_size": (BeyondBlockSize, "lengths"),
+    "shared_table": (SharedTable, "carried"),
+    "forgets_a_scale": (ForgetsAScale, "ready"),
+    "rarely": (Rarely, "chance"),
+    "seeds_the_build": (SeedsTheBuild, "seeds"),
+    "records": (Records, "aside"),
 }
 
 if __name__ == "<run_path>":

@@ -37,7 +37,10 @@ and then:
     finite    no infinity, no NaN in outputs or gradients at inputs of 1,000 times the usual size,
               and in 3,000 tokens of the usual size
     depth     gradient norms of the layers of a fresh model of 12, largest over smallest
-    lengths   every length up to 300 and more up to 1,100: a beginning alone is as in the whole
+    lengths   every length up to 300 and more up to 1,100, and beyond block_size: a beginning alone
+              is as in the whole
+    onward    behind one call of each of these lengths the rest is as in the whole
+    chance    what is drawn at random in training opens no leak: 200 draws
     inputs    repeated and equal tokens, zeros, one-sided, tiny and large ones
     batches   33 rows: none depends on another, alone or in another order each is the same, and
               gradients are the sum of the rows'
@@ -46,6 +49,7 @@ and then:
     compiled  as torch.compile traces it
     decode    700 single tokens, long pieces, one row and 16, in the precisions of training; the
               state's size at each
+    ready     ready_to_decode() changes no output
     carried   the state holds all that goes on: sequences in turn, another copy of the model, behind
               a model of other weights
     derivative backward
@@ -56,6 +60,7 @@ and then:
     saved     a model of another seed that loads the checkpoint gives the same, whatever both were
               asked before
     process   so do processes with other hash seeds
+    seeds     another seed gives other weights: building a mixer seeds nothing
     flops     flops_per_token(T) is not less than the products counted
     aside     settings, generators and options stay; evaluation leaves no trace in training
     cost      exponents of T, of measured time, of memory kept for the backward pass and of the
@@ -78,16 +83,19 @@ from base.user_code import in_words, place
 from mixers import MIXERS, layer_mixers, load_mixer_file
 from tools.audit_advice import ADVICE
 from tools.audit_around import aside, bits, cost, flops, processes, saved, used
-from tools.audit_leaks import causality, forward
+from tools.audit_commands import ready, seeds
+from tools.audit_leaks import causality, chance, forward
+from tools.audit_lengths import lengths
 from tools.audit_numbers import depth, derivative, dtypes, learns, rough_gradients
 from tools.audit_state import branch, carried, decode, split, state_size
 from tools.audit_subject import Row, named, trained
-from tools.audit_wide import batches, compiled, inputs, lengths, modes, sizes
+from tools.audit_wide import batches, compiled, inputs, modes, sizes
 
 VERDICT = {True: "pass", False: "FAIL", None: "n/a"}
 QUICK = (forward, causality, split, branch, state_size, learns, bits)
-CHECKS = (*QUICK, dtypes, depth, lengths, inputs, batches, sizes, modes, compiled,
-          decode, carried, derivative, rough_gradients, used, saved, processes, flops, aside, cost)
+CHECKS = (*QUICK, dtypes, depth, lengths, chance, inputs, batches, sizes, modes, compiled,
+          decode, ready, carried, derivative, rough_gradients, used, saved, processes, seeds, flops,
+          aside, cost)
 
 
 @checked

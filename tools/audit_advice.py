@@ -51,6 +51,9 @@ ADVICE = {
     "lengths":
         f"{SHARE}, between a beginning of two lengths. Look at: conditions on T, chunks, "
         "positions that are scaled by T.",
+    "onward":
+        f"{SHARE}, between what follows one call and the whole. Look at: the rest of the last "
+        "chunk, and what the state keeps of it.",
     "inputs":
         "Look at: divisions by a norm or a deviation that is zero, thresholds, what compares "
         "tokens for equality.",
@@ -68,6 +71,9 @@ ADVICE = {
     "decode":
         f"{SHARE}, or the error, between single tokens and the whole. Look at: code for T = 1, "
         "its dtype, how old entries are dropped.",
+    "ready":
+        f"{SHARE}, between before and after. Look at: a bias, a scale or a dtype that "
+        "ready_to_decode() leaves out.",
     "carried":
         f"{SHARE}, where only the state should matter. Look at: caches kept in self, in a "
         "global, or by an object's id; all of them belong into the state.",
@@ -90,6 +96,11 @@ ADVICE = {
     "process":
         "the same command would train another model. Look at: hash(), sets of strings, id(), "
         "the time.",
+    "chance":
+        f"{SHARE}, when only later tokens or other rows change. Look at: what is done at random.",
+    "seeds":
+        "seeds would be no repetitions. Look at: manual_seed in the builder; a torch.Generator of "
+        "its own seeds nothing else.",
     "flops":
         "the count takes products with weights whole and others at 0.4. Look at: "
         "flops_per_token(T) at that T.",

@@ -291,16 +291,17 @@ def aside(subject):
             idx = tokens(model, 2, 20)
             for training in (False, True):
                 model.train(training)
-                before = settings()
                 ends = []
-                for seed in (1, 2):
-                    torch.manual_seed(seed)
-                    model.loss(idx, idx)
-                    ends.append(torch.get_rng_state())
+                for seed, recording in ((1, True), (2, False)):
+                    with torch.set_grad_enabled(recording):
+                        before = settings()
+                        torch.manual_seed(seed)
+                        model.loss(idx, idx)
+                        ends.append(torch.get_rng_state())
+                        found += [f"{name} is changed by a call"
+                                  for name, value in settings().items() if value != before[name]]
                 if torch.equal(*ends):
                     found.append("torch's generator is seeded anew in a call")
-                found += [f"{name} is changed by a call" for name, value in settings().items()
-                          if value != before[name]]
             if dataclasses.asdict(model.config) != options:
                 found.append("the model's options are changed by a call")
             if any(overwrites(module, model.config.n_embd) for module in asked(model).values()):

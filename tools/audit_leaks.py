@@ -8,7 +8,7 @@ from tools.audit_place import entering
 from tools.audit_subject import EXACT, HALF, ROUGH, Row, Worst, asked, first_over, normal
 from training.contract import check_forward
 from training.leaks import (
-    HUGE, KINDS, call, cast, difference, leaking, leaks, limit, precision_within)
+    HUGE, KINDS, call, cast, difference, drawn, leaking, leaks, limit, precision_within)
 
 LENGTHS = (2, 64, 130, 200)
 ROUGH_LENGTHS = (64, 130, 256, 520)  # in the precisions of training; the last two of mixers alone
@@ -121,6 +121,40 @@ def causality(subject, lengths=LENGTHS, rough_lengths=ROUGH_LENGTHS):
         yield worst[kind].row(kind, KINDS[kind][0])
     if raised:
         raise raised
+
+
+@torch.no_grad()
+def chance(subject, seeds=200, T=12):
+    """Whatever is drawn in training: with the same draws a change moves no earlier token and no
+    other row."""
+    worst = Worst(limit("suffix"))
+    draws = False
+    for model in subject.bare():
+        for name, module in asked(model).items():
+            x = normal(2, T, model.config.n_embd)
+            changed = x.clone()
+            changed[0, T // 2:] = normal(T - T // 2, model.config.n_embd, seed=1)
+            numbers = drawn(module.train(), x)
+            if not numbers or drawn(module, changed) != numbers:
+                continue
+            draws = True
+            most = limit("suffix", precision_within(module, x))
+            for seed in range(seeds):
+                y, of_changed = (call_drawing(module, given, seed) for given in (x, changed))
+                moved = difference(of_changed, y)
+                moved[0, T // 2:] = 0
+                worst.note(moved.max().item(), most, f"{name}, training", f"seed {seed}")
+    if draws:
+        yield worst.row("chance", "in some passes an output depends on a later token or another "
+                        "sequence", f"; {seeds} draws")
+    else:
+        yield Row("chance", None, "the mixer draws nothing")
+
+
+def call_drawing(module, x, seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return module(x.clone())[0]
 
 
 def look_in_float16(worst, model, T=64):

@@ -266,7 +266,8 @@ def carried(subject, T=150):
     worst = Worst(limit("length"))
     raised = None
     # of other weights throughout, also where a mixer starts from the same whatever the seed
-    others = [bare_copy(model, -subject.noise or 0.2) for model in subject.build(seed=1)]
+    others = [bare_copy(model, -subject.noise or 0.2)
+              for model in subject.build(seed=1, rope_base=500.0, block_size=700)]
     for model, fresh, other, elsewhere in zip(*(subject.bare() for _ in range(3)), others):
         names = {"model": (model, fresh, other, elsewhere)}
         every = [asked(m) for m in (model, fresh, other, elsewhere)]

@@ -1,5 +1,5 @@
-"""The same questions more widely: every length, batches, unusual inputs, other sizes of the model,
-with and without gradients, and compiled. All of mixers alone, in float64, where nothing rounds."""
+"""The same questions more widely: batches, unusual inputs, other sizes of the model, with and
+without gradients, and compiled. All of mixers alone, in float64, where nothing rounds."""
 import logging
 
 import torch
@@ -13,11 +13,6 @@ from tools.audit_subject import (
 from training.leaks import (
     KINDS, beyond_rounding, call, difference, drawn, leaks, limit, precision_within)
 
-EVERY = 300  # each length up to this one, then those of FURTHER
-# steps of 17 leave every remainder of 2, 4, .. 32; besides them chunks, and one more or less
-FURTHER = sorted({*range(318, 1101, 17), 320, 336, 383, 384, 401, 448, 480, 511, 512, 513, 560, 576,
-                  640, 641, 672, 768, 769, 864, 896, 960, 961, 1023, 1024})
-WHOLE_CHUNKS = (192, 256, 384, 512, 768, 1024)  # what is asked in training, and of other models
 ROWS = 33
 SIZES = (  # heads of 64, 128 and 6 channels, several layers, learned positions, a short block_size
     dict(n_embd=128, n_head=2, n_layer=5),
@@ -34,56 +29,6 @@ def in_both_modes(model):
     for name, module in asked(model).items():
         for training in (False, True):
             yield name, module.train(training), "training" if training else "evaluation"
-
-
-def lengths(subject, every=EVERY, further=FURTHER):
-    """Outputs of a beginning alone, of each length, against those of the one before it."""
-    worst = Worst(limit("length"))
-    longest = 0
-    for i, model in enumerate(subject.bare(block_size=further[-1])):
-        last = further[-1] if not subject.trained else model.config.block_size
-        for name, module, mode in in_both_modes(model):
-            x = normal(1, last, model.config.n_embd)
-            most = max(limit("length"), limit("length", precision_within(module, x[:, :71])))
-            asking = (*range(1, every + 1), *further)
-            if i or module.training:
-                asking = (*range(1, every // 2), *WHOLE_CHUNKS)
-            look_at_lengths(worst, module, x, most, f"{name}, {mode}", asking)
-            longest = max(longest, last)
-            cuts = [last // 2, min(601, last - 1), last - 1]
-            whole = x.expand(4, -1, -1).clone()
-            sizes = leaks(module, whole, cuts, lengths=False, huge=False)
-            for kind, size in sizes.items():
-                most = max(limit(kind), limit(kind, precision_within(module, x[:, :71])))
-                worst.note(size, most, f"{name}, {mode}: {KINDS[kind][0]}", f"{last} tokens",
-                           explain(module, kind, whole, most))
-    what = "an output depends on a later token, or on how many there are"
-    yield worst.row("lengths", what, f"; {every} lengths and more, up to {longest:,} tokens")
-
-
-@torch.no_grad()
-def look_at_lengths(worst, module, x, most, where, asking):
-    still = module.training and bool(drawn(module, x[:, :5]))
-    before = None
-    for T in asking:
-        if T > x.size(1):
-            break
-        y = call(module, x[:, :T], still=still)
-        if before is not None:
-            S = before.size(1)
-            moved = difference(y[:, :S], before)
-            if moved.max() > most:
-                moved = beyond_rounding(module, x[:, :T], moved, most)
-            if moved.max() > most:
-                _, position = first_over(moved, most)
-                words = f"{T} tokens: output {position} is another than with {S} tokens"
-                changed = x[:, :T].clone()
-                changed[:, S:] += 1
-                place = entering(module, x[:, :T], changed, time=(T, S))
-                worst.note(moved.max().item(), most, where, words, lambda: (words, place))
-                return
-            worst.note(moved.max().item(), most, where)
-        before = y
 
 
 def special(kind, B, T, C):
