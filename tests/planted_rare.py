@@ -217,6 +217,15 @@ class LastOfAChunk(Honest):
         return sums / t, (sums[:, last:last + 1].clone(), n + T)
 
 
+class MirroredStart(Honest):
+    """Before the start there are the first tokens once more, mirrored."""
+
+    def mix(self, x, state):
+        before = x[:, 1:4].flip(1) if state is None else state
+        padded = torch.cat([before, x], 1)
+        return x + padded[:, :x.size(1)], padded[:, -3:].clone()
+
+
 class BeyondBlockSize(Honest):
     """Beyond block_size positions are squeezed together."""
 
@@ -305,6 +314,7 @@ PLANTED_RARE = {
     "clamps_in_place": (ClampsInPlace, "modes"),
     "first_rows": (FirstRows, "batches"),
     "last_of_a_chunk": (LastOfAChunk, "onward"),
+    "mirrored_start": (MirroredStart, "suffix"),
     "beyond_block_size": (BeyondBlockSize, "lengths"),
     "shared_table": (SharedTable, "carried"),
     "forgets_a_scale": (ForgetsAScale, "ready"),

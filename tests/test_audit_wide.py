@@ -142,6 +142,10 @@ def test_what_hides_from_train_needs_the_audit(mixer, planted):
     assert find_leak(make(mixer)) is None
 
 
+def test_training_refuses_what_only_the_first_tokens_see(planted):
+    assert "later token" in find_leak(make("mirrored_start"))
+
+
 @pytest.mark.parametrize("mixer", HONEST_WIDE)
 def test_no_honest_mixer_is_refused_by_training(mixer, planted):
     assert find_leak(make(mixer), torch.float32) is None

@@ -324,7 +324,7 @@ def probes(model, dtype, trained):
     of a trained model."""
     config = model.config
     short = min(config.block_size, SHORT)
-    borders = {config.n_embd // config.n_head, 64, short // 2, short - 1}
+    borders = {1, config.n_embd // config.n_head, 64, short // 2, short - 1}
     long = config.block_size
     fresh = ((True, 0.1), (False, -0.1), (False, 0))
     for training, noise in ((True, 0), (False, 0)) if trained else fresh:
