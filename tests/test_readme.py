@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from statistics import mean
+from statistics import mean, median
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from bench import BenchOptions
 from config import Options
 from data import load_dataset
 from mixers import MIXERS
-from tools import compare, compare_table, replace_record, replace_table
+from tools import bench_table, compare, compare_table, replace_record, replace_table
 from tools.records import read_records
 from tools.sweep import SweepOptions
 from tools.verdicts import MARGIN_BPB, judge
@@ -35,12 +35,13 @@ SHORTER = {  # a word of a command: what is added to it
     "tools.verdicts": "--tables=20",
     "tools.pelican_figure":
         "--dataset=shakespeare_char --max_iters=1 --batch_size=1 --eval_tokens=1000",
+    "--rounds=3": "--lengths=16 --rounds=1 --seconds=0.01 --mixers=softmax,lln --out_dir=out/b",
     "bench.py": "--lengths=16,32 --mode=prefill --rounds=1 --seconds=0.01",
 }
 # several trainings or evaluations, however short
 LONG = ("tools.pelican_figure", "leak", "out/strong", "configs/shakespeare_long.py",
         "--linformer_segment", "tools.sweep", "out/sweeps/shakespeare", "torchrun",
-        "tools.verdicts", "tools.claim claims")
+        "tools.verdicts", "tools.claim claims", "--rounds=3")
 TEXT = "\n".join((ROOT / name).read_text()
                  for name in ("README.md", "docs/results.md", "docs/runs.md"))
 
@@ -231,6 +232,23 @@ def test_the_replaced_attention_is_that_of_the_record():
         assert f"{replace_table.difference(record, arm, k)[0]:+.3f}" in readme
     [softmax] = re.findall(r"layers ([0-9.]+) bits per byte", printed[0])
     assert f"softmax attention is at {softmax} bits per byte" in TEXT
+
+
+def test_the_speeds_are_those_of_the_record():
+    rows = bench_table.read_rows(ROOT / "results/speed")
+    lines = [bench_table.machine_of(rows)]
+    for (mode, batch), lengths in bench_table.groups_of(rows).items():
+        lines += bench_table.table_of(mode, batch, lengths)
+    assert len(lines) > 30 and [line for line in lines if line not in TEXT] == []
+    [told] = re.findall(r"^\*\*Speed\*\*.*?^$", TEXT, re.DOTALL | re.MULTILINE)
+    for mode, length, mixer in (
+            ("train", 256, "lln"), ("train", 16384, "lln"), ("train", 256, "gated_deltanet"),
+            ("train", 16384, "gated_deltanet"), ("decode", 65536, "lln"),
+            ("decode", 65536, "gated_deltanet"), ("decode", 256, "lln"),
+            ("decode", 256, "gated_deltanet")):
+        of_mixers = bench_table.groups_of(rows)[mode, 1][length]
+        ratios = bench_table.ratios_of_rounds(of_mixers[mixer], of_mixers["softmax"])
+        assert f" {median(ratios):.2f}" in told, (mode, length, mixer)
 
 
 @pytest.mark.parametrize("mixer, rate", [("softmax", 0.008), ("mamba2", 0.004)])
