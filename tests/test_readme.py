@@ -38,10 +38,10 @@ SHORTER = {  # a word of a command: what is added to it
     "--rounds=3": "--lengths=16 --rounds=1 --seconds=0.01 --mixers=softmax,lln --out_dir=out/b",
     "bench.py": "--lengths=16,32 --mode=prefill --rounds=1 --seconds=0.01",
 }
-# several trainings or evaluations, however short
-LONG = ("tools.pelican_figure", "leak", "out/strong", "configs/shakespeare_long.py",
-        "--linformer_segment", "tools.sweep", "out/sweeps/shakespeare", "torchrun",
-        "tools.verdicts", "tools.claim claims", "--rounds=3")
+# several trainings or evaluations, however short, or the pictures of many runs
+LONG = ("tools.compare results/", "tools.report results/", "tools.pelican_figure", "leak",
+        "out/strong", "configs/shakespeare_long.py", "--linformer_segment", "tools.sweep",
+        "out/sweeps/shakespeare", "torchrun", "tools.verdicts", "tools.claim claims", "--rounds=3")
 TEXT = "\n".join((ROOT / name).read_text()
                  for name in ("README.md", "docs/results.md", "docs/runs.md"))
 
