@@ -103,7 +103,8 @@ def windowed_attention(q, first, window, n, W):
             torch.cat([sinks, t[:, :, again:]], dim=2) if n_s else t
             for sinks, t in zip(first, window))
         return causal_attention(q, keys, values)
-    if q.device.type == "cpu" and q.dtype != torch.float64 and n_s == R == 0:
+    in_blocks = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32)
+    if in_blocks and n_s == R == 0:
         k, v = (repeat_heads(t, H) for t in window)
         return blocked_attention(q, k, v, W)
     first = [repeat_heads(t, H).flatten(0, 1)[:, None] for t in first]  # (X, 1, n_s, D), X = B H
