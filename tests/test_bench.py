@@ -177,7 +177,7 @@ def test_a_record_is_printed_as_a_table_for_each_mode(
     out = table(str(finished[0]))
     (here / "record").mkdir()
     packed = gzip.compress((finished[0] / "cells.jsonl").read_bytes())
-    (here / "record" / "cells.jsonl.gz").write_bytes(packed)
+    (here / "record" / "cells.gz").write_bytes(packed)
     assert table("record") == out
     for line in result(finished[1])["cells"]:
         mode, batch, length, mixer = name_of(line)
@@ -188,7 +188,7 @@ def test_a_record_is_printed_as_a_table_for_each_mode(
         assert words == (f"{line['ms']:,.3g} ms" if mixer == "softmax"
                          else f"{ratio:.2f} [{ratio:.2f}, {ratio:.2f}]")
     assert "nowhere has no cells.jsonl" in refusal(bench_table, "nowhere")
-    (here / "record" / "cells.jsonl.gz").write_bytes(packed[:-9])
+    (here / "record" / "cells.gz").write_bytes(packed[:-9])
     assert "damaged" in refusal(bench_table, "record")
 
 

@@ -1,7 +1,7 @@
 """What a benchmark found, mixer against length, from its record. Run: python -m tools.bench_table
 
     python -m tools.bench_table out/bench       what bench.py has measured there, by the last code
-    python -m tools.bench_table results/speed   a record: its cells.jsonl, which may be a .gz
+    python -m tools.bench_table results/speed   a record: its cells.jsonl, packed as cells.gz
 
 A table for each mode and batch, in Markdown: softmax's times, those of the others over softmax's
 (the median over the rounds, with the least and the most of them), the exponent of the time over the
@@ -32,11 +32,11 @@ class TableOptions:
 def read_rows(folder):
     """The rows of a benchmark's record. BadInput if there is none."""
     path = Path(folder) / "cells.jsonl"
-    packed = path.with_name("cells.jsonl.gz")
+    packed = path.with_name("cells.gz")
     if exists(packed):
         return rows_of(packed, unpack(packed))
     if not exists(path):
-        raise BadInput(f"{printable(str(folder))} has no cells.jsonl or cells.jsonl.gz; name a "
+        raise BadInput(f"{printable(str(folder))} has no cells.jsonl or cells.gz; name a "
                        "folder that bench.py wrote into")
     return rows_of(path, read_bytes(path, JSON_BYTES, REMEDY))
 
