@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from base.errors import BadInput
 from base.files import JSON_BYTES, parse_json, read_bytes, writing
+from tools.records import lines_of
 from training.run_folder import open_plainly
 
 Positive = Annotated[float, Field(gt=0, le=1e30)]
@@ -120,9 +121,10 @@ class Results:
 
 
 def rows_of(path, content):
-    """The rows of a cells.jsonl with this content; BadInput for what is none."""
+    """The rows of a cells.jsonl with this content, but for a last line that is still being written;
+    BadInput for what is none."""
     rows = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in lines_of(content):
         place = f"{path} is damaged: line {number}"
         try:
             row = parse_json(line)

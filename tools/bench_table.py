@@ -66,7 +66,7 @@ def table_of(mode, batch, lengths):
         for mixer, rows in mixers.items():
             line = summary(rows[0]["cell"], rows, of_softmax)
             summaries.append(line)
-            cells[mixer, length] = entry(mixer, line, rows, of_softmax)
+            cells[mixer, length] = entry(line, ratios_of_rounds(rows, of_softmax))
     head = [f"{mode}, batch {batch}", *(f"{length:,}" for length in lengths), "exponent",
             "as fast as softmax"]
     lines = [row_of(head), row_of(["---"] * len(head))]
@@ -83,13 +83,12 @@ def row_of(entries):
     return f"| {' | '.join(entries)} |"
 
 
-def entry(mixer, line, rows, of_softmax):
+def entry(line, ratios):
     if line["status"] != "ok":
         return line["status"]
-    ratios = ratios_of_rounds(rows, of_softmax)
-    if mixer == "softmax" or not ratios:
+    if line["mixer"] == "softmax" or not ratios:
         return f"{line['ms']:,.3g} ms"
-    return f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+    return f"{line['of_softmax']:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
 
 
 def machine_of(rows):
