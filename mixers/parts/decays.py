@@ -14,11 +14,12 @@ smallest number is as good as that: then they are right to 1e-11, however large 
 no float64: there, sums of hundreds of nats are rounded.)
 
 One decay a head is a table (c, c) for each. One a channel is in two factors, exp(G_t) for a and
-exp(-G_s) for b, as long as G stays above -MOST_EXPONENT. A chunk whose decays leave that range, or
-any chunk where the numbers cannot be looked at without waiting (on a GPU), is halved again and
-again: rows of a second half meet columns of its first half, each side decayed to the border between
-them. Where the caller guarantees g >= floor, blocks of up to 40 / |floor| tokens stay whole. Only
-rows behind the place where the range is left take this way, so no row is rounded by what comes
+exp(-G_s) for b, as long as G stays above -MOST_EXPONENT; so are the entries of a table. A chunk
+whose decays leave that range, or any chunk where the numbers cannot be looked at without waiting
+(on a GPU), is exponentiated entry by entry in a table. With channels it is halved again and again:
+rows of a second half meet columns of its first half, each side decayed to the border between them.
+Where the caller guarantees g >= floor, blocks of up to 40 / |floor| tokens stay whole. Only
+rows behind the place where the range is left take these ways, so no row is rounded by what comes
 after it; for the same reason the reference is the first token, not one in the middle.
 """
 import math
@@ -48,8 +49,8 @@ class NoDecay:
         return (a @ b.mT).tril_()
 
     def gram_backward(self, d, a, b):
-        """The gradients of a and b for that of the Gram, d (B, H, N, c, c), 0 above its
-        diagonal."""
+        """The gradients of a and b for that of the Gram, d (B, H, N, c, c), 0 above its diagonal,
+        which may be written over."""
         return d @ b, d.mT @ a
 
 
@@ -88,13 +89,30 @@ class Decay:
 class HeadDecay(Decay):
     @cached_property
     def table(self):
-        return self.exp(self.G - self.G.mT).tril_()
+        """(B, H, N, c, c): exp(G_t - G_s) for s <= t, and 0 above."""
+        if not can_look(self.G):
+            return self.between(self.G)
+        # c exponentials and not c^2, in float64, as far as they stay in range
+        up, inverse_up = self.G.exp(), (-self.G).clamp(max=MOST_EXPONENT).exp()
+        table = (up.to(self.dtype) * inverse_up.to(self.dtype).mT).tril_()
+        wild = self.G < -MOST_EXPONENT  # rows (B, H, N, c, 1)
+        chunks = wild[:, :, :, -1, 0]  # those that have any, as G falls
+        if chunks.any():
+            exact = self.between(self.G[chunks])
+            table[chunks] = torch.where(wild[chunks], exact, table[chunks])
+        return table
+
+    def between(self, G):
+        return self.exp(G - G.mT).tril_()
 
     def gram(self, a, b):
-        return a @ b.mT * self.table
+        gram = a @ b.mT
+        if gram.size(1) < self.table.size(1):  # a and b have one head for all
+            return gram * self.table
+        return gram.mul_(self.table)
 
     def gram_backward(self, d, a, b):
-        d = d * self.table
+        d = d.mul_(self.table)
         if a.size(1) == b.size(1) == 1:  # they have one head for all
             d = d.sum(1, keepdim=True)
         return d @ b, d.mT @ a
