@@ -61,8 +61,9 @@ class Dropout(nn.Dropout):
     four decisions from each 64-bit number, so a share p is rounded to 1/65536."""
 
     def forward(self, x):
-        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not self.training or self.p == 0 or not on_cpu:
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         numbers = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2**63, None)
         bits = numbers.view(torch.int16)[:x.numel()]  # from -2^15 to 2^15 - 1

@@ -18,7 +18,7 @@ import torch.nn as nn
 from base.options import option
 from mixers.parts.heads import merge_heads, repeat_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
-from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear, l2_normalised
+from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear
 
 TAPS = 4  # of the short convolution, unless `conv` says otherwise
 
@@ -33,7 +33,7 @@ class DeltaNet(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C, D = config.n_embd, config.n_embd // config.n_head
-        self.c_attn = Projections(config, D, D, TAPS)
+        self.c_attn = Projections(config, D, D, TAPS, unit=True)
         self.beta = WideLinear(C, config.n_kv_head, bias=False)
         self.most_beta = 2.0 if config.deltanet_negative else 1.0
         self.norm = HeadNorm(D)
@@ -42,10 +42,9 @@ class DeltaNet(nn.Module):
     def forward(self, x, state=None):
         conv, S = (None, None) if state is None else state
         q, k, v, conv = self.c_attn(x, conv)
-        q, k = l2_normalised(q) / math.sqrt(q.size(-1)), l2_normalised(k)
         beta = self.most_beta * self.beta(x).sigmoid()
-        beta = repeat_heads(beta.transpose(1, 2)[..., None], q.size(1))  # (B, H, T, 1)
-        y, S = recurrence(q, k, beta * v, e=-beta * k, state=S)
+        beta = repeat_heads(beta.mT.unsqueeze(3), q.size(1))  # (B, H, T, 1)
+        y, S = recurrence(q / math.sqrt(q.size(-1)), k, beta * v, e=-beta * k, state=S)
         return self.c_proj(merge_heads(self.norm(y).to(v.dtype))), (conv, S)
 
     def flops_per_token(self, T):

@@ -17,25 +17,20 @@ import torch.nn.functional as F
 
 from mixers.parts.heads import merge_heads, repeat_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
-from mixers.parts.recurrent_heads import (
-    HeadNorm,
-    MambaDecay,
-    Projections,
-    WideLinear,
-    l2_normalised,
-)
+from mixers.parts.recurrent_heads import HeadNorm, MambaDecay, Projections, WideLinear
 
 TAPS = 4  # of the short convolution, unless `conv` says otherwise
 
 
 class GatedDeltaNet(nn.Module):
     takes = ("conv",)
+    same_input = [("c_attn.proj", "gate")]
 
     def __init__(self, config, layer):
         super().__init__()
         C, H = config.n_embd, config.n_head
         D, E = max(C // H // 2, 1), C // H
-        self.c_attn = Projections(config, D, E, TAPS)
+        self.c_attn = Projections(config, D, E, TAPS, unit=True)
         self.decay_proj = WideLinear(C, config.n_kv_head, bias=False)
         self.decay = MambaDecay(config.n_kv_head, A_range=(1e-4, 16))
         self.beta = WideLinear(C, config.n_kv_head, bias=False)
@@ -46,15 +41,17 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x, state=None):
         conv, S = (None, None) if state is None else state
         q, k, v, conv = self.c_attn(x, conv)
-        q, k = l2_normalised(q) / math.sqrt(q.size(-1)), l2_normalised(k)
         H = q.size(1)
         g, _ = self.decay(self.decay_proj(x))
-        g = repeat_heads(g.transpose(1, 2)[..., None], H)  # (B, H, T, 1)
+        g = repeat_heads(g.mT.unsqueeze(3), H)  # (B, H, T, 1)
         beta = self.beta(x).sigmoid()
-        beta = repeat_heads(beta.transpose(1, 2)[..., None], H)
-        y, S = recurrence(q, k, beta * v, g=g, e=-beta * k, state=S)
+        beta = repeat_heads(beta.mT.unsqueeze(3), H)
+        y, S = recurrence(q / math.sqrt(q.size(-1)), k, beta * v, g=g, e=-beta * k, state=S)
         y = merge_heads(self.norm(y).to(v.dtype))
         return self.c_proj(y * F.silu(self.gate(x))), (conv, S)
+
+    def ready_to_decode(self):
+        self.decay.ready_to_decode()
 
     def flops_per_token(self, T):
         (D, E), (H, _) = self.c_attn.sizes, self.c_attn.heads

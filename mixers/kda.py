@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from base.options import option
 from mixers.parts.heads import merge_heads, repeat_heads
 from mixers.parts.recurrence import recurrence, recurrence_flops, recurrence_state_bytes
-from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear, l2_normalised
+from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear
 
 TAPS = 4  # of the short convolution, unless `conv` says otherwise
 LOWEST = -5.0  # log decay of a token where it is bounded
@@ -34,6 +34,7 @@ LOWEST = -5.0  # log decay of a token where it is bounded
 
 class KDA(nn.Module):
     takes = ("conv",)
+    same_input = [("c_attn.proj", "gate_down")]
 
     class Options:
         kda_bounded: bool = option(
@@ -42,7 +43,7 @@ class KDA(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C, D, G = config.n_embd, config.n_embd // config.n_head, config.n_kv_head
-        self.c_attn = Projections(config, D, D, TAPS)
+        self.c_attn = Projections(config, D, D, TAPS, unit=True)
         self.bounded = config.kda_bounded
         self.decay_down = WideLinear(C, D, bias=False)
         self.decay_up = WideLinear(D, G * D, bias=False)
@@ -53,6 +54,7 @@ class KDA(nn.Module):
         else:
             self.dt_bias = nn.Parameter(speed + torch.log(-torch.expm1(-speed)))
             self.A_log = nn.Parameter(torch.empty(G).uniform_(1, 16).log())
+        self.fixed = None  # exp(A_log), once it no longer changes
         self.beta = WideLinear(C, G, bias=False)
         self.gate_down = nn.Linear(C, D, bias=False)
         self.gate_up = nn.Linear(D, C)
@@ -63,18 +65,24 @@ class KDA(nn.Module):
         """g (B, G, T, D) <= 0, in at least float32."""
         f = self.decay_up(self.decay_down(x)) + self.dt_bias
         f = f.unflatten(2, (len(self.A_log), -1)).transpose(1, 2)
-        A = self.A_log.clamp(max=10).exp()[:, None, None]  # inf times a slope of 0 is no number
+        A = self.rate() if self.fixed is None else self.fixed
         return LOWEST * (A * f).sigmoid() if self.bounded else -A * F.softplus(f)
+
+    def rate(self):
+        """exp(A_log) (G, 1, 1)."""
+        return self.A_log.clamp(max=10).exp()[:, None, None]  # inf times a slope of 0 is no number
+
+    def ready_to_decode(self):
+        self.fixed = self.rate()
 
     def forward(self, x, state=None):
         conv, S = (None, None) if state is None else state
         q, k, v, conv = self.c_attn(x, conv)
-        q, k = l2_normalised(q) / math.sqrt(q.size(-1)), l2_normalised(k)
         H = q.size(1)
         g = repeat_heads(self.log_decay(x), H)
         beta = self.beta(x).sigmoid()
-        beta = repeat_heads(beta.transpose(1, 2)[..., None], H)  # (B, H, T, 1)
-        floor = LOWEST if self.bounded else None
+        beta = repeat_heads(beta.mT.unsqueeze(3), H)  # (B, H, T, 1)
+        q, floor = q / math.sqrt(q.size(-1)), LOWEST if self.bounded else None
         y, S = recurrence(q, k, beta * v, g=g, e=-beta * k, state=S, floor=floor)
         y = merge_heads(self.norm(y).to(v.dtype))
         return self.c_proj(y * self.gate_up(self.gate_down(x)).sigmoid()), (conv, S)

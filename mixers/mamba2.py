@@ -54,16 +54,19 @@ class Mamba2(nn.Module):
     def forward(self, x, state=None):
         conv, S = (None, None) if state is None else state
         H, N, P = self.sizes
-        z, xBC = self.proj(x).split([H * P, H * P + 2 * N], dim=2)
+        z, xBC = self.proj(x).split_with_sizes([H * P, H * P + 2 * N], dim=2)
         xBC, conv = self.conv(xBC, conv)
-        inner, k, q = xBC.split([H * P, N, N], dim=2)
+        inner, k, q = xBC.split_with_sizes([H * P, N, N], dim=2)
         inner = inner.unflatten(2, (H, P)).transpose(1, 2)  # (B, H, T, P)
         g, dt = self.decay(self.dt_proj(x))
-        g, dt = g.transpose(1, 2)[..., None], dt.transpose(1, 2)[..., None]  # (B, H, T, 1)
+        g, dt = g.mT.unsqueeze(3), dt.mT.unsqueeze(3)  # (B, H, T, 1)
         y, S = recurrence(q[:, None], k[:, None], dt * inner, g=g, state=S)
-        y = y + self.skip[:, None, None] * inner
-        y = merge_heads(y).to(z.dtype)
-        return self.c_proj(self.norm(y * F.silu(z))), (conv, S)
+        y = torch.addcmul(y, self.skip[:, None, None], inner)
+        y = self.norm(merge_heads(y) * F.silu(z)).to(z.dtype)
+        return self.c_proj(y), (conv, S)
+
+    def ready_to_decode(self):
+        self.decay.ready_to_decode()
 
     def flops_per_token(self, T):
         H, N, P = self.sizes

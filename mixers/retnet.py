@@ -35,6 +35,7 @@ class Decays(Wide):
 
 class RetNet(nn.Module):
     takes = ("conv",)
+    same_input = [("c_attn.proj", "gate")]
 
     def __init__(self, config, layer):
         super().__init__()
@@ -51,7 +52,7 @@ class RetNet(nn.Module):
         conv, n, S = (None, 0, None) if state is None else state
         T = x.size(1)
         q, k, v, conv = self.c_attn(x, conv)
-        q, k = rotate(q, n, self.rope_base), rotate(k, n, self.rope_base)
+        q, k = rotate(torch.cat([q, k], dim=1), n, self.rope_base).chunk(2, dim=1)
         g = self.decays.log_gamma.view(1, -1, 1, 1).expand(-1, -1, T, -1)
         y, S = recurrence(q / math.sqrt(q.size(-1)), k, v, g=g, state=S)
         return self.c_proj(merge_heads(self.norm(y)) * F.silu(self.gate(x))), (conv, n + T, S)

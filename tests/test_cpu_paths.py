@@ -268,6 +268,10 @@ def number_of(kind, model):
     return sum(type(module) is kind for module in model.modules())
 
 
+def weights_of(kind, model):
+    return sum(module.weight.numel() for module in model.modules() if type(module) is kind)
+
+
 @needs_mkldnn
 @pytest.mark.parametrize("options", PACKED)
 def test_decoding_with_packed_weights_is_autocast(options):
@@ -277,7 +281,9 @@ def test_decoding_with_packed_weights_is_autocast(options):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     idx = torch.randint(31, (2, 20))
     packed = ready_to_decode(copy.deepcopy(model), torch.bfloat16)
-    assert number_of(PackedLinear, packed) == number_of(torch.nn.Linear, model)
+    # several may be one product
+    assert number_of(torch.nn.Linear, packed) == 0
+    assert weights_of(PackedLinear, packed) == weights_of(torch.nn.Linear, model)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected, state, logits = model(idx)[0], None, []
         for piece in idx.split([9, 1, 1, 6, 1, 1, 1], dim=1):

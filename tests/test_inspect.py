@@ -12,7 +12,7 @@ from conftest import TINY, run
 from safetensors.numpy import load_file
 from scipy import stats
 from test_mixers import make, tokens
-from test_second_wave import scan, unit
+from test_second_wave import scan
 
 from data.tokenizer import CharTokenizer
 from mixers import MIXERS
@@ -278,7 +278,6 @@ def decayed_formula(name, mixer, x):
     beta, alpha, written = None, torch.ones(1, H, T, 1, dtype=x.dtype), eye
     if hasattr(mixer, "beta"):
         beta = mixer.beta(x).sigmoid().mT[..., None]
-        q, k = unit(q), unit(k)
     if name in ("gla", "kda", "regla"):
         alpha = mixer.log_decay(x).exp()
     if name == "gated_deltanet":

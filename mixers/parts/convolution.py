@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mixers.parts.products import to_dtype
+
 
 class ShortConvolution(nn.Module):
     def __init__(self, channels, taps, bias=False):
@@ -29,11 +31,15 @@ class ShortConvolution(nn.Module):
         B, T, C = z.shape
         if state is None:
             state = z.new_zeros(B, self.taps - 1, C)
-        padded = torch.cat([state.to(z.dtype), z], dim=1)
-        u = Taps.apply(padded, self.weight.to(z.dtype).view(self.taps, C))
+        padded = torch.cat([to_dtype(state, z.dtype), z], dim=1)
+        if T == 1:  # decoding: one sum, at the weight's own precision
+            u = (padded * self.weight.view(self.taps, C)).sum(1, keepdim=True)
+        else:
+            u = Taps.apply(padded, self.weight.to(z.dtype).view(self.taps, C))
         if self.bias is not None:
-            u = u + self.bias.to(z.dtype)
-        return F.silu(u), padded[:, T:].clone()  # a view would keep all inputs alive
+            u = u + self.bias.to(u.dtype)
+        # a view of the inputs would keep all of them alive
+        return to_dtype(F.silu(u), z.dtype), padded[:, T:].clone()
 
     def flops_per_token(self):
         return 2 * self.weight.numel()

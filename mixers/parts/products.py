@@ -27,6 +27,23 @@ def scaled_product(a, b, scale):
         return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
+def to_dtype(x, dtype):
+    """x.to(dtype), x as it is where it has that: a call that does nothing takes as long as a small
+    product. None stays None."""
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+# what switches autocast off at a fifth of the time that torch.autocast takes; private: it may go
+NO_AUTOCAST = getattr(torch._C, "_DisableAutocast", None)
+
+
+def without_autocast(device):
+    """A context within which autocast rounds nothing."""
+    if NO_AUTOCAST is None or torch.compiler.is_compiling():
+        return torch.autocast(device.type, enabled=False)
+    return NO_AUTOCAST()
+
+
 @contextmanager
 def fast_products():
     """Float32 products on a CPU may go to oneDNN, if it rounds nothing here."""

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from mixers.parts.decays import diagonal_blocks, make_decays
-from mixers.parts.products import fast_products
+from mixers.parts.products import fast_products, to_dtype, without_autocast
 
 CHUNK = 32  # tokens; a power of two
 SOLVED = 16  # tokens of the blocks that are solved one by one; a power of two
@@ -56,18 +56,18 @@ def recurrence(q, k, v, g=None, e=None, w=None, state=None, floor=None):
     q, k, e, w (B, H, T, D), v (B, H, T, E), g (1 or B, H, T, 1 or D) <= 0, may be -inf; state as it
     was returned, or None: zeros. q and k may have one head for all where g has one channel. floor:
     a number that no g is below, by the caller's word."""
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device):
         dtype = torch.float32
         for x in (q, k, v):
             dtype = torch.promote_types(dtype, x.dtype)
         q, k, wide_v, g, e, w, S = (
-            None if x is None else x.to(dtype) for x in (q, k, v, g, e, w, state))
+            to_dtype(x, dtype) for x in (q, k, v, g, e, w, state))
         if v.size(2) == 1:
             y, S = one_token(q, k, wide_v, g, e, w, S)
         else:
             with fast_products():
                 y, S = Chunks.apply(q, k, wide_v, g, e, w, S, floor)
-    return y.to(v.dtype), S
+    return to_dtype(y, v.dtype), S
 
 
 def one_token(q, k, v, g, e, w, S):
@@ -183,8 +183,7 @@ def chunks_backward(ctx, dy, dS):
     dg = None
     if ctx.needs_input_grad[3]:
         if decays.channels == 1:  # the same, summed over channels
-            at = cut(y, v.size(3)) * dy
-            at = at.sum(4, keepdim=True) - (v * dv).sum(4, keepdim=True)
+            at = torch.addcmul(cut(y, v.size(3)) * dy, v, dv, value=-1).sum(4, keepdim=True)
         else:
             at = sum_of(a * d for (a, _, _), d in zip(readers, d_rows))
             at = at - sum_of(key * d for key, d in zip(keys, d_keys))

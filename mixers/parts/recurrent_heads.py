@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from mixers.parts.convolution import ShortConvolution, SiLUAlone
 from mixers.parts.heads import repeat_heads
+from mixers.parts.products import to_dtype, without_autocast
 
 
 class Projections(nn.Module):
@@ -18,10 +19,11 @@ class Projections(nn.Module):
     convolution. n_kv_head keys and values are repeated. State: the convolution's, or None.
 
     own_taps: the mechanism's, which `conv` overrides. SiLU is part of a mechanism that has some,
-    and stays where `conv` is 0."""
+    and stays where `conv` is 0. unit: q and k are then of length 1, in at least float32."""
 
-    def __init__(self, config, D, E, own_taps=0):
+    def __init__(self, config, D, E, own_taps=0, unit=False):
         super().__init__()
+        self.unit = unit
         self.heads = config.n_head, config.n_kv_head
         self.sizes = D, E
         H, G = self.heads
@@ -39,9 +41,10 @@ class Projections(nn.Module):
         z = self.proj(x)
         if self.conv is not None:
             z, state = self.conv(z, state)
-        q, k, v = z.split(self.widths, dim=2)
-        q = q.unflatten(2, (H, -1)).transpose(1, 2)
-        k = k.unflatten(2, (G, -1)).transpose(1, 2)
+        of_q, of_k, of_v = self.widths
+        qk, v = z.split_with_sizes([of_q + of_k, of_v], dim=2)
+        qk = qk.unflatten(2, (H + G, -1)).transpose(1, 2)
+        q, k = (l2_normalised(qk) if self.unit else qk).split_with_sizes([H, G], dim=1)
         v = v.unflatten(2, (G, -1)).transpose(1, 2)
         return q, repeat_heads(k, H), repeat_heads(v, H), state
 
@@ -58,15 +61,15 @@ class WideLinear(nn.Linear):
     not be rounded."""
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with without_autocast(x.device):
+            weight, bias = to_dtype(self.weight, dtype), to_dtype(self.bias, dtype)
+            return F.linear(to_dtype(x, dtype), weight, bias)
 
 
 def l2_normalised(x):
     """x (..., D) over its length, in at least float32; a zero vector stays zero."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = to_dtype(x, torch.promote_types(x.dtype, torch.float32))
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
@@ -78,9 +81,9 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(E))
 
     def forward(self, y):
-        wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        weight = self.weight.to(wide.dtype)
-        return F.rms_norm(wide, weight.shape, weight, eps=1e-5).to(y.dtype)
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        wide, weight = to_dtype(y, dtype), to_dtype(self.weight, dtype)
+        return to_dtype(torch.rms_norm(wide, weight.shape, weight, 1e-5), y.dtype)
 
 
 class MambaDecay(nn.Module):
@@ -95,8 +98,15 @@ class MambaDecay(nn.Module):
         dt = torch.empty(n).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.empty(n).uniform_(*A_range).log())
+        self.fixed = None  # -exp(A_log), once it no longer changes
 
     def forward(self, u):
         """g and the step dt = softplus(u + dt_bias), both like u, in its precision."""
         dt = F.softplus(u + self.dt_bias)
-        return -self.A_log.exp() * dt, dt
+        return (self.rate() if self.fixed is None else self.fixed) * dt, dt
+
+    def rate(self):
+        return -self.A_log.exp()
+
+    def ready_to_decode(self):
+        self.fixed = self.rate()
