@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixers.parts import decays
+from mixers.parts import decays, products
 from mixers.parts import recurrence as engine
 from mixers.parts.chunkwise import linear_attention
 from mixers.parts.recurrence import recurrence
@@ -103,6 +103,19 @@ def test_an_older_state_stays_as_it_was(T):
     before = arguments["state"].clone()
     recurrence(**arguments)
     assert torch.equal(arguments["state"], before)
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("T", [1, 37])
+def test_autocast_rounds_nothing(T, private, monkeypatch):
+    """Nor without the private function that switches it off."""
+    if not private:
+        monkeypatch.setattr(products, "NO_AUTOCAST", None)
+    arguments = inputs("kda", T, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, S = recurrence(**arguments)
+    expected_y, expected_S = recurrence(**arguments)
+    assert torch.equal(y, expected_y) and torch.equal(S, expected_S)
 
 
 @pytest.fixture
