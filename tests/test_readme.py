@@ -164,6 +164,28 @@ def test_the_table_with_the_convolution_for_all_is_that_of_the_records():
     check_the_table("overwrite, convolution for all", ["overwrite"], "softmax")
 
 
+def test_the_table_of_permutations_is_that_of_the_records():
+    paths = [ROOT / "results" / name for name in ("s3", "s3_negative")]
+    cells, beyond = {}, []
+    of_records = compare.arms_of(compare.records_to_compare(paths, torch.device("cpu")))
+    verdicts = compare.judge_arms(of_records, "softmax")
+    for arm in of_records:
+        cells[arm.label] = compare_table.cells(compare.line_of(arm, verdicts[arm.label]))
+        for name, asked in (("16", "16 asked_from=1"), ("17 to 32", "32 asked_from=17")):
+            for moves, n in (("swaps", 4), ("all moves", 6)):
+                right = [record.scores["by_cell"][f"length={asked} moves={n}"]
+                         for record in arm.records]
+                cells[arm.label][f"{name}, {moves}"] = f"{mean(right):.2f}"
+                if name != "16" and not arm.label.endswith("negative=true"):
+                    beyond += right
+    [rows] = tables("S3, convolution for all")
+    assert len(rows) == len(cells) == 9
+    for row in rows:
+        label = row.pop("S3, convolution for all")
+        assert row == {column: cells[label][column] for column in row}
+    assert f"{min(beyond):.2f} to {max(beyond):.2f} beyond in every seed" in TEXT
+
+
 @pytest.mark.parametrize("label", ["causal_max", "mamba2", "lln", "pelican"])
 def test_the_differences_of_the_headline_are_those_of_the_records(label):
     of_records = arms("shakespeare")
