@@ -184,6 +184,14 @@ def test_the_table_of_permutations_is_that_of_the_records():
         label = row.pop("S3, convolution for all")
         assert row == {column: cells[label][column] for column in row}
     assert f"{min(beyond):.2f} to {max(beyond):.2f} beyond in every seed" in TEXT
+    assert f"({min(beyond):.2f} to {max(beyond):.2f} right" in TEXT  # README
+    [negative] = [arm for arm in of_records if arm.label.endswith("negative=true")]
+    of_moves = []
+    for n in (4, 6):
+        right = [record.scores["by_cell"][f"length=32 asked_from=17 moves={n}"]
+                 for record in negative.records]
+        of_moves.append(f"{min(right):.2f} to {max(right):.2f}")
+    assert f"{of_moves[0]} of swaps, {of_moves[1]} with turns among them" in TEXT
 
 
 @pytest.mark.parametrize("label", ["causal_max", "mamba2", "lln", "pelican"])
