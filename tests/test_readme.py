@@ -41,7 +41,8 @@ SHORTER = {  # a word of a command: what is added to it
 # several trainings or evaluations, however short, or the pictures of many runs
 LONG = ("tools.compare results/", "tools.report results/", "tools.pelican_figure", "leak",
         "out/strong", "configs/shakespeare_long.py", "--linformer_segment", "tools.sweep",
-        "out/sweeps/shakespeare", "torchrun", "tools.verdicts", "tools.claim claims", "--rounds=3")
+        "out/sweeps/shakespeare", "torchrun", "tools.verdicts", "tools.claim claims", "--rounds=3",
+        "configs/mqar.py", "out/mqar_lln")
 TEXT = "\n".join((ROOT / name).read_text()
                  for name in ("README.md", "docs/results.md", "docs/runs.md"))
 
