@@ -161,7 +161,8 @@ def test_the_table_of_many_pairs_is_that_of_the_records():
 
 
 def test_the_table_with_the_convolution_for_all_is_that_of_the_records():
-    check_the_table("mqar, convolution for all", ["claims/deltanet_recalls"], "deltanet")
+    names = ["claims/deltanet_recalls", "mqar_conv"]
+    check_the_table("mqar, convolution for all", names, "deltanet")
     check_the_table("overwrite, convolution for all", ["overwrite"], "softmax")
 
 
