@@ -790,17 +790,15 @@ def test_the_revision_is_gits(tmp_path, monkeypatch):
     assert claim_record.git_state()["clean"] is False
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
-def test_the_tables_in_the_docs_are_printed_from_the_records(name):
-    """The whole table, and what all claims together would come to, in both."""
-    assert claim.together_in_words(claim_record.claimed()) in (ROOT / name).read_text()
+def test_the_table_in_the_docs_is_printed_from_the_records():
+    """What all claims together would come to stands in README too."""
+    for name in ("README.md", "docs/results.md"):
+        assert claim.together_in_words(claim_record.claimed()) in (ROOT / name).read_text()
     printed = claim.table(claim.rows_of([])).splitlines()
-    lines = (ROOT / name).read_text().splitlines()
-    shown = []
-    for i in [i for i, line in enumerate(lines) if line == printed[0]]:
-        end = next((j for j in range(i, len(lines)) if not lines[j].startswith("|")), len(lines))
-        shown += lines[i:end]
-    assert shown == printed
+    lines = (ROOT / "docs/results.md").read_text().splitlines()
+    start = lines.index(printed[0])
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    assert lines[start:end] == printed
 
 
 @pytest.mark.parametrize("folder", claim_record.claimed(), ids=lambda folder: folder.name)
@@ -812,12 +810,18 @@ def test_what_a_record_says_of_its_arms_is_what_its_runs_say_today(folder):
     assert json.loads(json.dumps(found)) == content["arms"]
 
 
-def test_what_the_readme_says_of_each_claim_first_is_what_was_found():
-    text = (ROOT / "README.md").read_text().partition("## What it found so far")[0]
-    rows = re.findall(r"^\| \*\*(\w+)\*\* \| .* \| \[(\w+)\]", text, re.MULTILINE)
-    told = {name: word for word, name in rows}
-    assert told == {folder.name: claim_record.read_claim_file(folder)["outcome"]
-                    for folder in claim_record.claimed()}
+def test_what_the_readme_says_of_each_claim_is_what_was_found():
+    text = (ROOT / "README.md").read_text()
+    pattern = r"^\| \*\*(\w+)\*\* \| .* \| `(\S+)` (.*) \| \[(\w+)\]"
+    rows = re.findall(pattern, text, re.MULTILINE)
+    told = {name: word for word, _, _, name in rows}
+    found = {folder.name: claim_record.read_claim_file(folder)
+             for folder in claim_record.claimed()}
+    assert told == {name: content["outcome"] for name, content in found.items()}
+    for _, arm, figures, name in rows:
+        of_arm = found[name]["arms"][arm]["against_baseline"]
+        low, high = of_arm["difference_low"], of_arm["difference_high"]
+        assert figures == f"{of_arm['difference']:+.3f} [{low:+.3f}, {high:+.3f}]", name
 
 
 def test_the_example_in_the_docs_can_be_run(write_card, call, here, monkeypatch):
