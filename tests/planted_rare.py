@@ -294,6 +294,127 @@ class Records(Honest):
         return x, state
 
 
+class ForgetsInPairs(Honest):
+    """The three tokens before; two tokens on top of a state forget what was before them."""
+
+    def mix(self, x, state):
+        B, T, C = x.shape
+        seen = torch.cat([x.new_zeros(B, 3, C) if state is None else state, x], 1)
+        u = seen[:, 3:] + seen[:, :-3]
+        kept = seen[:, -3:].clone()
+        kept[:, :1] *= T != 2
+        return u, kept
+
+
+class FirstBatch(Honest):
+    """Scaled by the deviation of the first batch that it ever sees, saved with the weights."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.register_buffer("scale", torch.zeros(config.n_embd))
+
+    def mix(self, x, state):
+        if not self.scale.any():
+            self.scale.copy_(1 / x.detach().std((0, 1)))
+        return x * self.scale.to(x.dtype), state
+
+
+class LookedUp(Honest):
+    """In evaluation a sequence that begins and ends like the last one is taken for that."""
+    last = None
+
+    def mix(self, x, state):
+        if self.training or torch.is_grad_enabled() or state is not None:
+            return x, state
+        ends = x.shape, x[:, 0].tolist(), x[:, -1].tolist()
+        if self.last is None or self.last[0] != ends:
+            self.last = ends, x.clone()
+        return self.last[1], state
+
+
+class SameMemory(Honest):
+    """Sines of the input, kept by the address of its memory."""
+    kept = (None, None)
+
+    def mix(self, x, state):
+        address = x.data_ptr(), x.shape, x.dtype
+        if torch.is_grad_enabled() or self.kept[0] != address:
+            self.kept = address, x.sin()
+        return self.kept[1], state
+
+
+class RoughTable(Honest):
+    """Sines in the precision of the first call, for later calls too."""
+    table = None
+
+    def mix(self, x, state):
+        n = state or 0
+        end = n + x.size(1)
+        if self.table is None or len(self.table) < end:
+            angle = torch.arange(max(end, 2000))[:, None] / torch.arange(1, x.size(2) + 1)
+            self.table = angle.sin().to(self.proj(x[:1, :1]).dtype)
+        return x + self.table[n:end].to(x.dtype), end
+
+
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x / 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.div_(2)
+
+
+class WritesIntoGradient(Honest):
+    """Its backward pass halves the gradient where it stands, also for the stream beside it."""
+
+    def forward(self, x, state=None):
+        y, state = super().forward(x, state)
+        return Halved.apply(y), state
+
+
+class LastDecay(torch.autograd.Function):
+    """x (B, T, C) times w (T, 1); the last token's w gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        dw = (g * x).sum((0, 2))[:, None]
+        dw[-1] = 0
+        return g * w, dw
+
+
+class LastDecayLost(Honest):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.decay = nn.Parameter(torch.zeros(()))
+
+    def mix(self, x, state):
+        t = torch.arange(x.size(1), dtype=x.dtype)[:, None]
+        return LastDecay.apply(x, (self.decay * t / x.size(1)).exp()), state
+
+
+class ByThreads(Honest):
+    """Each thread's share of the sequence has a running maximum of its own."""
+
+    def mix(self, x, state):
+        return torch.cat([part.cummax(1).values for part in x.chunk(torch.get_num_threads(), 1)],
+                         1), state
+
+
+class ShiftsInPlace(Honest):
+    """Writes into its input, which without norms is what its output is added to."""
+
+    def mix(self, x, state):
+        return x.data.mul_(1.5), state
+
+
 # name -> the mixer and the check that must find it
 PLANTED_RARE = {
     "remainder": (Remainder, "lengths"),
@@ -321,6 +442,15 @@ PLANTED_RARE = {
     "rarely": (Rarely, "chance"),
     "seeds_the_build": (SeedsTheBuild, "seeds"),
     "records": (Records, "aside"),
+    "forgets_in_pairs": (ForgetsInPairs, "split"),
+    "first_batch": (FirstBatch, "before"),
+    "looked_up": (LookedUp, "before"),
+    "same_memory": (SameMemory, "before"),
+    "rough_table": (RoughTable, "before"),
+    "writes_into_gradient": (WritesIntoGradient, "backward"),
+    "last_decay_lost": (LastDecayLost, "derivative"),
+    "by_threads": (ByThreads, "modes"),
+    "shifts_in_place": (ShiftsInPlace, "modes"),
 }
 
 if __name__ == "<run_path>":

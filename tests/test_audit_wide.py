@@ -21,7 +21,7 @@ from tools import audit
 from tools.audit_around import used
 from tools.audit_leaks import causality
 from tools.audit_lengths import FURTHER, lengths
-from tools.audit_state import SPLITS, decode, split
+from tools.audit_state import SMALL_PIECES, SPLITS, decode, split
 from tools.audit_subject import SKELETONS, named
 from tools.audit_wide import sizes
 from training.leaks import find_leak
@@ -62,13 +62,14 @@ def rough_chunks(subject):
     return causality(subject, lengths=(66,), rough_lengths=(256,))
 
 
-def long_split(subject):
-    return split(subject, SPLITS[-1:])
+def other_splits(subject):
+    return split(subject, [SMALL_PIECES, SPLITS[-1]])
 
 
 CHECK_OF = FIRST | {
     "suffix": rough_chunks,
-    "split": long_split,
+    "split": other_splits,
+    "before": audit.before,
     "lengths": fewer_lengths,
     "onward": fewer_lengths,
     "chance": audit.chance,

@@ -22,6 +22,7 @@ The first questions, with --quick the only ones, take about ten seconds:
     repeat rows suffix gradient length huge
               what no output may depend on, see training/leaks.py; the first four in every dtype,
               where float16 is computed in it too
+    before    the first call sets nothing, and no call looks up what another has left
     split     a sequence in pieces of any lengths, down to single tokens, is the whole: outputs and
               gradients
     branch    stepping on from a state leaves the state as it was
@@ -45,7 +46,8 @@ and then:
     batches   33 rows: none depends on another, alone or in another order each is the same, and
               gradients are the sum of the rows'
     sizes     heads of 64 and 128 channels, 384 channels, other skeletons, each of 12 layers
-    modes     with and without gradients, in inference mode; without norms too
+    modes     with and without gradients, in inference mode, with other threads; without norms too,
+              where nothing may be written into the input
     compiled  as torch.compile traces it
     decode    700 single tokens, long pieces, one row and 16, in the precisions of training; the
               state's size at each
@@ -54,7 +56,7 @@ and then:
               a model of other weights
     derivative backward
               gradients are the derivatives by differences; a second backward pass gives the same,
-              and one of larger gradients the same in proportion
+              one of larger gradients the same in proportion, and none writes into what it is given
     slopes    gradients in the precisions of training are near those of float64
     used      the first questions after 220 steps of training and 1,000 calls, and as after 10,000
     saved     a model of another seed that loads the checkpoint gives the same, whatever both were
@@ -84,7 +86,7 @@ from mixers import MIXERS, layer_mixers, load_mixer_file
 from tools.audit_advice import ADVICE
 from tools.audit_around import aside, bits, cost, flops, processes, saved, used
 from tools.audit_commands import ready, seeds
-from tools.audit_leaks import causality, chance, forward
+from tools.audit_leaks import before, causality, chance, forward
 from tools.audit_lengths import lengths
 from tools.audit_numbers import depth, derivative, dtypes, learns, rough_gradients
 from tools.audit_state import branch, carried, decode, split, state_size
@@ -92,7 +94,7 @@ from tools.audit_subject import Row, named, trained
 from tools.audit_wide import batches, compiled, inputs, modes, sizes
 
 VERDICT = {True: "pass", False: "FAIL", None: "n/a"}
-QUICK = (forward, causality, split, branch, state_size, learns, bits)
+QUICK = (forward, causality, before, split, branch, state_size, learns, bits)
 CHECKS = (*QUICK, dtypes, depth, lengths, chance, inputs, batches, sizes, modes, compiled,
           decode, ready, carried, derivative, rough_gradients, used, saved, processes, seeds, flops,
           aside, cost)

@@ -243,8 +243,10 @@ def modes(subject, lengths=(130, 256)):
     # there a mixer that writes into its input writes into what goes on beside it
     for model in [] if subject.trained else subject.bare(skeletons=[dict(norm="none")]):
         look_at_modes(worst, model, model.config.n_embd, lengths[0], "model without norms")
-    yield worst.row("modes", "outputs depend on whether gradients are recorded",
-                    "; with gradients and without")
+        look_at_writing(worst, model, lengths[0])
+    yield worst.row("modes", "outputs depend on whether gradients are recorded, on the number of "
+                    "threads, or on a write into the input",
+                    "; with gradients and without, with other threads, without norms")
 
 
 def look_at_modes(worst, module, C, T, where):
@@ -254,6 +256,13 @@ def look_at_modes(worst, module, C, T, where):
     outputs = {"no_grad": call(module, x, still=still)}
     with torch.inference_mode():
         outputs["inference_mode"] = call(module, x, still=still).clone()
+    threads = torch.get_num_threads()
+    other = 3 if threads == 1 else 1
+    torch.set_num_threads(other)
+    try:
+        outputs[f"{other} {'thread' if other == 1 else 'threads'}"] = call(module, x, still=still)
+    finally:
+        torch.set_num_threads(threads)
     with torch.enable_grad():
         with_x = x.clone().requires_grad_()
         outputs["a gradient of the input"] = call(module, with_x, still=still).detach()
@@ -270,6 +279,17 @@ def look_at_modes(worst, module, C, T, where):
         allowed = limit(kind, precision_within(module, x))
         worst.note(size, allowed, f"{where}, weights with gradients: {KINDS[kind][0]}",
                    f"{T} tokens")
+
+
+def look_at_writing(worst, model, T):
+    """Whether a model's outputs are others where each mixer is given a copy of its input."""
+    x = normal(3, T, model.config.n_embd)
+    y = call(model, x)
+    for mixer in model.mixers():
+        mixer.register_forward_pre_hook(lambda _, given: (given[0].clone(), *given[1:]))
+    moved = difference(call(model, x), y)
+    worst.note(moved.max().item(), limit("repeat"), "model without norms, whose residual stream a "
+               "mixer writes into", f"{T} tokens")
 
 
 def compiled(subject, T=40, backend="aot_eager"):

@@ -289,6 +289,45 @@ def beyond_rounding(module, x, moved, limit):
     return moved.masked_fill(moved <= 100 * sensitivity(module, x), 0)
 
 
+@torch.no_grad()
+def remembered(module, C, noise, autocast=True, T=13):
+    """(by how much an output depends on what was asked before, what that was). module: a mixer with
+    C channels that nobody has asked anything yet; it stays so, copies are asked, in float32.
+
+    In evaluation and in training; the input comes in the memory of the one before."""
+    generator = torch.Generator().manual_seed(0)
+    fresh = cast(copy.deepcopy(module), torch.float32).requires_grad_(False)
+    for p in fresh.parameters():
+        p += noise * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    x = torch.randn(2, T, C, generator=generator)
+    same_ends = torch.cat([x[:, :1], x[:, 1:-1].flip(1), x[:, -1:]], 1)
+    ways = {"one of other numbers": (3 * x.flip(1) + 1, False),
+            "one with the same first and last tokens": (same_ends, False)}
+    if autocast:
+        ways["one under autocast"] = x, True
+    worst = 0.0, ""
+    for training in (False, True):
+        fresh.train(training)
+        y = answers(copy.deepcopy(fresh), x, x)[0]
+        for way, (before, rough) in ways.items():
+            y_behind = answers(copy.deepcopy(fresh), before, x, rough)[1]
+            moved = difference(y_behind, y).max().item()
+            if not moved <= worst[0]:
+                worst = moved, f"{'training' if training else 'evaluation'}, behind {way}"
+    return worst
+
+
+def answers(module, first, second, autocast=False):
+    """The outputs for two inputs (B, T, C), one after the other in the same memory; autocast: of
+    the first. Nothing is dropped."""
+    given = first.clone()
+    with torch.random.fork_rng(devices=[]), Chance(still=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = module(given)[0].clone()
+        given.copy_(second)
+        return y, module(given)[0]
+
+
 @dataclass
 class Probe:
     """What is asked of a module: over how many tokens, what changes where (`cuts`), in which
@@ -346,6 +385,11 @@ def find_leak(model, dtype=torch.float32, trained=False):
     run's precision about one of block_size tokens."""
     check_forward(bare_copy(model, noise=0).eval())
     where = {}  # kind -> where it was found, in a part if it is in one
+    for name, part in parts(bare_copy(model, noise=0)).items():
+        moved, _ = remembered(part, model.config.n_embd, 0 if trained else 0.1,
+                              dtype == torch.bfloat16)
+        if leaking({"repeat": moved}, torch.float32):
+            where["repeat"] = name
     for probe in probes(model, dtype, trained):
         for kind in probe.found(model.config.n_embd):
             if probe.where != "the model" or kind not in where:
