@@ -20,7 +20,8 @@ from base.files import ROOT
 from base.user_code import in_words
 from tools.audit_leaks import look
 from tools.audit_subject import EXACT, Row, Worst, asked, normal, tokens
-from training.leaks import KINDS, Chance, bare_copy, call, difference, limit, parts
+from training.chance import Chance, call
+from training.leaks import KINDS, bare_copy, difference, limit, parts
 
 COST_LENGTHS = (2048, 4096)
 VISIBLE = 0.25  # of products without weights, the least that a mask lets through: half of a square,

@@ -7,9 +7,9 @@ import torch
 from tools.audit_place import entering
 from tools.audit_subject import EXACT, HALF, ROUGH, Row, Worst, asked, first_over, normal
 from training.contract import check_forward
+from training.chance import call, drawn
 from training.leaks import (
-    HUGE, KINDS, bare_copy, call, cast, difference, drawn, leaking, leaks, limit, precision_within,
-    remembered)
+    HUGE, KINDS, bare_copy, cast, difference, leaking, leaks, limit, precision_within, remembered)
 
 LENGTHS = (2, 64, 130, 200)
 ROUGH_LENGTHS = (64, 130, 256, 520)  # in the precisions of training; the last two of mixers alone

@@ -7,8 +7,8 @@ from tools.audit_leaks import explain
 from tools.audit_place import entering
 from tools.audit_subject import Worst, first_over, normal, step
 from tools.audit_wide import in_both_modes
-from training.leaks import (
-    KINDS, beyond_rounding, call, difference, drawn, leaks, limit, precision_within)
+from training.chance import call, drawn
+from training.leaks import KINDS, beyond_rounding, difference, leaks, limit, precision_within
 
 EVERY = 300  # each length up to this one, then those of FURTHER
 # steps of 17 leave every remainder of 2, 4, .. 32; besides them chunks, and one more or less

@@ -9,7 +9,8 @@ from base.errors import is_out_of_memory
 from tools.audit_leaks import in_precision
 from tools.audit_state import BFLOAT16_EPS, BFLOAT16_LIMIT
 from tools.audit_subject import EXACT, ROUGH, Row, Worst, asked, normal, tokens
-from training.leaks import bare_copy, call, cast, drawn, parts, precision_within
+from training.chance import call, drawn
+from training.leaks import bare_copy, cast, parts, precision_within
 
 FLOAT32_LIMIT = 0.1  # as BFLOAT16_LIMIT
 LARGE = 1e3

@@ -10,8 +10,8 @@ from tools.audit_leaks import explain
 from tools.audit_place import entering
 from tools.audit_subject import (
     SKELETONS, Row, Worst, asked, first_over, in_pieces, normal)
-from training.leaks import (
-    KINDS, beyond_rounding, call, difference, drawn, leaks, limit, precision_within)
+from training.chance import call, drawn
+from training.leaks import KINDS, beyond_rounding, difference, leaks, limit, precision_within
 
 ROWS = 33
 SIZES = (  # heads of 64, 128 and 6 channels, several layers, learned positions, a short block_size
