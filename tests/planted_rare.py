@@ -306,6 +306,39 @@ class ForgetsInPairs(Honest):
         return u, kept
 
 
+class PiecesOf24(Honest):
+    """The token before; pieces of 24 tokens on top of a state leave none behind."""
+
+    def mix(self, x, state):
+        before = torch.zeros_like(x[:, :1]) if state is None else state
+        u = x + torch.cat([before, x[:, :-1]], 1)
+        return u, x[:, -1:] * (state is None or x.size(1) != 24)
+
+
+class FastInFloat32(Leaking):
+    """Its code for other precisions than float64 leaks at every 48th length."""
+
+    def when(self, x, state):
+        return x.dtype != torch.float64 and x.size(1) % 48 == 0
+
+
+class RowsInFloat32(Honest):
+    """The same with rows, of which there are more than eight."""
+
+    def mix(self, x, state):
+        many = x.dtype != torch.float64 and x.size(0) > 8
+        return (x + x.roll(1, 0) if many else x), state
+
+
+class Folds(Honest):
+    """Each turn to evaluation folds a scale into the weights once more."""
+
+    def train(self, mode=True):
+        if self.training and not mode:
+            self.proj.weight.data *= 1.1
+        return super().train(mode)
+
+
 class FirstBatch(Honest):
     """Scaled by the deviation of the first batch that it ever sees, saved with the weights."""
 
@@ -443,6 +476,10 @@ PLANTED_RARE = {
     "seeds_the_build": (SeedsTheBuild, "seeds"),
     "records": (Records, "aside"),
     "forgets_in_pairs": (ForgetsInPairs, "split"),
+    "pieces_of_24": (PiecesOf24, "decode"),
+    "fast_in_float32": (FastInFloat32, "lengths"),
+    "rows_in_float32": (RowsInFloat32, "batches"),
+    "folds": (Folds, "before"),
     "first_batch": (FirstBatch, "before"),
     "looked_up": (LookedUp, "before"),
     "same_memory": (SameMemory, "before"),

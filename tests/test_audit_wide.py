@@ -21,7 +21,7 @@ from tools import audit
 from tools.audit_around import used
 from tools.audit_leaks import causality
 from tools.audit_lengths import FURTHER, lengths
-from tools.audit_state import SMALL_PIECES, SPLITS, decode, split
+from tools.audit_state import PIECES, SMALL_PIECES, SPLITS, decode, split
 from tools.audit_subject import SKELETONS, named
 from tools.audit_wide import sizes
 from training.leaks import find_leak
@@ -55,7 +55,7 @@ def less_used(subject):
 
 
 def less_decoded(subject):
-    return decode(subject, single=210, pieces=())
+    return decode(subject, single=210, pieces=PIECES[3:4])
 
 
 def rough_chunks(subject):

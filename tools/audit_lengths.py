@@ -1,5 +1,7 @@
 """The audit's question about every length: a beginning alone is as in the whole, and what it leaves
 in the state goes on as the whole does; beyond block_size too. Of mixers alone, in float64."""
+import copy
+
 import torch
 
 from base.user_code import in_words
@@ -8,7 +10,8 @@ from tools.audit_place import entering
 from tools.audit_subject import Worst, first_over, normal, step
 from tools.audit_wide import in_both_modes
 from training.chance import call, drawn
-from training.leaks import KINDS, beyond_rounding, difference, leaks, limit, precision_within
+from training.leaks import (
+    KINDS, beyond_rounding, cast, difference, leaks, limit, precision_within)
 
 EVERY = 300  # each length up to this one, then those of FURTHER
 # steps of 17 leave every remainder of 2, 4, .. 32; besides them chunks, and one more or less
@@ -29,10 +32,14 @@ def lengths(subject, every=EVERY, further=FURTHER):
         for name, module, mode in in_both_modes(model):
             x = normal(1, last, model.config.n_embd)
             most = max(limit("length"), limit("length", precision_within(module, x[:, :71])))
-            asking = (*range(1, every + 1), *further)
-            if i or module.training:
-                asking = (*range(1, every // 2), *WHOLE_CHUNKS)
+            asking = few = (*range(1, every // 2), *WHOLE_CHUNKS)
+            if i == 0 and not module.training:
+                asking = (*range(1, every + 1), *further)
             look_at_lengths(worst, onward, module, x, most, f"{name}, {mode}", asking)
+            if i == 0:  # float32 may go another way
+                look_at_lengths(worst, onward, cast(copy.deepcopy(module), torch.float32),
+                                x.float(), limit("length", torch.float32),
+                                f"{name}, {mode}, float32", few)
             longest = max(longest, last)
             cuts = [last // 2, min(601, last - 1), last - 1]
             whole = x.expand(4, -1, -1).clone()

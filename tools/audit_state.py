@@ -20,8 +20,9 @@ SPLITS = ([64, 66], [7, 1, 1, 9, 1, 90, 21], SMALL_PIECES, [104] + [1] * 26, [1]
 STATE_LENGTHS = (1, 8, 63, 64, 100, 128)
 SINGLE = 700  # tokens decoded one by one
 LONGEST = 1024
-WHOLE_CHUNKS = [1, 16, 16, 32, 32, 64, 64, 128, 128, 256, 2]
-PIECES = ([256] * 4, [333, 1, 1, 500, 165], [90] * 10 + [1] * 100, WHOLE_CHUNKS)
+PIECES = ([256] * 4, [333, 1, 1, 500, 165], [90] * 10 + [1] * 100,
+          # each size from 16 to 65, and whole chunks, on top of a state and before another piece
+          [*range(16, 48), 16], [*range(48, 66), 7], [1, 64, 64, 128, 128, 256, 2])
 BFLOAT16_LIMIT = 16  # root mean square error over that of the output, in units of bfloat16's eps
 BFLOAT16_EPS = torch.finfo(torch.bfloat16).eps
 

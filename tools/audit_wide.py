@@ -1,5 +1,6 @@
 """The same questions more widely: batches, unusual inputs, other sizes of the model, with and
 without gradients, and compiled. All of mixers alone, in float64, where nothing rounds."""
+import copy
 import logging
 
 import torch
@@ -11,7 +12,8 @@ from tools.audit_place import entering
 from tools.audit_subject import (
     SKELETONS, Row, Worst, asked, first_over, in_pieces, normal)
 from training.chance import call, drawn
-from training.leaks import KINDS, beyond_rounding, difference, leaks, limit, precision_within
+from training.leaks import (
+    KINDS, beyond_rounding, cast, difference, leaks, limit, precision_within)
 
 ROWS = 33
 SIZES = (  # heads of 64, 128 and 6 channels, several layers, learned positions, a short block_size
@@ -122,11 +124,14 @@ def batches(subject, rows=ROWS, T=12):
         for name, module, mode in in_both_modes(model):
             look_at_batch(worst, module, rows, T, C, f"{name}, {mode}")
             look_at_gradients(worst, module, rows, T, C, f"{name}, {mode}")
+            # which may go another way
+            look_at_batch(worst, cast(copy.deepcopy(module), torch.float32), rows, T, C,
+                          f"{name}, {mode}, float32", torch.float32)
     yield worst.row("batches", "a row is not on its own", f"; {rows} rows and fewer")
 
 
-def look_at_batch(worst, module, B, T, C, where):
-    x, other = normal(B, T, C), normal(B, T, C, seed=1)
+def look_at_batch(worst, module, B, T, C, where, dtype=torch.float64):
+    x, other = (normal(B, T, C, seed=seed).to(dtype) for seed in (0, 1))
     precision = precision_within(module, x)
     most = limit("rows", precision)
     draws = drawn(module, x) if module.training else []

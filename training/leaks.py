@@ -240,24 +240,30 @@ def remembered(module, C, noise, autocast=True, T=13):
     """(by how much an output depends on what was asked before, what that was). module: a mixer with
     C channels that nobody has asked anything yet; it stays so, copies are asked, in float32.
 
-    In evaluation and in training; the input comes in the memory of the one before."""
+    In evaluation and in training, also behind a turn to the other; the input comes in the memory
+    of the one before."""
     generator = torch.Generator().manual_seed(0)
     fresh = cast(copy.deepcopy(module), torch.float32).requires_grad_(False)
     for p in fresh.parameters():
         p += noise * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     x = torch.randn(2, T, C, generator=generator)
     same_ends = torch.cat([x[:, :1], x[:, 1:-1].flip(1), x[:, -1:]], 1)
-    ways = {"one of other numbers": (3 * x.flip(1) + 1, False),
-            "one with the same first and last tokens": (same_ends, False)}
+    ways = {"a call with other numbers": (3 * x.flip(1) + 1, False),
+            "a call with the same first and last tokens": (same_ends, False)}
     if autocast:
-        ways["one under autocast"] = x, True
+        ways["a call under autocast"] = x, True
     worst = 0.0, ""
     for training in (False, True):
         fresh.train(training)
         y = answers(copy.deepcopy(fresh), x, x)[0]
-        for way, (before, rough) in ways.items():
-            y_behind = answers(copy.deepcopy(fresh), before, x, rough)[1]
-            moved = difference(y_behind, y).max().item()
+        others = {way: answers(copy.deepcopy(fresh), before, x, rough)[1]
+                  for way, (before, rough) in ways.items()}
+        turned = copy.deepcopy(fresh)
+        for _ in range(2):
+            turned.train(not training).train(training)
+        others["a turn to the other mode and back"] = answers(turned, x, x)[0]
+        for way, other in others.items():
+            moved = difference(other, y).max().item()
             if not moved <= worst[0]:
                 worst = moved, f"{'training' if training else 'evaluation'}, behind {way}"
     return worst
