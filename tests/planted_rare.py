@@ -339,6 +339,71 @@ class Folds(Honest):
         return super().train(mode)
 
 
+class Wraps2048(Honest):
+    """A window that ends at token 2,048, where decoding forgets the first of it."""
+
+    def mix(self, x, state):
+        n = state or 0
+        t = torch.arange(n, n + x.size(1), dtype=x.dtype)[:, None]
+        return x * (t if x.size(1) > 1 else t.clamp(max=2047)).cos(), n + x.size(1)
+
+
+class Beyond2000(Leaking):
+    def when(self, x, state):
+        return x.size(1) > 2000
+
+
+class KeepsAll(Honest):
+    """Notes of each call, left from looking for a mistake."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.seen = []
+
+    def mix(self, x, state):
+        self.seen.append(x.detach().mean())
+        return x, state
+
+
+class ExtraState(Honest):
+    """A scale in the extra state of its state dict, which no checkpoint holds."""
+    scale = 1.0
+
+    def apply_statistics(self):
+        self.scale *= 0.99
+
+    def get_extra_state(self):
+        return torch.tensor(self.scale)
+
+    def set_extra_state(self, state):
+        self.scale = state.item()
+
+    def mix(self, x, state):
+        return x * self.scale, state
+
+
+class SharesMemory(Honest):
+    """A buffer that is a view of a weight: no checkpoint can be written."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.register_buffer("row", self.proj.weight.detach()[0])
+
+    def mix(self, x, state):
+        return x * (1 + self.row), state
+
+
+class EighthHead(Honest):
+    """Leaks with more than eight heads."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.H = config.n_head
+
+    def mix(self, x, state):
+        return (leak(x) if self.H > 8 else x), state
+
+
 class FirstBatch(Honest):
     """Scaled by the deviation of the first batch that it ever sees, saved with the weights."""
 
@@ -480,6 +545,12 @@ PLANTED_RARE = {
     "fast_in_float32": (FastInFloat32, "lengths"),
     "rows_in_float32": (RowsInFloat32, "batches"),
     "folds": (Folds, "before"),
+    "wraps_2048": (Wraps2048, "onward"),
+    "beyond_2000": (Beyond2000, "lengths"),
+    "keeps_all": (KeepsAll, "used"),
+    "extra_state": (ExtraState, "saved"),
+    "shares_memory": (SharesMemory, "saved"),
+    "eighth_head": (EighthHead, "sizes"),
     "first_batch": (FirstBatch, "before"),
     "looked_up": (LookedUp, "before"),
     "same_memory": (SameMemory, "before"),

@@ -185,7 +185,7 @@ def quoted(place):
     ("batch_std", "rows", "2 tokens", "return x / x.std((0, 1))"),
     ("border_only", "suffix", "65 tokens", "after = torch.cat("),
     ("chunks_80", "lengths", "81 tokens: output 79", "after = torch.cat("),
-    ("twelve_rows", "batches", "33 rows of 12 tokens: output 0", "return (x + x.roll(1, 0)"),
+    ("twelve_rows", "batches", "65 rows of 12 tokens: output 0", "return (x + x.roll(1, 0)"),
 ])
 def test_a_fault_is_told_with_its_place_and_the_smallest_example(
         mixer, check, smallest, code, planted):

@@ -43,7 +43,7 @@ and then:
     onward    behind one call of each of these lengths the rest is as in the whole
     chance    what is drawn at random in training opens no leak: 200 draws
     inputs    repeated and equal tokens, zeros, one-sided, tiny and large ones
-    batches   33 rows: none depends on another, alone or in another order each is the same, and
+    batches   65 rows: none depends on another, alone or in another order each is the same, and
               gradients are the sum of the rows'
     sizes     heads of 64 and 128 channels, 384 channels, other skeletons, each of 12 layers
     modes     with and without gradients, in inference mode, with other threads; without norms too,

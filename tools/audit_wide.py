@@ -15,11 +15,11 @@ from training.chance import call, drawn
 from training.leaks import (
     KINDS, beyond_rounding, cast, difference, leaks, limit, precision_within)
 
-ROWS = 33
-SIZES = (  # heads of 64, 128 and 6 channels, several layers, learned positions, a short block_size
+ROWS = 65
+SIZES = (  # heads of 64, 128 and 6 channels, up to 12 heads, several layers, learned positions
     dict(n_embd=128, n_head=2, n_layer=5),
     dict(n_embd=128, n_head=1, n_layer=1),
-    dict(n_embd=384, n_head=6, n_layer=1),
+    dict(n_embd=384, n_head=12, n_layer=1),
     dict(n_embd=48, n_head=8, n_kv_head=2, bias=False, pos="rope"),
     dict(n_embd=32, n_head=2, pos="learned", block_size=144),
     dict(n_embd=96, n_head=3, arch="llama", block_size=144),
