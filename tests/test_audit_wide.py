@@ -11,6 +11,7 @@ from conftest import ROOT, TINY, metrics, run
 from honest import HONEST
 from honest_wide import HONEST_WIDE
 from planted import PLANTED, Honest
+from planted_calls import PLANTED_CALLS
 from planted_rare import PLANTED_RARE
 from planted_wide import PLANTED_WIDE, Running
 from test_audit import CHECK_OF as FIRST
@@ -27,7 +28,7 @@ from tools.audit_wide import sizes
 from training.leaks import find_leak
 
 WIDE_FILE = ROOT / "tests" / "planted_wide.py"
-FAULTS = PLANTED_WIDE | PLANTED_RARE
+FAULTS = PLANTED_WIDE | PLANTED_RARE | PLANTED_CALLS
 
 
 @pytest.fixture
@@ -197,6 +198,11 @@ def test_a_fault_is_told_with_its_place_and_the_smallest_example(
 def test_the_smallest_example_of_decoding_says_how_it_is_fed(planted):
     row = failed(one_skeleton("ring"), ["decode"])["decode"]
     assert row.smallest == "192 tokens, row 0: output 191; fed as 192 x 1"
+
+
+def test_where_gradients_alone_end_with_a_piece_the_state_is_named(planted):
+    row = failed(one_skeleton("detached_state"), ["split"])["split"]
+    assert row.figures.endswith("no gradient goes through what the state holds in torch.float64")
 
 
 def test_a_fault_is_printed_with_what_to_look_at(here, monkeypatch, capsys):
