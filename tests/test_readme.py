@@ -41,7 +41,8 @@ SHORTER = {  # a word of a command: what is added to it
 # several trainings or evaluations, however short, or the pictures of many runs
 LONG = ("tools.compare results/", "tools.report results/", "tools.pelican_figure", "leak",
         "out/strong", "configs/shakespeare_long.py", "--linformer_segment", "tools.sweep",
-        "out/sweeps/shakespeare", "torchrun", "tools.verdicts", "tools.claim claims", "--rounds=3")
+        "out/sweeps/shakespeare", "torchrun", "tools.verdicts", "tools.claim claims", "--rounds=3",
+        "configs/mqar.py", "out/mqar_lln")
 TEXT = "\n".join((ROOT / name).read_text()
                  for name in ("README.md", "docs/results.md", "docs/runs.md"))
 
@@ -160,8 +161,39 @@ def test_the_table_of_many_pairs_is_that_of_the_records():
 
 
 def test_the_table_with_the_convolution_for_all_is_that_of_the_records():
-    check_the_table("mqar, convolution for all", ["claims/deltanet_recalls"], "deltanet")
+    names = ["claims/deltanet_recalls", "mqar_conv"]
+    check_the_table("mqar, convolution for all", names, "deltanet")
     check_the_table("overwrite, convolution for all", ["overwrite"], "softmax")
+
+
+def test_the_table_of_permutations_is_that_of_the_records():
+    paths = [ROOT / "results" / name for name in ("s3", "s3_negative")]
+    cells, beyond = {}, []
+    of_records = compare.arms_of(compare.records_to_compare(paths, torch.device("cpu")))
+    verdicts = compare.judge_arms(of_records, "softmax")
+    for arm in of_records:
+        cells[arm.label] = compare_table.cells(compare.line_of(arm, verdicts[arm.label]))
+        for name, asked in (("16", "16 asked_from=1"), ("17 to 32", "32 asked_from=17")):
+            for moves, n in (("swaps", 4), ("all moves", 6)):
+                right = [record.scores["by_cell"][f"length={asked} moves={n}"]
+                         for record in arm.records]
+                cells[arm.label][f"{name}, {moves}"] = f"{mean(right):.2f}"
+                if name != "16" and not arm.label.endswith("negative=true"):
+                    beyond += right
+    [rows] = tables("S3, convolution for all")
+    assert len(rows) == len(cells) == 9
+    for row in rows:
+        label = row.pop("S3, convolution for all")
+        assert row == {column: cells[label][column] for column in row}
+    assert f"{min(beyond):.2f} to {max(beyond):.2f} beyond in every seed" in TEXT
+    assert f"({min(beyond):.2f} to {max(beyond):.2f} right" in TEXT  # README
+    [negative] = [arm for arm in of_records if arm.label.endswith("negative=true")]
+    of_moves = []
+    for n in (4, 6):
+        right = [record.scores["by_cell"][f"length=32 asked_from=17 moves={n}"]
+                 for record in negative.records]
+        of_moves.append(f"{min(right):.2f} to {max(right):.2f}")
+    assert f"{of_moves[0]} of swaps, {of_moves[1]} with turns among them" in TEXT
 
 
 @pytest.mark.parametrize("label", ["causal_max", "mamba2", "lln", "pelican"])

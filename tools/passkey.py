@@ -99,11 +99,11 @@ def recall(model, some):
     return Recall(sum(right) / len(right), sum(losses) / len(losses))
 
 
-def lengths_of(text):
-    """The numbers of --lengths. BadInput for one that is none."""
+def lengths_of(text, name="--lengths"):
+    """The numbers of an option. BadInput for one that is none."""
     entries = text.split(",")
     if not all(entry.isascii() and entry.isdecimal() and len(entry) < 10 for entry in entries):
-        raise BadInput(f"--lengths={text}: write whole numbers, 512,1024")
+        raise BadInput(f"{name}={text}: write whole numbers, 512,1024")
     return [int(entry) for entry in entries]
 
 
