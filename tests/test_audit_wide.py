@@ -24,7 +24,7 @@ from tools.audit_leaks import causality
 from tools.audit_lengths import FURTHER, lengths
 from tools.audit_state import PIECES, SMALL_PIECES, SPLITS, decode, split
 from tools.audit_subject import SKELETONS, named
-from tools.audit_wide import sizes
+from tools.audit_wide import batches, sizes
 from training.leaks import find_leak
 
 WIDE_FILE = ROOT / "tests" / "planted_wide.py"
@@ -59,6 +59,10 @@ def less_decoded(subject):
     return decode(subject, single=210, pieces=PIECES[3:4])
 
 
+def fewer_rows(subject):
+    return batches(subject, rows=33)
+
+
 def rough_chunks(subject):
     return causality(subject, lengths=(66,), rough_lengths=(256,))
 
@@ -75,7 +79,7 @@ CHECK_OF = FIRST | {
     "onward": fewer_lengths,
     "chance": audit.chance,
     "inputs": audit.inputs,
-    "batches": audit.batches,
+    "batches": fewer_rows,
     "sizes": fewer_sizes,
     "modes": audit.modes,
     "compiled": audit.compiled,
@@ -186,7 +190,7 @@ def quoted(place):
     ("batch_std", "rows", "2 tokens", "return x / x.std((0, 1))"),
     ("border_only", "suffix", "65 tokens", "after = torch.cat("),
     ("chunks_80", "lengths", "81 tokens: output 79", "after = torch.cat("),
-    ("twelve_rows", "batches", "65 rows of 12 tokens: output 0", "return (x + x.roll(1, 0)"),
+    ("twelve_rows", "batches", "33 rows of 12 tokens: output 0", "return (x + x.roll(1, 0)"),
 ])
 def test_a_fault_is_told_with_its_place_and_the_smallest_example(
         mixer, check, smallest, code, planted):
