@@ -22,7 +22,8 @@ The first questions, with --quick the only ones, take about ten seconds:
     repeat rows suffix gradient length huge
               what no output may depend on, see training/leaks.py; the first four in every dtype,
               where float16 is computed in it too
-    before    the first call sets nothing, and no call looks up what another has left
+    before    the first call sets nothing, no call looks up what another has left, and turns between
+              training and evaluation change nothing
     split     a sequence in pieces of any lengths, down to single tokens, is the whole: outputs and
               gradients
     branch    stepping on from a state leaves the state as it was
@@ -38,8 +39,8 @@ and then:
     finite    no infinity, no NaN in outputs or gradients at inputs of 1,000 times the usual size,
               and in 3,000 tokens of the usual size
     depth     gradient norms of the layers of a fresh model of 12, largest over smallest
-    lengths   every length up to 300 and more up to 1,100, and beyond block_size: a beginning alone
-              is as in the whole
+    lengths   every length up to 300 and more up to 1,100, in float32 fewer, beyond 2,048 and beyond
+              block_size: a beginning alone is as in the whole
     onward    behind one call of each of these lengths the rest is as in the whole
     chance    what is drawn at random in training opens no leak: 200 draws
     inputs    repeated and equal tokens, zeros, one-sided, tiny and large ones
@@ -58,9 +59,10 @@ and then:
               gradients are the derivatives by differences; a second backward pass gives the same,
               one of larger gradients the same in proportion, and none writes into what it is given
     slopes    gradients in the precisions of training are near those of float64
-    used      the first questions after 220 steps of training and 1,000 calls, and as after 10,000
-    saved     a model of another seed that loads the checkpoint gives the same, whatever both were
-              asked before
+    used      the first questions after 220 steps of training and 1,000 calls, and as after 10,000;
+              calls leave nothing in memory
+    saved     a model of another seed that loads what a checkpoint's file holds gives the same,
+              whatever both were asked before
     process   so do processes with other hash seeds
     seeds     another seed gives other weights: building a mixer seeds nothing
     flops     flops_per_token(T) is not less than the products counted

@@ -93,11 +93,11 @@ ADVICE = {
         "for one precision, sums in bfloat16.",
     "used":
         f"{SHARE}, of a mixer after training and many calls. Look at: counters, statistics, "
-        "gates that open late.",
+        "gates that open late; lists that are appended to in forward.",
     "saved":
         "a resumed or sampled model would be another one. Look at: tensors that are plain "
         "attributes; register_buffer keeps them in the checkpoint; what is made from weights once "
-        "and kept.",
+        "and kept; extra state, which no checkpoint holds; buffers that are views of weights.",
     "process":
         "the same command would train another model. Look at: hash(), sets of strings, id(), "
         "the time.",

@@ -334,7 +334,8 @@ def find_leak(model, dtype=torch.float32, trained=False):
     does not return (y, state).
 
     In float64 it asks about a sequence of a chunk of 64 and a bit, if block_size lets it; in the
-    run's precision about one of block_size tokens."""
+    run's precision about one of block_size tokens; in float32 whether a call depends on those
+    before."""
     check_forward(bare_copy(model, noise=0).eval())
     where = {}  # kind -> where it was found, in a part if it is in one
     for name, part in parts(bare_copy(model, noise=0)).items():
