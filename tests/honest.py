@@ -206,14 +206,13 @@ class MovingAverage(Honest):
 
 
 class Normalised(Honest):
-    """A layer norm of its own on each token, and a change of its input in place."""
+    """A layer norm of its own on each token."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.norm = nn.LayerNorm(config.n_embd)
 
     def mix(self, x, state):
-        x.add_(1)
         return self.norm(x), None
 
 

@@ -11,6 +11,7 @@ from conftest import ROOT, TINY, metrics, run
 from honest import HONEST
 from honest_wide import HONEST_WIDE
 from planted import PLANTED, Honest
+from planted_calls import PLANTED_CALLS
 from planted_rare import PLANTED_RARE
 from planted_wide import PLANTED_WIDE, Running
 from test_audit import CHECK_OF as FIRST
@@ -21,13 +22,13 @@ from tools import audit
 from tools.audit_around import used
 from tools.audit_leaks import causality
 from tools.audit_lengths import FURTHER, lengths
-from tools.audit_state import SPLITS, decode, split
+from tools.audit_state import PIECES, SMALL_PIECES, SPLITS, decode, split
 from tools.audit_subject import SKELETONS, named
-from tools.audit_wide import sizes
+from tools.audit_wide import batches, sizes
 from training.leaks import find_leak
 
 WIDE_FILE = ROOT / "tests" / "planted_wide.py"
-FAULTS = PLANTED_WIDE | PLANTED_RARE
+FAULTS = PLANTED_WIDE | PLANTED_RARE | PLANTED_CALLS
 
 
 @pytest.fixture
@@ -55,25 +56,30 @@ def less_used(subject):
 
 
 def less_decoded(subject):
-    return decode(subject, single=210, pieces=())
+    return decode(subject, single=210, pieces=PIECES[3:4])
+
+
+def fewer_rows(subject):
+    return batches(subject, rows=33)
 
 
 def rough_chunks(subject):
     return causality(subject, lengths=(66,), rough_lengths=(256,))
 
 
-def long_split(subject):
-    return split(subject, SPLITS[-1:])
+def other_splits(subject):
+    return split(subject, [SMALL_PIECES, SPLITS[-1]])
 
 
 CHECK_OF = FIRST | {
     "suffix": rough_chunks,
-    "split": long_split,
+    "split": other_splits,
+    "before": audit.before,
     "lengths": fewer_lengths,
     "onward": fewer_lengths,
     "chance": audit.chance,
     "inputs": audit.inputs,
-    "batches": audit.batches,
+    "batches": fewer_rows,
     "sizes": fewer_sizes,
     "modes": audit.modes,
     "compiled": audit.compiled,
@@ -196,6 +202,11 @@ def test_a_fault_is_told_with_its_place_and_the_smallest_example(
 def test_the_smallest_example_of_decoding_says_how_it_is_fed(planted):
     row = failed(one_skeleton("ring"), ["decode"])["decode"]
     assert row.smallest == "192 tokens, row 0: output 191; fed as 192 x 1"
+
+
+def test_where_gradients_alone_end_with_a_piece_the_state_is_named(planted):
+    row = failed(one_skeleton("detached_state"), ["split"])["split"]
+    assert row.figures.endswith("no gradient goes through what the state holds in torch.float64")
 
 
 def test_a_fault_is_printed_with_what_to_look_at(here, monkeypatch, capsys):

@@ -204,30 +204,61 @@ def test_the_differences_of_the_headline_are_those_of_the_records(label):
     assert words in TEXT, words
 
 
-@pytest.mark.parametrize("name, baseline, first_cell, rows_there, told", [
-    ("shakespeare_conv", "softmax conv=4", "against softmax with convolution", 7,
-     {"mamba2": "undecided", "gated_deltanet": "worse"}),
-    ("shakespeare_positions", "softmax pos=learned", "against softmax with learned positions", 12,
-     {"causal_max": "undecided", "lln": "undecided"})])
-def test_the_tables_with_another_softmax_are_those_of_the_records(
-        name, baseline, first_cell, rows_there, told):
-    folders = [ROOT / "results/shakespeare", ROOT / "results" / name]
+def words_of(verdict):
+    low, high = verdict.difference_low, verdict.difference_high
+    return f"{verdict.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def test_the_table_without_rope_is_that_of_the_records():
+    folders = [ROOT / "results/shakespeare", ROOT / "results/shakespeare_positions"]
     of_records = compare.arms_of(compare.records_to_compare(folders, torch.device("cpu")))
+    baseline = "softmax pos=learned"
     margin = compare.margin_of(of_records, baseline, MARGIN_BPB)
     verdicts = compare.judge_arms(of_records, baseline, margin)
     cells = {arm.label: compare_table.cells(
         compare.line_of(arm, verdicts[arm.label], margin)) for arm in of_records}
-    [rows] = tables(first_cell)
-    assert len(rows) == rows_there
+    [rows] = tables("against softmax with learned positions")
+    assert len(rows) == 12
     for row in rows:
-        label = row.pop(first_cell)
+        label = row.pop("against softmax with learned positions")
         assert row == {column: cells[label][column] for column in row}
+    for label in ("causal_max", "lln"):
+        assert verdicts[label].word == "undecided"
+        assert words_of(verdicts[label]) in " ".join(TEXT.split())
+
+
+def of_mixers(name, *mixers):
+    return [f"{name}/{mixer}.jsonl.gz" for mixer in mixers]
+
+
+def test_the_tables_of_the_convolution_are_those_of_the_records():
+    later, own = "shakespeare_conv_later", "shakespeare"
+    of_all = check_the_table("convolution for all", [
+        "shakespeare_conv", *of_mixers(later, "lln", "linear", "gla"),
+        *of_mixers(own, "mamba2", "deltanet", "gated_deltanet")], "softmax")
+    of_none = check_the_table("convolution for none", [
+        *of_mixers(own, "softmax", "swa", "lln", "linear", "gla"),
+        *of_mixers(later, "mamba2", "deltanet", "gated_deltanet")], "softmax")
     text = " ".join(TEXT.split())
-    for label, word in told.items():
-        found = verdicts[label]
+    told = [(of_all, "mamba2", "undecided"), (of_all, "gated_deltanet", "worse"),
+            (of_none, "mamba2", "worse")]
+    for verdicts, label, word in told:
+        assert verdicts[label].word == word and words_of(verdicts[label]) in text
+    [rows] = tables("convolution")
+    assert {row["convolution"] for row in rows} == set(of_all) == set(of_none)
+    for row in rows:
+        mixer = row["convolution"]
+        more = "shakespeare_conv" if mixer in ("softmax", "swa") else later
+        paths = [ROOT / "results" / name / f"{mixer}.jsonl.gz" for name in (own, more)]
+        pair = compare.arms_of(compare.records_to_compare(paths, torch.device("cpu")))
+        without, with_it = sorted(pair, key=lambda arm: -mean(arm.reported("loss")))
+        for arm, column in ((without, "without, at its rate"), (with_it, "with, at its rate")):
+            loss = mean(arm.reported("loss"))
+            assert row[column] == f"{loss:.4f} ({arm.config['learning_rate']:g})"
+        margin = compare.margin_of(pair, without.label, MARGIN_BPB)
+        found = compare.judge_arms(pair, without.label, margin)[with_it.label]
         low, high = found.difference_low, found.difference_high
-        assert found.word == word
-        assert f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]" in text
+        assert row["gained by it"] == f"{found.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def test_mamba2_asked_alone_is_as_told():

@@ -22,6 +22,8 @@ The first questions, with --quick the only ones, take about ten seconds:
     repeat rows suffix gradient length huge
               what no output may depend on, see training/leaks.py; the first four in every dtype,
               where float16 is computed in it too
+    before    the first call sets nothing, no call looks up what another has left, and turns between
+              training and evaluation change nothing
     split     a sequence in pieces of any lengths, down to single tokens, is the whole: outputs and
               gradients
     branch    stepping on from a state leaves the state as it was
@@ -37,15 +39,16 @@ and then:
     finite    no infinity, no NaN in outputs or gradients at inputs of 1,000 times the usual size,
               and in 3,000 tokens of the usual size
     depth     gradient norms of the layers of a fresh model of 12, largest over smallest
-    lengths   every length up to 300 and more up to 1,100, and beyond block_size: a beginning alone
-              is as in the whole
+    lengths   every length up to 300 and more up to 1,100, in float32 fewer, beyond 2,048 and beyond
+              block_size: a beginning alone is as in the whole
     onward    behind one call of each of these lengths the rest is as in the whole
     chance    what is drawn at random in training opens no leak: 200 draws
     inputs    repeated and equal tokens, zeros, one-sided, tiny and large ones
-    batches   33 rows: none depends on another, alone or in another order each is the same, and
+    batches   65 rows: none depends on another, alone or in another order each is the same, and
               gradients are the sum of the rows'
     sizes     heads of 64 and 128 channels, 384 channels, other skeletons, each of 12 layers
-    modes     with and without gradients, in inference mode; without norms too
+    modes     with and without gradients, in inference mode, with other threads; without norms too,
+              where nothing may be written into the input
     compiled  as torch.compile traces it
     decode    700 single tokens, long pieces, one row and 16, in the precisions of training; the
               state's size at each
@@ -54,11 +57,12 @@ and then:
               a model of other weights
     derivative backward
               gradients are the derivatives by differences; a second backward pass gives the same,
-              and one of larger gradients the same in proportion
+              one of larger gradients the same in proportion, and none writes into what it is given
     slopes    gradients in the precisions of training are near those of float64
-    used      the first questions after 220 steps of training and 1,000 calls, and as after 10,000
-    saved     a model of another seed that loads the checkpoint gives the same, whatever both were
-              asked before
+    used      the first questions after 220 steps of training and 1,000 calls, and as after 10,000;
+              calls leave nothing in memory
+    saved     a model of another seed that loads what a checkpoint's file holds gives the same,
+              whatever both were asked before
     process   so do processes with other hash seeds
     seeds     another seed gives other weights: building a mixer seeds nothing
     flops     flops_per_token(T) is not less than the products counted
@@ -84,7 +88,7 @@ from mixers import MIXERS, layer_mixers, load_mixer_file
 from tools.audit_advice import ADVICE
 from tools.audit_around import aside, bits, cost, flops, processes, saved, used
 from tools.audit_commands import ready, seeds
-from tools.audit_leaks import causality, chance, forward
+from tools.audit_leaks import before, causality, chance, forward
 from tools.audit_lengths import lengths
 from tools.audit_numbers import depth, derivative, dtypes, learns, rough_gradients
 from tools.audit_state import branch, carried, decode, split, state_size
@@ -92,7 +96,7 @@ from tools.audit_subject import Row, named, trained
 from tools.audit_wide import batches, compiled, inputs, modes, sizes
 
 VERDICT = {True: "pass", False: "FAIL", None: "n/a"}
-QUICK = (forward, causality, split, branch, state_size, learns, bits)
+QUICK = (forward, causality, before, split, branch, state_size, learns, bits)
 CHECKS = (*QUICK, dtypes, depth, lengths, chance, inputs, batches, sizes, modes, compiled,
           decode, ready, carried, derivative, rough_gradients, used, saved, processes, seeds, flops,
           aside, cost)

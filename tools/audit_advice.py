@@ -6,6 +6,10 @@ ADVICE = {
     "repeat":
         f"{SHARE}, between two equal calls. Look at: what a call writes to the module (caches, "
         "statistics, counters), and random numbers that torch's seed does not govern.",
+    "before":
+        f"{SHARE}, between a call of a fresh model and the same one behind another. Look at: what "
+        "the first call sets, results and tables that are kept in the module, their keys and "
+        "their dtype.",
     "rows":
         f"{SHARE}, when only other sequences change. Look at: means, norms and maxima without "
         "dim=, reshapes that mix batch and time, buffers written in the forward pass.",
@@ -23,7 +27,8 @@ ADVICE = {
         "over a chunk, that is subtracted before exp.",
     "split":
         f"{SHARE}, between a sequence in pieces and at once. Look at: what the state lacks, "
-        "positions that start at 0 in each piece, a chunk that begins anew.",
+        "positions that start at 0 in each piece, a chunk that begins anew. Of gradients alone: "
+        "detach(), a state of integers; training at once and decoding are not touched by it.",
     "branch":
         "a state was changed by what came after it. Look at: in-place operations on what the "
         "state holds; cat or clone instead.",
@@ -65,7 +70,7 @@ ADVICE = {
         "the head size, the width and the kind of positions.",
     "modes":
         f"{SHARE}, between the modes. Look at: is_grad_enabled, requires_grad, and a fast path "
-        "for one of the two.",
+        "for one of the two; get_num_threads; in-place operations on the input.",
     "compiled":
         f"{SHARE}, between compiled and plain code. Look at: is_compiling, custom operators.",
     "decode":
@@ -88,11 +93,11 @@ ADVICE = {
         "for one precision, sums in bfloat16.",
     "used":
         f"{SHARE}, of a mixer after training and many calls. Look at: counters, statistics, "
-        "gates that open late.",
+        "gates that open late; lists that are appended to in forward.",
     "saved":
         "a resumed or sampled model would be another one. Look at: tensors that are plain "
         "attributes; register_buffer keeps them in the checkpoint; what is made from weights once "
-        "and kept.",
+        "and kept; extra state, which no checkpoint holds; buffers that are views of weights.",
     "process":
         "the same command would train another model. Look at: hash(), sets of strings, id(), "
         "the time.",

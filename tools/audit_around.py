@@ -1,6 +1,7 @@
 """The audit's questions about what is around a mixer: chance, checkpoints, processes, costs."""
 import copy
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ import time
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -20,7 +22,9 @@ from base.files import ROOT
 from base.user_code import in_words
 from tools.audit_leaks import look
 from tools.audit_subject import EXACT, Row, Worst, asked, normal, tokens
-from training.leaks import KINDS, Chance, bare_copy, call, difference, limit, parts
+from training import checkpoint
+from training.chance import Chance, call
+from training.leaks import KINDS, bare_copy, difference, limit, parts
 
 COST_LENGTHS = (2048, 4096)
 VISIBLE = 0.25  # of products without weights, the least that a mask lets through: half of a square,
@@ -117,19 +121,24 @@ def used(subject, steps=220, calls=1000, steps_told=10_000):
     """The first questions once more, after steps of training and many calls, and as if after a
     long run."""
     worst = {kind: Worst(limit(kind)) for kind in KINDS}
+    kept = []
     with torch.random.fork_rng(devices=[]):
         for model in subject.build():
             some_steps(model, steps)
             bare = bare_copy(model, 0)
             x = normal(2, 3, model.config.n_embd)
-            for module in asked(bare).values():
+            for name, module in asked(bare).items():
                 with torch.no_grad():
                     before = call(module, x)
+                    alive = tensors_alive()
                     started = time.perf_counter()
-                    for _ in range(calls):
+                    for done in range(1, calls + 1):
                         y = call(module, x)
                         if time.perf_counter() - started > 10:
                             break
+                    if tensors_alive() - alive > done / 4:
+                        kept.append(f"{name}: {tensors_alive() - alive:,} tensors are left of "
+                                    f"{done:,} calls; a long run fills the memory")
                 moved = difference(y, before)
                 worst["repeat"].note(moved.max().item(), limit("repeat"),
                                      f"after {calls:,} calls", "3 tokens, 2 rows")
@@ -137,10 +146,18 @@ def used(subject, steps=220, calls=1000, steps_told=10_000):
             for _ in range(steps_told):  # of which a schedule learns in apply_statistics() alone
                 bare.apply_statistics()
             look(worst, bare, 71, {1, 64, 70}, EXACT)
+    if kept:
+        yield Row("used", False, "; ".join(kept))
+        return
     kind = max(worst, key=lambda kind: worst[kind].size / worst[kind].limit)
     yield worst[kind].row("used", KINDS[kind][0] + ", of a mixer that was used",
                           f"; after {steps} steps, {calls:,} calls, and {steps_told:,} steps more "
                           "by apply_statistics() alone")
+
+
+def tensors_alive():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
 def outputs_of(model, T=70):
@@ -168,7 +185,11 @@ def saved(subject, steps=20):
             outputs_of(other)
             with torch.enable_grad():
                 some_steps(model, steps)
-            other.load_state_dict(copy.deepcopy(model.state_dict()))
+            # as train.py does, by what a checkpoint's file can hold
+            tensors = checkpoint.model_tensors(model).items()
+            written = save({name: tensor.contiguous() for name, tensor in tensors})
+            with torch.no_grad():
+                checkpoint.load_model(other, load(written), "the checkpoint")
             for mode, mine, its in zip(("evaluation", "training"), outputs_of(model),
                                        outputs_of(other)):
                 if not torch.equal(mine, its):

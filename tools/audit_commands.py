@@ -6,7 +6,8 @@ import torch
 
 from tools.audit_state import note_pieces
 from tools.audit_subject import Row, Worst, asked, normal
-from training.leaks import call, limit, precision_within
+from training.chance import call
+from training.leaks import limit, precision_within
 
 
 def seeds(subject):

@@ -7,8 +7,9 @@ import torch
 from tools.audit_place import entering
 from tools.audit_subject import EXACT, HALF, ROUGH, Row, Worst, asked, first_over, normal
 from training.contract import check_forward
+from training.chance import call, drawn
 from training.leaks import (
-    HUGE, KINDS, call, cast, difference, drawn, leaking, leaks, limit, precision_within)
+    HUGE, KINDS, bare_copy, cast, difference, leaking, leaks, limit, precision_within, remembered)
 
 LENGTHS = (2, 64, 130, 200)
 ROUGH_LENGTHS = (64, 130, 256, 520)  # in the precisions of training; the last two of mixers alone
@@ -121,6 +122,24 @@ def causality(subject, lengths=LENGTHS, rough_lengths=ROUGH_LENGTHS):
         yield worst[kind].row(kind, KINDS[kind][0])
     if raised:
         raise raised
+
+
+def before(subject):
+    """Of a model that was just built, the same call gives the same whatever was asked before."""
+    worst = Worst(limit("repeat", torch.float32))
+    for model in subject.build():
+        for name, module in asked(bare_copy(model, noise=0)).items():
+            try:
+                moved = remembered(module, model.config.n_embd, subject.noise)
+            except Exception as error:
+                error.add_note("one of the calls was under autocast to bfloat16")
+                raise
+            for mode, size in moved.items():
+                worst.note(size, worst.limit, f"{name}, {mode}", "2 rows of 13 tokens, behind a "
+                           "call under autocast, one with the same first and last tokens, and "
+                           "turns between evaluation and training")
+    yield worst.row("before", "an output depends on what was asked before", "; the first call sets "
+                    "nothing, and nothing is looked up that another call left")
 
 
 @torch.no_grad()

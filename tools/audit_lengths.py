@@ -1,14 +1,17 @@
 """The audit's question about every length: a beginning alone is as in the whole, and what it leaves
 in the state goes on as the whole does; beyond block_size too. Of mixers alone, in float64."""
+import copy
+
 import torch
 
 from base.user_code import in_words
 from tools.audit_leaks import explain
 from tools.audit_place import entering
-from tools.audit_subject import Worst, first_over, normal, step
+from tools.audit_subject import Worst, asked, first_over, in_pieces, normal, step
 from tools.audit_wide import in_both_modes
+from training.chance import call, drawn
 from training.leaks import (
-    KINDS, beyond_rounding, call, difference, drawn, leaks, limit, precision_within)
+    KINDS, beyond_rounding, cast, difference, leaks, limit, precision_within)
 
 EVERY = 300  # each length up to this one, then those of FURTHER
 # steps of 17 leave every remainder of 2, 4, .. 32; besides them chunks, and one more or less
@@ -16,6 +19,7 @@ FURTHER = sorted({*range(318, 1101, 17), 320, 336, 383, 384, 401, 448, 480, 511,
                   640, 641, 672, 768, 769, 864, 896, 960, 961, 1023, 1024})
 WHOLE_CHUNKS = (192, 256, 384, 512, 768, 1024)  # what is asked in training, and of other models
 SHORT = 40  # a block_size that is gone beyond
+FAR = 2048  # tokens that none behind may change, and behind which single tokens go on
 BEYOND = (20, 39, 40, 41, 64, 65, 79, 80, 81, 130)
 
 
@@ -29,10 +33,14 @@ def lengths(subject, every=EVERY, further=FURTHER):
         for name, module, mode in in_both_modes(model):
             x = normal(1, last, model.config.n_embd)
             most = max(limit("length"), limit("length", precision_within(module, x[:, :71])))
-            asking = (*range(1, every + 1), *further)
-            if i or module.training:
-                asking = (*range(1, every // 2), *WHOLE_CHUNKS)
+            asking = few = (*range(1, every // 2), *WHOLE_CHUNKS)
+            if i == 0 and not module.training:
+                asking = (*range(1, every + 1), *further)
             look_at_lengths(worst, onward, module, x, most, f"{name}, {mode}", asking)
+            if i == 0:  # float32 may go another way
+                look_at_lengths(worst, onward, cast(copy.deepcopy(module), torch.float32),
+                                x.float(), limit("length", torch.float32),
+                                f"{name}, {mode}, float32", few)
             longest = max(longest, last)
             cuts = [last // 2, min(601, last - 1), last - 1]
             whole = x.expand(4, -1, -1).clone()
@@ -44,6 +52,7 @@ def lengths(subject, every=EVERY, further=FURTHER):
     passes = f"; {every} lengths and more, up to {longest:,} tokens"
     if not subject.trained:
         passes += look_beyond(subject, worst, onward)
+        look_far(subject, worst, onward)
     what = "an output depends on a later token, or on how many there are"
     yield worst.row("lengths", what, passes)
     yield onward.row("onward", "what one call leaves in the state is not the whole's",
@@ -62,6 +71,23 @@ def look_beyond(subject, worst, onward):
     except Exception as error:  # a mixer may refuse more than block_size tokens
         return f", not asked beyond block_size: {in_words(error)}"
     return ", also beyond block_size"
+
+
+@torch.no_grad()
+def look_far(subject, worst, onward):
+    """One sequence of FAR tokens and a few more, and the same with the last as single tokens."""
+    model = subject.bare(block_size=FAR + 16)[0]
+    x = normal(1, FAR + 16, model.config.n_embd)
+    changed = torch.cat([x[:, :FAR], -x[:, FAR:]], 1)
+    for name, module in asked(model).items():
+        most = max(limit("length"), limit("length", precision_within(module, x[:, :71])))
+        y = call(module, x)
+        moved = difference(call(module, changed), y)[:, :FAR]
+        worst.note(moved.max().item(), most, f"{name}: {KINDS['suffix'][0]}", f"{FAR + 16} tokens")
+        pieces = in_pieces(module, x, [FAR - 8, *24 * [1]])
+        moved = beyond_rounding(module, x, difference(pieces, y), most)
+        onward.note(moved.max().item(), most, name,
+                    f"{FAR - 8} tokens in the first call, 24 single ones")
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from base.errors import is_out_of_memory
 from tools.audit_leaks import in_precision
 from tools.audit_state import BFLOAT16_EPS, BFLOAT16_LIMIT
 from tools.audit_subject import EXACT, ROUGH, Row, Worst, asked, normal, tokens
-from training.leaks import bare_copy, call, cast, drawn, parts, precision_within
+from training.chance import call, drawn
+from training.leaks import bare_copy, cast, parts, precision_within
 
 FLOAT32_LIMIT = 0.1  # as BFLOAT16_LIMIT
 LARGE = 1e3
@@ -234,26 +235,38 @@ def along(module, x, p, gradient, combine, still, h, seed):
     return (gradient * direction).sum().real.item(), slopes[1]
 
 
+# have no derivative: code with a gradient of its own then passes another on purpose
+STEPS = {"round", "round_", "floor", "ceil", "trunc", "sign", "heaviside", "argmax", "topk",
+         "gt", "ge", "lt", "le", "long", "int"}
+
+
 class Detached(TorchFunctionMode):
-    """Notes whether a tensor is taken out of the graph."""
+    """Notes whether a tensor is taken out of the graph, or rounded within a custom Function, which
+    records no gradients either."""
     found = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__qualname__", str(function))
-        own = function is torch.Tensor.data.__get__ or "detach" in name
-        self.found = self.found or own or not torch.is_grad_enabled()
+        name = getattr(function, "__name__", str(function))
+        taken_out = function is torch.Tensor.data.__get__ or "detach" in name
+        switched_off = name == "_set_grad_enabled" and not args[0]
+        stepped = name in STEPS and not torch.is_grad_enabled()
+        if taken_out or switched_off or stepped or torch.is_inference_mode_enabled():
+            self.found = True
         return function(*args, **(kwargs or {}))
 
 
 def backward_again(module, where, T, C):
     """What is wrong with a backward pass that runs twice, behind that of a later call, or with
-    larger gradients."""
+    larger gradients; or that writes into those that come in, which the residual stream shares."""
     def gradients_of(y, x, keep=False, factor=1.0):
         inputs = [x, *module.parameters()]
-        return torch.autograd.grad((y * combine).sum() * factor, inputs, retain_graph=keep,
-                                   materialize_grads=True)
+        coming = combine * factor
+        found = torch.autograd.grad(y, inputs, coming, retain_graph=keep, materialize_grads=True)
+        written.append(not torch.equal(coming, combine * factor))
+        return found
 
     combine = normal(2, T, C, seed=1)
+    written = []
     x, other = (normal(2, T, C, seed=seed).requires_grad_() for seed in (0, 2))
     still = bool(drawn(module, x.detach()))
     y = call(module, x, still=still)
@@ -269,6 +282,8 @@ def backward_again(module, where, T, C):
     behind = gradients_of(y, x)
     if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(once, behind)):
         found.append(f"{where}: the backward pass of a call gives others after a later call's")
+    if any(written):
+        found.append(f"{where}: the backward pass writes into the gradient that it is given")
     return found
 
 

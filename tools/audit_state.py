@@ -11,13 +11,18 @@ import torch
 from mixers.parts.heads import Room
 from tools.audit_subject import (
     ROUGH, Row, Worst, asked, first_over, in_pieces, normal, step, tokens)
-from training.leaks import (
-    bare_copy, beyond_rounding, call, cast, difference, limit, precision_within)
+from training.chance import call
+from training.leaks import bare_copy, beyond_rounding, cast, difference, limit, precision_within
 
-SPLITS = ([64, 66], [7, 1, 1, 9, 1, 90, 21], [104] + [1] * 26, [1] * 130, [200, 1, 199, 50])
+SMALL_PIECES = [*range(1, 16), 2, 2, 6]  # each small size on top of a state, and before another
+SPLITS = ([64, 66], [7, 1, 1, 9, 1, 90, 21], SMALL_PIECES, [104] + [1] * 26, [1] * 130,
+          [200, 1, 199, 50])
 STATE_LENGTHS = (1, 8, 63, 64, 100, 128)
 SINGLE = 700  # tokens decoded one by one
-PIECES = ([256] * 4, [333, 1, 1, 500, 165], [90] * 10 + [1] * 100)
+LONGEST = 1024
+PIECES = ([256] * 4, [333, 1, 1, 500, 165], [90] * 10 + [1] * 100,
+          # each size from 16 to 65, and whole chunks, on top of a state and before another piece
+          [*range(16, 48), 16], [*range(48, 66), 7], [1, 64, 64, 128, 128, 256, 2])
 BFLOAT16_LIMIT = 16  # root mean square error over that of the output, in units of bfloat16's eps
 BFLOAT16_EPS = torch.finfo(torch.bfloat16).eps
 
@@ -35,6 +40,7 @@ def one_row(gradients):
 
 def split(subject, splits=SPLITS):
     worst_y = worst_g = 0.0
+    cut_off = set()  # dtypes of what no gradient goes through from piece to piece
     most = limit("length")
     for model in subject.bare():
         parameters = list(model.requires_grad_().parameters())
@@ -56,7 +62,11 @@ def split(subject, splits=SPLITS):
             error_parameters = difference(one_row(again_parameters), one_row(of_parameters)).item()
             worst_y = max(worst_y, difference(y, whole).max().item())
             worst_g = max(worst_g, error_x, error_parameters)
+            cut_off |= {str(t.dtype) for t in tensors(state) if not t.requires_grad}
     figures = f"outputs differ by {worst_y:.0e}, gradients by {worst_g:.0e}, limit {most:.0e}"
+    if worst_g > most >= worst_y and cut_off:
+        figures += (f"; outputs are the whole's, but no gradient goes through what the state holds "
+                    f"in {', '.join(sorted(cut_off))}")
     yield Row("split", max(worst_y, worst_g) <= most, figures)
 
 
@@ -173,14 +183,15 @@ def decode(subject, single=SINGLE, pieces=PIECES):
     wrong_size = []
     for model in subject.bare(block_size=1100):
         for name, module in asked(model).items():
-            T = 1000 if not subject.trained else min(1000, model.config.block_size)
+            T = LONGEST if not subject.trained else min(LONGEST, model.config.block_size)
             x = normal(2, T, model.config.n_embd)
             most = limit("length", precision_within(module, x[:, :71]))
             ways = [x[:, :T].size(1) * [1] if T <= single else single * [1] + [T - single]]
             ways += [sizes for sizes in pieces if sum(sizes) <= T]
             y = call(module, x)
             for sizes in ways:
-                note_pieces(worst, module, x, y, sizes, most, name)
+                n = sum(sizes)
+                note_pieces(worst, module, x[:, :n], y[:, :n], sizes, most, name)
             for B, length in ((1, 260), (16, 40)):
                 rows = normal(B, length, model.config.n_embd)
                 note_pieces(worst, module, rows, call(module, rows), length * [1], most,

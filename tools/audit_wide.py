@@ -1,5 +1,6 @@
 """The same questions more widely: batches, unusual inputs, other sizes of the model, with and
 without gradients, and compiled. All of mixers alone, in float64, where nothing rounds."""
+import copy
 import logging
 
 import torch
@@ -10,14 +11,15 @@ from tools.audit_leaks import explain
 from tools.audit_place import entering
 from tools.audit_subject import (
     SKELETONS, Row, Worst, asked, first_over, in_pieces, normal)
+from training.chance import call, drawn
 from training.leaks import (
-    KINDS, beyond_rounding, call, difference, drawn, leaks, limit, precision_within)
+    KINDS, beyond_rounding, cast, difference, leaks, limit, precision_within)
 
-ROWS = 33
-SIZES = (  # heads of 64, 128 and 6 channels, several layers, learned positions, a short block_size
+ROWS = 65
+SIZES = (  # heads of 64, 128 and 6 channels, up to 12 heads, several layers, learned positions
     dict(n_embd=128, n_head=2, n_layer=5),
     dict(n_embd=128, n_head=1, n_layer=1),
-    dict(n_embd=384, n_head=6, n_layer=1),
+    dict(n_embd=384, n_head=12, n_layer=1),
     dict(n_embd=48, n_head=8, n_kv_head=2, bias=False, pos="rope"),
     dict(n_embd=32, n_head=2, pos="learned", block_size=144),
     dict(n_embd=96, n_head=3, arch="llama", block_size=144),
@@ -122,11 +124,14 @@ def batches(subject, rows=ROWS, T=12):
         for name, module, mode in in_both_modes(model):
             look_at_batch(worst, module, rows, T, C, f"{name}, {mode}")
             look_at_gradients(worst, module, rows, T, C, f"{name}, {mode}")
+            # which may go another way
+            look_at_batch(worst, cast(copy.deepcopy(module), torch.float32), rows, T, C,
+                          f"{name}, {mode}, float32", torch.float32)
     yield worst.row("batches", "a row is not on its own", f"; {rows} rows and fewer")
 
 
-def look_at_batch(worst, module, B, T, C, where):
-    x, other = normal(B, T, C), normal(B, T, C, seed=1)
+def look_at_batch(worst, module, B, T, C, where, dtype=torch.float64):
+    x, other = (normal(B, T, C, seed=seed).to(dtype) for seed in (0, 1))
     precision = precision_within(module, x)
     most = limit("rows", precision)
     draws = drawn(module, x) if module.training else []
@@ -243,8 +248,10 @@ def modes(subject, lengths=(130, 256)):
     # there a mixer that writes into its input writes into what goes on beside it
     for model in [] if subject.trained else subject.bare(skeletons=[dict(norm="none")]):
         look_at_modes(worst, model, model.config.n_embd, lengths[0], "model without norms")
-    yield worst.row("modes", "outputs depend on whether gradients are recorded",
-                    "; with gradients and without")
+        look_at_writing(worst, model, lengths[0])
+    yield worst.row("modes", "outputs depend on whether gradients are recorded, on the number of "
+                    "threads, or on a write into the input",
+                    "; with gradients and without, with other threads, without norms")
 
 
 def look_at_modes(worst, module, C, T, where):
@@ -254,6 +261,13 @@ def look_at_modes(worst, module, C, T, where):
     outputs = {"no_grad": call(module, x, still=still)}
     with torch.inference_mode():
         outputs["inference_mode"] = call(module, x, still=still).clone()
+    threads = torch.get_num_threads()
+    other = 3 if threads == 1 else 1
+    torch.set_num_threads(other)
+    try:
+        outputs[f"{other} {'thread' if other == 1 else 'threads'}"] = call(module, x, still=still)
+    finally:
+        torch.set_num_threads(threads)
     with torch.enable_grad():
         with_x = x.clone().requires_grad_()
         outputs["a gradient of the input"] = call(module, with_x, still=still).detach()
@@ -270,6 +284,17 @@ def look_at_modes(worst, module, C, T, where):
         allowed = limit(kind, precision_within(module, x))
         worst.note(size, allowed, f"{where}, weights with gradients: {KINDS[kind][0]}",
                    f"{T} tokens")
+
+
+def look_at_writing(worst, model, T):
+    """Whether a model's outputs are others where each mixer is given a copy of its input."""
+    x = normal(3, T, model.config.n_embd)
+    y = call(model, x)
+    for mixer in model.mixers():
+        mixer.register_forward_pre_hook(lambda _, given: (given[0].clone(), *given[1:]))
+    moved = difference(call(model, x), y)
+    worst.note(moved.max().item(), limit("repeat"), "model without norms, whose residual stream a "
+               "mixer writes into", f"{T} tokens")
 
 
 def compiled(subject, T=40, backend="aot_eager"):

@@ -7,7 +7,6 @@ Everything is measured on the CPU, on a copy: of the model itself nothing change
 torch's random numbers. Mostly in float64, where rounding hides nothing, but also in the precision
 of training, for which a mixer may have other code. B batch, T time, C channels.
 """
-import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.errors import BadInput
 from mixers import layer_mixers
+from training.chance import Chance, call, drawn
 from training.contract import check_forward
 
 HUGE = 1e4  # factor on later tokens: enough for a maximum over them to push earlier rows to 0/0
@@ -100,60 +100,6 @@ def parts(model):
             found.setdefault(f"mixer {name}", block.mixer)
     found[f"mlp_activation {model.config.mlp_activation}"] = model.blocks[0].mlp
     return found
-
-
-def call(module, x, autocast=False, still=False):
-    """The outputs (B, T, .) of a mixer or model, (y, anything) = module(x), which may write into x.
-
-    Dropout, if there is any, always drops the same; with `still` it drops nothing."""
-    chance = Chance(still=True) if still else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        torch.default_generator.manual_seed(0)
-        with chance:
-            return module(x.clone())[0]
-
-
-class Chance(TorchDispatchMode):
-    """Notes the sizes of all random numbers that are drawn. still: every number drawn is 0.4 (true,
-    where it is a decision to keep), so that outputs do not depend on how many are."""
-
-    def __init__(self, still=False):
-        super().__init__()
-        self.still = still
-        self.drawn = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = function._schema.name
-        if name == "aten::dropout" and self.still:  # whole, in inference mode
-            self.drawn.append(args[0].shape)
-            return scaled(*args)
-        result = function(*args, **kwargs)
-        # fused attention could drop weights, on a GPU: what it returns are no random numbers
-        fused = "fused" in name or "attention" in name
-        if fused or torch.Tag.nondeterministic_seeded not in function.tags:
-            return result
-        outputs = result if isinstance(result, tuple) else (result,)
-        # what a generator of the mixer's own gives differs from call to call
-        self.drawn.append(object() if kwargs.get("generator") else outputs[0].shape)
-        if self.still and name == "aten::native_dropout":
-            return scaled(*args), torch.ones_like(outputs[1])
-        if self.still:
-            keeps = "bernoulli" in name
-            outputs[0].fill_(1 if keeps or not outputs[0].is_floating_point() else 0.4)
-        return result
-
-
-def scaled(x, p, train):
-    """What dropout of a share p gives that drops nothing."""
-    return x / (1 - p) if train else x.clone()
-
-
-def drawn(module, x):
-    """The sizes of the random numbers that a module draws for x (B, T, C)."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), Chance() as chance:
-        module(x.clone())
-    return chance.drawn
 
 
 # Questions ----------------------------------------------------------------------------------------
@@ -289,6 +235,41 @@ def beyond_rounding(module, x, moved, limit):
     return moved.masked_fill(moved <= 100 * sensitivity(module, x), 0)
 
 
+@torch.no_grad()
+def remembered(module, C, noise, autocast=True, T=13):
+    """mode -> by how much an output depends on what was asked before. module: a mixer with C
+    channels that nobody has asked anything yet; it stays so, copies are asked, in float32.
+    autocast: of the first of the calls before."""
+    generator = torch.Generator().manual_seed(0)
+    fresh = cast(copy.deepcopy(module), torch.float32).requires_grad_(False)
+    for p in fresh.parameters():
+        p += noise * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    x = torch.randn(2, T, C, generator=generator)
+    same_ends = torch.cat([x[:, :1], x[:, 1:-1].flip(1), x[:, -1:]], 1)
+    moved = {}
+    for training in (False, True):
+        used = copy.deepcopy(fresh)
+        for mode in (not training, training) * 2:  # each turn may change something
+            used.train(mode)
+        y = last_output(copy.deepcopy(fresh).train(training), [x], False)
+        y_behind = last_output(used, [3 * x.flip(1) + 1, same_ends, x], autocast)
+        moved["training" if training else "evaluation"] = difference(y_behind, y).max().item()
+    return moved
+
+
+def last_output(module, inputs, autocast):
+    """The output for the last of some inputs (B, T, C), each in the memory of the one before;
+    autocast: of the first. Nothing is dropped."""
+    given = torch.empty_like(inputs[0])
+    with torch.random.fork_rng(devices=[]), Chance(still=True):
+        for x in inputs:
+            given.copy_(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y, _ = module(given)
+            autocast = False
+    return y
+
+
 @dataclass
 class Probe:
     """What is asked of a module: over how many tokens, what changes where (`cuts`), in which
@@ -343,9 +324,16 @@ def find_leak(model, dtype=torch.float32, trained=False):
     does not return (y, state).
 
     In float64 it asks about a sequence of a chunk of 64 and a bit, if block_size lets it; in the
-    run's precision about one of block_size tokens."""
+    run's precision about one of block_size tokens; in float32 whether a call depends on those
+    before."""
     check_forward(bare_copy(model, noise=0).eval())
     where = {}  # kind -> where it was found, in a part if it is in one
+    for name, part in parts(bare_copy(model, noise=0)).items():
+        if name.startswith("mixer "):
+            moved = remembered(part, model.config.n_embd, 0 if trained else 0.1,
+                               dtype == torch.bfloat16)
+            if any(leaking({"repeat": size}, torch.float32) for size in moved.values()):
+                where["repeat"] = name
     for probe in probes(model, dtype, trained):
         for kind in probe.found(model.config.n_embd):
             if probe.where != "the model" or kind not in where:
