@@ -19,8 +19,6 @@ It may also say what it costs, and ask to be told of each optimiser step:
                             statistics, never apply them
     ready_to_decode()       called once before a model only decodes: what does not depend on the
                             tokens may be worked out here
-    same_input              names of linear layers that read the same x, of one class each:
-                            [("c_attn.proj", "gate")]; in decoding they are one product
 
 and declare options of its own, named after it, which its builder then finds in `config`:
 

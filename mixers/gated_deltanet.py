@@ -24,7 +24,6 @@ TAPS = 4  # of the short convolution, unless `conv` says otherwise
 
 class GatedDeltaNet(nn.Module):
     takes = ("conv",)
-    same_input = [("c_attn.proj", "gate")]
 
     def __init__(self, config, layer):
         super().__init__()

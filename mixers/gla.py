@@ -23,7 +23,6 @@ from mixers.parts.recurrent_heads import HeadNorm, Projections, WideLinear
 
 class GLA(nn.Module):
     takes = ("conv",)
-    same_input = [("c_attn.proj", "gate")]
 
     class Options:
         gla_divisor: float = option(

@@ -34,7 +34,6 @@ LOWEST = -5.0  # log decay of a token where it is bounded
 
 class KDA(nn.Module):
     takes = ("conv",)
-    same_input = [("c_attn.proj", "gate_down")]
 
     class Options:
         kda_bounded: bool = option(

@@ -64,7 +64,6 @@ class ScaleFreeNorm(HeadNorm):
 
 class ReGLA(nn.Module):
     takes = ("conv",)
-    same_input = [("c_attn.proj", "gate")]
 
     class Options:
         regla_rank: int = option(16, "rank of the projections to ReGLA's two gates", ge=1)

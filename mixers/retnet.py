@@ -35,7 +35,6 @@ class Decays(Wide):
 
 class RetNet(nn.Module):
     takes = ("conv",)
-    same_input = [("c_attn.proj", "gate")]
 
     def __init__(self, config, layer):
         super().__init__()

@@ -14,13 +14,7 @@ from mixers.parts.products import (
     always_fast_products, exact_product, fast_products, onednn_is_exact)
 from mixers.swa import windowed_attention
 from model import GPT, Dropout, GPTConfig
-from training.device import (
-    CPU_TOKENS_AT_ONCE,
-    PackedLinear,
-    join_products,
-    ready_to_decode,
-    rows_per_pass,
-)
+from training.device import CPU_TOKENS_AT_ONCE, PackedLinear, ready_to_decode, rows_per_pass
 
 needs_mkldnn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
@@ -274,10 +268,6 @@ def number_of(kind, model):
     return sum(type(module) is kind for module in model.modules())
 
 
-def weights_of(kind, model):
-    return sum(module.weight.numel() for module in model.modules() if type(module) is kind)
-
-
 @needs_mkldnn
 @pytest.mark.parametrize("options", PACKED)
 def test_decoding_with_packed_weights_is_autocast(options):
@@ -287,9 +277,7 @@ def test_decoding_with_packed_weights_is_autocast(options):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     idx = torch.randint(31, (2, 20))
     packed = ready_to_decode(copy.deepcopy(model), torch.bfloat16)
-    # several may be one product
-    assert number_of(torch.nn.Linear, packed) == 0
-    assert weights_of(PackedLinear, packed) == weights_of(torch.nn.Linear, model)
+    assert number_of(PackedLinear, packed) == number_of(torch.nn.Linear, model)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected, state, logits = model(idx)[0], None, []
         for piece in idx.split([9, 1, 1, 6, 1, 1, 1], dim=1):
@@ -299,22 +287,6 @@ def test_decoding_with_packed_weights_is_autocast(options):
     assert packed.state_bytes(20, torch.bfloat16) == model.state_bytes(20, torch.bfloat16)
     assert packed.flops_per_token(20) == model.flops_per_token(20)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
-def test_layers_of_the_same_x_are_one_product():
-    mixer = torch.nn.Module()
-    mixer.a, mixer.b = torch.nn.Linear(8, 3, bias=False), torch.nn.Linear(8, 5)
-    mixer.same_input = [("a", "b")]
-    a, b, x = mixer.a, mixer.b, torch.randn(2, 1, 8)
-    join_products(mixer)
-    assert mixer.a.weight.shape == a.weight.shape and mixer.b.weight.shape == b.weight.shape
-    for order in ("ab", "ba", "aab", "b", "a"):  # of the same x, then of others
-        for name in order:
-            layer = {"a": a, "b": b}[name]
-            torch.testing.assert_close(getattr(mixer, name)(x), layer(x))
-        x = torch.randn(2, 1, 8)
-    mixer.a(x), mixer.b(x)
-    assert not mixer.a.together.kept  # of a long prompt it would be as much as a cache
 
 
 def test_nothing_is_packed_in_float32():

@@ -1,7 +1,6 @@
 """Where and how to compute, chosen by what the machine has."""
 import copy
 import ctypes
-import functools
 import re
 import resource
 import shutil
@@ -119,56 +118,6 @@ def can_pack(linear):
     return True
 
 
-class Together(nn.Module):
-    """Linear layers of the same x as one product, for decoding, where a small product takes no less
-    time than a larger one."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.widths = [layer.out_features for layer in layers]
-        self.product = copy.deepcopy(layers[0])
-        self.product.out_features = sum(self.widths)
-        self.product.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]))
-        if any(layer.bias is not None for layer in layers):
-            self.product.bias = nn.Parameter(torch.cat([
-                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
-                for layer in layers]))
-        self.kept = {}  # "x", and of its outputs those that nobody has taken yet
-
-    def output(self, i, x):
-        """Layer i's. The first that is asked forms all; each is handed out once, and none kept."""
-        kept = self.kept
-        if kept.get("x") is not x or i not in kept:
-            kept["x"] = x
-            kept.update(enumerate(self.product(x).split_with_sizes(self.widths, -1)))
-        y = kept.pop(i)
-        if len(kept) == 1:
-            kept.clear()
-        return y
-
-
-class OneOfTogether(nn.Module):
-    """What stands in the place of a layer whose output Together forms. weight: its size alone."""
-
-    def __init__(self, together, i, layer):
-        super().__init__()
-        self.together = together
-        self.output = functools.partial(together.output, i)
-        self.weight = layer.weight.detach().to("meta")
-
-    def forward(self, x):
-        return self.output(x)
-
-
-def join_products(mixer):
-    """The mixer with the layers that it says read the same x in one product (same_input)."""
-    for names in getattr(mixer, "same_input", ()):
-        layers = [mixer.get_submodule(name) for name in names]
-        together = Together(layers)
-        for i, (name, layer) in enumerate(zip(names, layers)):
-            mixer.set_submodule(name, OneOfTogether(together, i, layer))
-
-
 @torch.no_grad()
 def ready_to_decode(model, dtype):
     """The model with what it would form anew for every token held ready: the weights of its
@@ -177,7 +126,6 @@ def ready_to_decode(model, dtype):
     for mixer in model.mixers():
         if hasattr(mixer, "ready_to_decode"):
             mixer.ready_to_decode()
-        join_products(mixer)
     if dtype == torch.float32:
         return model
     pack = dtype == torch.bfloat16 and model.head.weight.device.type == "cpu"
