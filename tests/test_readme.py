@@ -17,7 +17,8 @@ from bench import BenchOptions
 from config import Options
 from data import load_dataset
 from mixers import MIXERS
-from tools import bench_table, compare, compare_table, replace_record, replace_table
+from tools import (
+    bench_table, compare, compare_table, context, replace_record, replace_table)
 from tools.records import read_records
 from tools.sweep import SweepOptions
 from tools.verdicts import MARGIN_BPB, judge
@@ -42,7 +43,7 @@ SHORTER = {  # a word of a command: what is added to it
 LONG = ("tools.compare results/", "tools.report results/", "tools.pelican_figure", "leak",
         "out/strong", "configs/shakespeare_long.py", "--linformer_segment", "tools.sweep",
         "out/sweeps/shakespeare", "torchrun", "tools.verdicts", "tools.claim claims", "--rounds=3",
-        "configs/mqar.py", "out/mqar_lln")
+        "configs/mqar.py", "out/mqar_lln", "tools.context")
 TEXT = "\n".join((ROOT / name).read_text()
                  for name in ("README.md", "docs/results.md", "docs/runs.md"))
 
@@ -259,6 +260,18 @@ def test_the_tables_of_the_convolution_are_those_of_the_records():
         found = compare.judge_arms(pair, without.label, margin)[with_it.label]
         low, high = found.difference_low, found.difference_high
         assert row["gained by it"] == f"{found.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def test_what_is_said_of_the_books_is_that_of_the_records():
+    verdicts = check_the_table("books, 0.2M", ["books_small"], "softmax")
+    assert verdicts["gated_deltanet"].word == "equivalent"
+    assert f"{verdicts['gated_deltanet'].difference:+.3f} nats a token" in TEXT
+    folder = ROOT / "results/books_small"
+    content = context.read_context(folder / "context.json", context.ContextOptions(), set())
+    lines = context.tables(arms("books_small"), content, "softmax")
+    assert len(lines) == 13 and [line for line in lines if line not in TEXT] == []
+    at_2048 = lines[-1].split(" | ")[4]
+    assert f"worse by {-float(at_2048.split()[0]):.3f} bits per byte" in TEXT
 
 
 def test_mamba2_asked_alone_is_as_told():
