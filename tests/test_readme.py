@@ -262,6 +262,15 @@ def test_the_tables_of_the_convolution_are_those_of_the_records():
         assert row["gained by it"] == f"{found.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
+def test_the_losses_beyond_the_trained_length_are_those_of_the_records():
+    [rows] = tables("beyond 64 characters, no convolution")
+    assert len(rows) == 3
+    for row in rows:
+        mixer, *cells = row.values()
+        [arm] = [arm for arm in arms("shakespeare_conv_later") if arm.mixer == mixer]
+        assert cells == [f"{arm.beyond(stretch):.3f}" for stretch in range(4)]
+
+
 def test_what_is_said_of_the_books_is_that_of_the_records():
     verdicts = check_the_table("books, 0.2M", ["books_small"], "softmax")
     assert verdicts["gated_deltanet"].word == "equivalent"
