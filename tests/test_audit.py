@@ -46,6 +46,7 @@ def shorter_split(subject):
 
 CHECK_OF = dict.fromkeys(KINDS, shorter_causality) | {
     "forward": audit.forward,
+    "before": audit.before,
     "split": shorter_split,
     "branch": audit.branch,
     "bytes": audit.state_size,
