@@ -31,6 +31,8 @@ SHORTER = {  # a word of a command: what is added to it
     "--linformer_segment":
         "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,linformer",
     "tools.audit": "--quick",
+    "--deltanet_negative":
+        "--max_iters=2 --eval_tokens=3000 --seeds=1 --tune= --learning_rate=1e-3",
     "tools.sweep": "--max_iters=2 --eval_tokens=3000 --seeds=1 --mixers=softmax,pelican "
                    "--tune= --learning_rate=1e-3",
     "tools.verdicts": "--tables=20",
