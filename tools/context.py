@@ -35,7 +35,7 @@ from tools.compare import baseline_of, records_to_compare
 from tools.compare_arms import arms_of, seed_of
 from tools.passkey import lengths_of
 from tools.records import holds_run
-from tools.score import Count, Lenient, Measured, load_scored, token_losses
+from tools.score import Count, Lenient, Measured, load_scored, mean_by_author, token_losses
 from tools.verdicts import MARGIN_BPB, in_words, judge
 from training.device import choose_device
 
@@ -140,10 +140,7 @@ def by_block(losses, ends, data):
     authors = data.val_authors(ends - STRETCH // 2)
     if authors is None:
         return [float(part.mean()) for part in np.array_split(losses, min(BLOCKS, len(losses)))]
-    parts = {}
-    for author, loss in zip(authors, losses):
-        parts.setdefault(author, []).append(loss)
-    return [float(np.mean(part)) for part in parts.values()]
+    return list(mean_by_author(authors, losses).values())
 
 
 def measure(record, content, device):

@@ -280,6 +280,11 @@ def author_losses(losses, data, T, max_tokens):
     authors = data.val_authors(starts + T // 2)
     if authors is None:
         return None
+    return mean_by_author(authors, losses)
+
+
+def mean_by_author(authors, losses):
+    """{author: mean of the losses that are theirs}, in the order of their first."""
     by_author = {}
     for author, loss in zip(authors, losses):
         by_author.setdefault(author, []).append(loss)
