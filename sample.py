@@ -2,9 +2,9 @@
 
     python sample.py --out_dir=out/shakespeare_pelican --start="ROMEO:"
 
-Reads the run folder and nothing else. Each token costs one step on top of the model's state,
-whatever came before; only a model with learned positions reads its last half block again whenever
-it reaches block_size.
+Reads the run folder and nothing else; with --compile also what it has compiled before. Each token
+costs one step on top of the model's state, whatever came before; only a model with learned
+positions reads its last half block again whenever it reaches block_size.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import codecs

@@ -1,11 +1,14 @@
 """training/compiled.py: a compiled step gives the model's logits or is refused by name; what is
 loaded is what this user has compiled, and nothing else."""
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from base.errors import BadInput
 from mixers import MIXERS
 from model import GPT, GPTConfig
+from tools import bench_measure
 from training import checkpoint, compiled
 from training.device import ready_to_decode
 
@@ -36,6 +39,7 @@ def uncompiled(monkeypatch):
         return b"a package"
 
     programs = []
+    monkeypatch.setattr(compiled, "lacks_compiler", lambda device: False)
     monkeypatch.setattr(compiled, "compile_package", program_itself)
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file: programs[-1])
 
@@ -119,9 +123,6 @@ def test_a_package_is_loaded_from_the_users_own_cache_alone(cache, loaded, monke
     other.head.weight.data += 1
     with pytest.raises(BadInput, match="no C.. compiler"):  # other weights have none
         compiled.compiled_step(other, torch.float32, 1)
-    path.chmod(0o666)
-    with pytest.raises(BadInput, match="no C.. compiler"):
-        compiled.compiled_step(model, torch.float32, 1)
     path.rename(cache / "moved")
     path.symlink_to(cache / "moved")
     with pytest.raises(BadInput, match="no C.. compiler"):
@@ -148,3 +149,31 @@ def test_sampling_loads_no_package_of_a_runs_folder(sample, run_folder, cache, l
 def test_another_device_is_refused():
     with pytest.raises(BadInput, match="for the CPU only"):
         compiled.compiled_step(make("causal_max").to("meta"), torch.float32, 1)
+
+
+# -- who uses it -----------------------------------------------------------------------------------
+
+def counted(model, calls):
+    """model.step, which notes the shape of each idx."""
+    return lambda idx, state: calls.append(tuple(idx.shape)) or model.step(idx, state)
+
+
+@pytest.mark.parametrize("pos", ["learned", "rope"])
+def test_sampling_asks_it_for_every_token_but_the_first(pos):
+    model, start, calls = make("softmax", pos), torch.zeros(1, 3, dtype=torch.int64), []
+    alone = list(model.stream(start, 60, temperature=0))
+    together = list(model.stream(start, 60, temperature=0, one_token=counted(model, calls)))
+    assert torch.equal(torch.cat(alone), torch.cat(together))
+    assert set(calls) == {(1, 1)} and len(calls) == (59 if pos == "rope" else 58)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_bench_decodes_with_it_if_asked(monkeypatch, asked):
+    calls = []
+    monkeypatch.setattr(bench_measure, "held", lambda device: None)  # sets malloc for good
+    monkeypatch.setattr(bench_measure, "compiled_step",
+                        lambda model, dtype, batch: counted(model, calls))
+    cell = {"mode": "decode", "batch": 2, "length": 8, "model": asdict(make("causal_max").config),
+            "device": "cpu", "dtype": "float32", "compile": asked}
+    assert bench_measure.figures(cell, 0.01)["ms"] > 0
+    assert set(calls) == ({(2, 1)} if asked else set())

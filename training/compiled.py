@@ -81,9 +81,9 @@ class CompiledStep:
     """What compiled_step returns. Where a state does not fit, being that of fewer tokens than a
     window has, the model itself makes the step."""
 
-    def __init__(self, model, package, shapes):
+    def __init__(self, model, package, shapes, dtypes):
         from torch._inductor import aoti_load_package  # as the two below: a second, for few
-        self.model, self.shapes = model, shapes
+        self.model, self.shapes, self.dtypes = model, shapes, dtypes
         self.run = aoti_load_package(io.BytesIO(package))
         self.least = int(self.run.get_metadata()["least"])
 
@@ -103,7 +103,8 @@ class CompiledStep:
     def fits(self, n, tensors):
         """Whether these are a state's tensors behind n tokens that the compiled step takes."""
         expected = [tuple(n if size == GROWS else size for size in shape) for shape in self.shapes]
-        return n >= self.least and [tuple(t.shape) for t in tensors] == expected
+        same = [tuple(t.shape) for t in tensors] == expected
+        return n >= self.least and same and [t.dtype for t in tensors] == self.dtypes
 
 
 def compiled_step(model, dtype, batch):
@@ -132,7 +133,7 @@ def compiled_step(model, dtype, batch):
             least = fewest_tokens(program, shapes, model.config)
             package = compile_package(program, least)
         write_file(path, package)
-    return CompiledStep(model, package, shapes)
+    return CompiledStep(model, package, shapes, [t.dtype for t in tensors_of(examples[0])])
 
 
 # States as tensors --------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def cache_folder():
 
 
 def read_own(path):
-    """The bytes of a package in the cache, or None if there is none that is this user's alone."""
+    """The bytes of a package in the cache; None if there is none, or it is a link or of others."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -260,7 +261,7 @@ def read_own(path):
     with open(handle, "rb") as file:
         status = os.fstat(handle)
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
-        return file.read() if mine and not status.st_mode & 0o022 else None
+        return file.read() if mine else None
 
 
 def checksum(model, dtype, batch):
