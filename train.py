@@ -30,7 +30,14 @@ from mixers.parts.products import always_fast_products
 from model import GPT, model_config
 from training import checkpoint
 from training.contract import check_builders
-from training.device import choose_device, choose_dtype, compiled, peak_memory, rows_per_pass
+from training.device import (
+    choose_device,
+    choose_dtype,
+    compiled,
+    peak_memory,
+    rows_per_pass,
+    seed_generators,
+)
 from training.evaluation import evaluate, print_evaluation
 from training.leaks import refuse_leaks
 from training.machine import Machine, catch_signals, refuse_what_cannot_fit
@@ -230,7 +237,7 @@ class Training:
         self.lr = learning_rate(step, options)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        torch.manual_seed(seed_of(options.seed, step, world.rank))
+        seed_generators(seed_of(options.seed, step, world.rank), self.machine.device)
         rows = options.batch_size * options.gradient_accumulation_steps
         x, y = self.data.batch(options.seed, step, rows, options.block_size)
         if (y == -1).all():

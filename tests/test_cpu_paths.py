@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mixers import MIXERS
-from mixers.parts.cpu_attention import BLOCK, KEPT, MANY, BlockedAttention
+from mixers.parts.cpu_attention import BLOCK, KEPT, LONG, MANY, BlockedAttention
 from mixers.parts.heads import causal_attention
 from mixers.parts.products import (
     always_fast_products, exact_product, fast_products, onednn_is_exact)
@@ -77,7 +77,7 @@ def test_attention_is_as_exact_as_the_fused_kernel(T, new, std, D):
     assert all(a < 0.0035 for a in ours), ours
 
 
-@pytest.mark.parametrize("T", [17, 64, BLOCK + 1, 300, KEPT + 1])
+@pytest.mark.parametrize("T", [17, 64, BLOCK + 1, 300, KEPT + 1, LONG])
 def test_attention_in_float32_keeps_its_digits(T):
     inputs, dy = drawn(T, 32, 9)
     found = errors(causal_attention, inputs, dy, torch.float32)

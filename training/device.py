@@ -37,6 +37,15 @@ def choose_device(name):
     return device
 
 
+def seed_generators(seed, device):
+    """torch.manual_seed for one device: with no other to take note of it, a CPU's takes a
+    microsecond instead of 0.3 ms, which each step of training would pay."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def best_device():
     if torch.cuda.is_available():
         return "cuda"

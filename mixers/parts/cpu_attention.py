@@ -27,6 +27,7 @@ BLOCK = 128  # queries; of 64, 128 and 256 the fastest at T = 256 to 4,096
 # tokens up to which P is kept, at 4,096 tokens a pass 5 MB a head at most. Without it blocks take
 # longer than the fused kernel, but in a window
 KEPT = 512
+LONG = 768  # new tokens from which the fused kernel's own blocks are so large that oneDNN gains
 MANY = 128  # new tokens from which on those before them are asked apart
 # what F.scaled_dot_product_attention runs here; it is private and may go
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)

@@ -16,11 +16,12 @@ from mixers.parts.convolution import ShortConvolution
 from mixers.parts.cpu_attention import (
     FLASH,
     KEPT,
+    LONG,
     MANY,
     blocked_attention,
     continued_attention,
 )
-from mixers.parts.products import exact_product
+from mixers.parts.products import exact_product, fast_products
 
 
 class QKV(nn.Module):
@@ -199,9 +200,18 @@ def causal_attention(q, k, v):
         # the fused kernel is fast, with few queries, and as exact in float32 only
         with torch.autocast("cpu", enabled=False):
             return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    if on_cpu and T >= LONG:
+        with fast_products():
+            return fused_attention(q, k, v)
+    return fused_attention(q, k, v)
+
+
+def fused_attention(q, k, v):
+    """The same by PyTorch's fused kernel, q, k, v (B, H, .., D)."""
+    T, S = q.size(2), k.size(2)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if on_cpu and T >= MANY and FLASH and not torch.is_grad_enabled():
+    if q.device.type == "cpu" and T >= MANY and FLASH and not torch.is_grad_enabled():
         return continued_attention(q, k, v)
     mask = None  # a single token sees all
     if T > 1:  # new token i is token S - T + i of the whole and sees everything up to itself
