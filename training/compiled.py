@@ -24,7 +24,6 @@ import copy
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import stat
@@ -46,6 +45,7 @@ from model import State
 from training.device import lacks_compiler, ready_to_decode
 
 GROWS = -1  # in place of a size: it is the number of tokens
+FEWEST = 2  # tokens behind which a compiled step is asked: exports hold sizes of 1 for constants
 EXAMPLE = 256  # tokens behind which a step is exported, or half of block_size where that is less
 CODE = ("model.py", "training/compiled.py", "training/device.py")  # and all of mixers/
 
@@ -85,7 +85,6 @@ class CompiledStep:
         from torch._inductor import aoti_load_package  # as the two below: a second, for few
         self.model, self.shapes, self.dtypes = model, shapes, dtypes
         self.run = aoti_load_package(io.BytesIO(package))
-        self.least = int(self.run.get_metadata()["least"])
 
     def __call__(self, idx, state):
         """logits (B, 1, V) of idx (B, 1) behind `state`, the model's or one from here, and the new
@@ -104,7 +103,7 @@ class CompiledStep:
         """Whether these are a state's tensors behind n tokens that the compiled step takes."""
         expected = [tuple(n if size == GROWS else size for size in shape) for shape in self.shapes]
         same = [tuple(t.shape) for t in tensors] == expected
-        return n >= self.least and same and [t.dtype for t in tensors] == self.dtypes
+        return n >= FEWEST and same and [t.dtype for t in tensors] == self.dtypes
 
 
 def compiled_step(model, dtype, batch):
@@ -129,9 +128,7 @@ def compiled_step(model, dtype, batch):
         print(f"compiling a step of {name}, kept in {shown(path.parent)}", file=sys.stderr)
         with warnings.catch_warnings():  # torch's about itself
             warnings.simplefilter("ignore")
-            program = export(own, examples[0], shapes, dtype, batch)
-            least = fewest_tokens(program, shapes, model.config)
-            package = compile_package(program, least)
+            package = compile_package(export(own, examples[0], shapes, dtype, batch))
         write_file(path, package)
     return CompiledStep(model, package, shapes, [t.dtype for t in tensors_of(examples[0])])
 
@@ -148,7 +145,7 @@ def tensors_of(state):
 def example_states(model, dtype, batch, name):
     """The States behind n and n + 1 tokens, n being large enough for a window to be full."""
     n = min(EXAMPLE, model.config.block_size // 2)
-    if n < 2:
+    if n < FEWEST:
         raise BadInput(f"--compile: block_size {model.config.block_size} is too small to compile a "
                        f"step of {name}; leave it out")
     tokens = torch.zeros(batch, n + 1, dtype=torch.int64)
@@ -184,47 +181,46 @@ def cannot(name, reason):
 def export(model, example, shapes, dtype, batch):
     """torch.export's program of a step, for every number of tokens. BadInput if there is none."""
     tensors = tensors_of(example)
-    dynamic = torch.export.Dim.DYNAMIC
-    sizes = tuple({i: dynamic for i, n in enumerate(shape) if n == GROWS} for shape in shapes)
+    config = model.config
+    most = config.block_size - 1 if config.pos == "learned" else None
+    n = torch.export.Dim("n", min=FEWEST, max=most)  # torch refuses what not every n satisfies
+    sizes = tuple({i: n for i, size in enumerate(shape) if size == GROWS} for shape in shapes)
     inputs = torch.zeros(batch, 1, dtype=torch.int64), torch.empty(example.n, 0), *tensors
-    dynamic_shapes = (None, {0: dynamic}, sizes) if sizes else (None, {0: dynamic})
+    dynamic_shapes = (None, {0: n}, sizes) if sizes else (None, {0: n})
     step = Step(model, example, dtype)
     try:
         # with gradients recorded a cache is a new tensor at each step; the weights record none
         with torch.enable_grad():
-            return torch.export.export(
+            program = torch.export.export(
                 step, inputs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # of torch's many kinds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise cannot(model.config.mixer, reason[:200]) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if reason.startswith("Constraints violated"):
+            reason = "it takes another way at some numbers of tokens"
+        raise cannot(config.mixer, reason[:200]) from error
+    refuse_other_sizes(program, shapes, config.mixer)
+    return program
 
 
-def fewest_tokens(program, shapes, config):
-    """The fewest tokens that a program takes. BadInput if it does not take any number from there
-    on, up to the end of learned positions, and each token what the one before it leaves."""
-    nodes = list(program.graph.nodes)
+def refuse_other_sizes(program, shapes, name):
+    """BadInput unless a program's new state has the sizes of the old one, a token later."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
+    nodes = list(program.graph.nodes)
     inputs = [node.meta["val"] for node in nodes if node.op == "placeholder"]
     before = inputs[len(inputs) - len(shapes):]
     after = [node.meta["val"] for node in nodes[-1].args[0][1:]]
     for old, new, shape in zip(before, after, shapes, strict=True):
         for a, b, size in zip(old.shape, new.shape, shape, strict=True):
             if not statically_known_true(b == (a + 1 if size == GROWS else a)):
-                raise cannot(config.mixer, "the sizes of its state follow a rule of their own")
-    ranges = program.range_constraints.values()
-    most = config.block_size - 1 if config.pos == "learned" else math.inf
-    if any(r.upper < most for r in ranges):
-        raise cannot(config.mixer, "it takes another way from some number of tokens on")
-    return max([int(r.lower) for r in ranges], default=0)
+                raise cannot(name, "the sizes of its state follow a rule of their own")
 
 
-def compile_package(program, least):
+def compile_package(program):
     """The bytes of a compiled program."""
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.utils import fresh_cache
     buffer = io.BytesIO()
-    settings = {"freezing": True,  # lays weights out for their products
-                "aot_inductor.metadata": {"least": str(least)}}
+    settings = {"freezing": True}  # lays weights out for their products
     try:
         with torch.no_grad(), fresh_cache():  # what is left of compiling is removed
             aoti_compile_and_package(program, package_path=buffer, inductor_configs=settings)
