@@ -93,7 +93,8 @@ class BenchOptions(ModelOptions):
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of the heavy operations; auto: bfloat16 where it is fast")
     compile: bool = option(
-        False, "torch.compile training and prefill; decoding is never compiled")
+        False, "torch.compile training and prefill; a step of decoding ahead of time (on a CPU, "
+        "where its first cell takes 10 to 60 s more), kept in ~/.cache/nanomix")
 
 
 # What is asked for --------------------------------------------------------------------------------
@@ -164,7 +165,8 @@ def groups_of(given, names, vocab_size, common):
         for batch in whole_numbers("batch", options.batch or BATCHES[mode]):
             for length in whole_numbers("lengths", options.lengths):
                 shape = {"mode": mode, "batch": batch, "length": length}
-                compiled = options.compile and mode != "decode"
+                on_cpu = common["device"] == "cpu"
+                compiled = options.compile and (mode != "decode" or on_cpu)
                 groups.append([
                     {**shape, "mixer": name, "model": model_of(given, name, length, vocab_size),
                      "compile": compiled, **common} for name in names])

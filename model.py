@@ -251,12 +251,13 @@ class GPT(nn.Module):
         return self.head(h), state
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None,
+               one_token=None):
         """Samples token after token behind idx (B, T), yielding each as (B, 1). Temperature 0 takes
         the likeliest.
 
         Each token costs one `step`. Learned positions end at block_size: then the last half block
-        is read anew."""
+        is read anew. one_token: `step` of one token by other means (training/compiled.py)."""
         limit = self.config.block_size if self.config.pos == "learned" else None
         recent = idx  # what may be read anew
         new = idx if limit is None else idx[:, -limit:]
@@ -265,8 +266,11 @@ class GPT(nn.Module):
             if limit is not None and state is not None and state.n + 1 > limit:
                 recent = recent[:, -max(limit // 2, 1):]
                 new, state = recent, None
-            h, state = self.hidden(new, state)
-            logits = self.head(h[:, -1:])  # of a prompt too the last alone: all may be gigabytes
+            if one_token is not None and state is not None:
+                logits, state = one_token(new, state)
+            else:
+                h, state = self.hidden(new, state)
+                logits = self.head(h[:, -1:])  # of a prompt the last alone: all may be gigabytes
             new = sample(logits[:, -1], temperature, top_k, generator)
             if limit is not None:
                 recent = torch.cat([recent, new], dim=1)

@@ -2,9 +2,9 @@
 
     python sample.py --out_dir=out/shakespeare_pelican --start="ROMEO:"
 
-Reads the run folder and nothing else. Each token costs one step on top of the model's state,
-whatever came before; only a model with learned positions reads its last half block again whenever
-it reaches block_size.
+Reads the run folder and nothing else; with --compile also what it has compiled before. Each token
+costs one step on top of the model's state, whatever came before; only a model with learned
+positions reads its last half block again whenever it reaches block_size.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import codecs
@@ -20,6 +20,7 @@ from base.options import checked, option
 from data.tokenizer import read_prompt
 from mixers import load_mixer_file
 from training import checkpoint
+from training.compiled import compiled_step
 from training.device import choose_device, choose_dtype, ready_to_decode
 
 
@@ -41,6 +42,8 @@ class SampleOptions:
         "auto", "of the heavy operations; auto: bfloat16 where it is fast")
     mixer_file: Optional[str] = option(None, "the Python file of the mixer, if the run was trained "
                                              "with one")
+    compile: bool = option(False, "compile a token's step for the CPU, 10 to 20 s the first time; "
+                                  "kept in the user's cache, ~/.cache/nanomix")
 
 
 def refuse_not_finite(run):
@@ -80,6 +83,7 @@ def main():
     refuse_not_finite(run)
     model = checkpoint.build_model(run).to(device)
     dtype = choose_dtype(options.dtype, device, model.config.n_embd)
+    one_token = compiled_step(model, dtype, batch=1) if options.compile else None
     ready_to_decode(model, dtype)
     prompt = torch.tensor([read_prompt(options.start, run.tokenizer)], device=device)
     generator = torch.Generator(device).manual_seed(options.seed)
@@ -94,7 +98,7 @@ def main():
             writer = Writer(run.tokenizer)
             writer.write(prompt[0].tolist())
             for token in model.stream(prompt, options.max_new_tokens, options.temperature,
-                                      options.top_k, generator):
+                                      options.top_k, generator, one_token):
                 writer.write(token[0].tolist())
                 drawn += 1
             writer.write([], final=True)

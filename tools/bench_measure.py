@@ -30,6 +30,7 @@ from mixers import load_mixer_file
 from mixers.parts.products import always_fast_products
 from model import GPT, GPTConfig
 from train import backward
+from training.compiled import compiled_step
 from training.device import PackedLinear, choose_device, ready_to_decode, rows_per_pass
 from training.machine import Machine
 from training.optimizer import make_optimizer
@@ -120,11 +121,13 @@ def figures(cell, seconds):
     tokens = torch.randint(config.vocab_size, (batch, length + 1), device=device)
     first = flops = ceiling = read = read_rate = None
     if mode == "decode":
+        one_token = compiled_step(model, dtype, batch) if cell["compile"] else model.step
         ready_to_decode(model, dtype)
         read = bytes_read(model, batch, length, dtype)
         read_rate = read and reading_ceiling(read, device, seconds / 4)
         with torch.inference_mode(), autocast():
-            times, first, memory = decode(model, tokens[:, :length], seconds, device)
+            times, first, memory = decode(
+                model, one_token, tokens[:, :length], seconds, device)
     else:
         rows = min(batch * length, CEILING_ROWS)
         ceiling = matmul_ceiling(model, rows, dtype, device, training, seconds / 4)
@@ -243,9 +246,9 @@ def prefill_step(model, tokens, autocast, compiled, device):
     return step
 
 
-def decode(model, prefix, seconds, device):
-    """Seconds per token after the prefix (B, T), one after the other; seconds to the first
-    (median); and the memory."""
+def decode(model, one_token, prefix, seconds, device):
+    """Seconds per token after the prefix (B, T), one after the other, each a call of one_token as
+    of model.step; seconds to the first (median); and the memory."""
     pieces = prefix.split(max(1, PIECE // len(prefix)), dim=1)
     token = state = None
 
@@ -258,7 +261,7 @@ def decode(model, prefix, seconds, device):
 
     def next_token():
         nonlocal token, state
-        logits, state = model.step(token, state)
+        logits, state = one_token(token, state)
         token = logits.argmax(-1)
 
     for _ in range(2):  # warm-up

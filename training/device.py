@@ -128,16 +128,17 @@ def can_pack(linear):
 
 
 @torch.no_grad()
-def ready_to_decode(model, dtype):
+def ready_to_decode(model, dtype, pack=True):
     """The model with what it would form anew for every token held ready: the weights of its
     products in dtype, to which autocast would cast them, and what a mixer has of its own. It can no
-    longer be trained or saved; embeddings, norms and statistics stay."""
+    longer be trained or saved; embeddings, norms and statistics stay. pack: by PackedLinear, which
+    cannot be compiled."""
     for mixer in model.mixers():
         if hasattr(mixer, "ready_to_decode"):
             mixer.ready_to_decode()
     if dtype == torch.float32:
         return model
-    pack = dtype == torch.bfloat16 and model.head.weight.device.type == "cpu"
+    pack = pack and dtype == torch.bfloat16 and model.head.weight.device.type == "cpu"
     pack = pack and can_pack(model.blocks[0].mlp.c_fc)
     for module in list(model.modules()):
         for name, child in module.named_children():
