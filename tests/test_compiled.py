@@ -1,5 +1,6 @@
 """training/compiled.py: a compiled step gives the model's logits or is refused by name; what is
 loaded is what this user has compiled, and nothing else."""
+import os
 from dataclasses import asdict
 
 import pytest
@@ -138,6 +139,17 @@ def test_sampling_loads_no_package_of_a_runs_folder(sample, run_folder, cache, l
     monkeypatch.setenv("PATH", "")
     line = sample.refuses(f"--out_dir={run_folder}", "--compile", "--dtype=float32")
     assert "no C++ compiler" in line and not loaded
+
+
+def test_the_cache_keeps_the_newest(tmp_path):
+    for age in range(compiled.KEPT + 3):
+        path = tmp_path / f"{age:02}.pt2"
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    (tmp_path / "other").touch()
+    compiled.remove_oldest(tmp_path)
+    newest = [f"{age:02}.pt2" for age in range(compiled.KEPT)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*newest, "other"]
 
 
 def test_another_device_is_refused():

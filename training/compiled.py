@@ -16,7 +16,7 @@ to run it. It is therefore no part of a run's folder, which people exchange, but
 own cache, $XDG_CACHE_HOME/nanomix or ~/.cache/nanomix, a folder that nobody else may read or write:
 what runs is what this user has compiled, as with Python's own __pycache__. Its name is a checksum
 of all that it depends on, the weights included, which are laid out for their products in it.
-Whatever is there may be deleted at any time.
+Of more than KEPT the oldest go; whatever is there may be deleted at any time.
 
 B batch, n tokens so far.
 """
@@ -47,6 +47,7 @@ from training.device import lacks_compiler, ready_to_decode
 GROWS = -1  # in place of a size: it is the number of tokens
 FEWEST = 2  # tokens behind which a compiled step is asked: exports hold sizes of 1 for constants
 EXAMPLE = 256  # tokens behind which a step is exported, or half of block_size where that is less
+KEPT = 16     # packages of 4 to 45 MB
 CODE = ("model.py", "training/compiled.py", "training/device.py")  # and all of mixers/
 
 
@@ -96,7 +97,8 @@ class CompiledStep:
         if isinstance(state, State) and not self.fits(n, tensors):
             return self.model.step(idx, state)
         with without_autocast(idx.device):
-            logits, *tensors = self.run(idx, torch.empty(n, 0), *tensors)
+            # a column of a larger tensor would be read in the layout of the example
+            logits, *tensors = self.run(idx.contiguous(), torch.empty(n, 0), *tensors)
         return logits, Flat(n + 1, tensors)
 
     def fits(self, n, tensors):
@@ -130,6 +132,7 @@ def compiled_step(model, dtype, batch):
             warnings.simplefilter("ignore")
             package = compile_package(export(own, examples[0], shapes, dtype, batch))
         write_file(path, package)
+        remove_oldest(path.parent)
     return CompiledStep(model, package, shapes, [t.dtype for t in tensors_of(examples[0])])
 
 
@@ -258,6 +261,13 @@ def read_own(path):
         status = os.fstat(handle)
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
         return file.read() if mine else None
+
+
+def remove_oldest(folder):
+    """Removes all packages in the cache but the last KEPT that were made."""
+    made = {path: path.lstat().st_mtime for path in folder.glob("*.pt2")}
+    for path in sorted(made, key=made.get)[:-KEPT]:
+        path.unlink(missing_ok=True)
 
 
 def checksum(model, dtype, batch):
