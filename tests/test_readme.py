@@ -274,15 +274,23 @@ def test_the_losses_beyond_the_trained_length_are_those_of_the_records():
 
 
 def test_what_is_said_of_the_books_is_that_of_the_records():
-    verdicts = check_the_table("books, 0.2M", ["books_small"], "softmax")
-    assert verdicts["gated_deltanet"].word == "equivalent"
-    assert f"{verdicts['gated_deltanet'].difference:+.3f} nats a token" in TEXT
-    folder = ROOT / "results/books_small"
-    content = context.read_context(folder / "context.json", context.ContextOptions(), set())
-    lines = context.tables(arms("books_small"), content, "softmax")
-    assert len(lines) == 13 and [line for line in lines if line not in TEXT] == []
-    at_2048 = lines[-1].split(" | ")[4]
-    assert f"worse by {-float(at_2048.split()[0]):.3f} bits per byte" in TEXT
+    verdicts = check_the_table("books, 0.2M", ["claims/books_small"], "softmax")
+    words = {label: verdict.word for label, verdict in verdicts.items()}
+    worse = {label for label, word in words.items() if word == "worse"}
+    assert worse == {"causal_max", "lln_diag"}
+    assert set(words.values()) == {"baseline", "equivalent", "worse"}
+    told = {"gated_deltanet": "{0:+.3f} [{1:+.3f}, {2:+.3f}] nats a token",
+            "causal_max": "`causal_max` ({0:+.3f})", "lln_diag": "`lln_diag` ({0:+.3f})"}
+    for label, form in told.items():
+        found = verdicts[label]
+        assert form.format(found.difference, found.difference_low, found.difference_high) in TEXT
+    content = context.read_context(ROOT / "results/claims/books_small/context.json",
+                                   context.ContextOptions(), set())
+    lines = context.tables(arms("claims/books_small"), content, "softmax")
+    assert len(lines) == 31 and [line for line in lines if line not in TEXT] == []
+    [row] = [line for line in lines[-7:] if line.startswith("| gated_deltanet |")]
+    at_4096 = row.strip("| ").split(" | ")[-1].removesuffix(" better")
+    assert f"it is {at_4096} bits per byte" in TEXT
 
 
 def test_mamba2_asked_alone_is_as_told():
