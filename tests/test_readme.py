@@ -325,6 +325,11 @@ def test_the_replaced_attention_is_that_of_the_record():
     readme = (ROOT / "README.md").read_text()
     for arm, k in (("swa_64_sinks", 30), ("lln", 8), ("linear", 8), ("pelican", 8)):
         assert f"{replace_table.difference(record, arm, k)[0]:+.3f}" in readme
+    softmax, *others = record["tuned"].values()
+    above = [tuned["after"] - softmax["after"] for tuned in others]
+    assert len(above) == 4 and all(f" {gap:.3f}" in readme for gap in above)
+    [told] = re.findall(r"^```\n(after training.*?)\n```", text, re.DOTALL | re.MULTILINE)
+    assert told.splitlines() == printed[-len(told.splitlines()):]
     [softmax] = re.findall(r"layers ([0-9.]+) bits per byte", printed[0])
     assert f"softmax attention is at {softmax} bits per byte" in TEXT
 
