@@ -165,8 +165,8 @@ def backward(model, loss_fn, x, y, rows_at_once, machine):
 def train(options, record, model, data, machine, saved):
     """To max_iters, from the start or from `saved`, whose weights the model has. record:
     config.json."""
+    caught = catch_signals()  # before the bar, which says that Ctrl-C is worth a checkpoint
     run = Training(options, record, model, data, machine, saved)
-    caught = catch_signals()
     stopping = False
     while True:
         if run.step < options.max_iters:

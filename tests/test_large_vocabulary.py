@@ -15,7 +15,7 @@ from base import loss
 from model import GPT, GPTConfig
 from training.device import peak_memory
 if sys.argv[1] == "plain":
-    loss.LOGITS_AT_ONCE = 2**40
+    loss.ALL_AT_ONCE = 2**40
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(vocab_size=50304, block_size=128, n_layer=1, n_head=2, n_embd=32, arch="llama"))
 x = torch.randint(50304, (32, 128))
@@ -26,13 +26,19 @@ print(peak_memory(cpu) - before)
 """
 
 
+def in_pieces(at_once, monkeypatch):
+    """Pieces of `at_once` logits from now on; None: all at once."""
+    monkeypatch.setattr(loss_module, "ALL_AT_ONCE", 0 if at_once else 2**40)
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once or 1)
+
+
 def loss_and_gradients(at_once, monkeypatch, tie_head, compiled=False):
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+    in_pieces(at_once, monkeypatch)
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=101, block_size=16, n_layer=1, n_head=2, n_embd=16,
                        tie_head=tie_head)
     model = GPT(config).double()
-    idx, targets = torch.randint(101, (3, 16)), torch.randint(101, (3, 16))
+    idx, targets = torch.randint(101, (5, 16)), torch.randint(101, (5, 16))
     targets[:, ::3] = -1
     targets[1] = -1  # one piece without a target
     loss = (torch.compile(model.loss) if compiled else model.loss)(idx, targets)
@@ -48,7 +54,7 @@ CASES = [
 
 @pytest.mark.parametrize("rows, tie_head, compiled", CASES)
 def test_loss_and_gradients_in_pieces_are_those_of_the_whole(rows, tie_head, compiled, monkeypatch):
-    whole, gradients = loss_and_gradients(2**40, monkeypatch, tie_head)
+    whole, gradients = loss_and_gradients(None, monkeypatch, tie_head)
     pieces, gradients_of_pieces = loss_and_gradients(rows * 101, monkeypatch, tie_head, compiled)
     assert pieces == pytest.approx(whole, rel=1e-12)
     for a, b in zip(gradients, gradients_of_pieces):
@@ -63,7 +69,7 @@ def test_in_bfloat16_it_is_as_near_to_float64_as_autograd_is(frozen, monkeypatch
     targets[:, ::7] = -1
 
     def gradients(at_once, dtype, autocast):
-        monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", at_once)
+        in_pieces(at_once, monkeypatch)
         x, layer = h.detach().to(dtype).requires_grad_(), copy.deepcopy(head).to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = loss_module.head_loss(x, layer, targets)
@@ -71,8 +77,8 @@ def test_in_bfloat16_it_is_as_near_to_float64_as_autograd_is(frozen, monkeypatch
         assert x.grad.dtype == dtype
         return [loss.item(), x.grad] + ([] if frozen else [layer.weight.grad])
 
-    exact = gradients(2**40, torch.float64, False)
-    whole = gradients(2**40, torch.float32, True)
+    exact = gradients(None, torch.float64, False)
+    whole = gradients(None, torch.float32, True)
     pieces = gradients(8 * 501, torch.float32, True)
     assert pieces[0] == pytest.approx(exact[0], rel=1e-3)
     for a, b, c in zip(pieces[1:], whole[1:], exact[1:]):
@@ -81,7 +87,7 @@ def test_in_bfloat16_it_is_as_near_to_float64_as_autograd_is(frozen, monkeypatch
 
 
 def test_without_gradients_none_are_formed(monkeypatch):
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 101)
+    in_pieces(101, monkeypatch)
     products = []
     monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda *args: products.append(1))
     with torch.no_grad():
