@@ -3,8 +3,9 @@ in a window, and behind tokens that were there before.
 
     P_ts = softmax_{s<=t}(q_t . k_s / sqrt(D)),   y = P v,   or over s in (t - W, t] in a window
 
-For blocks of queries at a time: a block's rows of P are whole, so it takes a product, a softmax
-and a product. With dP = dy v^T and dS = P (dP - sum_s P dP):
+For blocks of queries at a time, of as many heads as a core's cache has room for: a block's rows of
+P are whole, so it takes a product, a softmax and a product. With dP = dy v^T and
+dS = P (dP - sum_s P dP):
 
     dv = P^T dy,   dq = dS k / sqrt(D),   dk = dS^T q / sqrt(D)
 
@@ -27,6 +28,7 @@ BLOCK = 128  # queries; of 64, 128 and 256 the fastest at T = 256 to 4,096
 # tokens up to which P is kept, at 4,096 tokens a pass 5 MB a head at most. Without it blocks take
 # longer than the fused kernel, but in a window
 KEPT = 512
+SCORES_AT_ONCE = 2**19  # of a block of several heads: 2 MB in float32
 LONG = 768  # new tokens from which the fused kernel's own blocks are so large that oneDNN gains
 MANY = 128  # new tokens from which on those before them are asked apart
 # what F.scaled_dot_product_attention runs here; it is private and may go
@@ -59,17 +61,13 @@ class BlockedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, window=None):
         shape = q.shape
         q, k, v = (t.contiguous().flatten(0, 1) for t in (q, k, v))  # (X, T, D), X = B H
-        W = ctx.W = window or q.size(1)
-        wide_q, wide_k = q.float(), k.float()
-        product = scores_product(q.dtype)
-        y, kept = [], []
-        for rows, seen in blocks(q.size(1), W):
-            P = probabilities(wide_q, wide_k, rows, seen, W, product)
-            y.append(P.to(v.dtype) @ v[:, seen])
-            if q.size(1) <= KEPT:
-                kept.append(P)
+        X, T, _ = q.shape
+        W = ctx.W = window or T
+        y, kept = torch.empty_like(v), []
+        for heads in heads_together(X, T, W):
+            attend(y[heads], q[heads], k[heads], v[heads], W, kept if T <= KEPT else None)
         ctx.save_for_backward(q, k, v, *kept)
-        return joined(y).view(shape)
+        return y.view(shape)
 
     @staticmethod
     @once_differentiable
@@ -77,33 +75,59 @@ class BlockedAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         shape = dy.shape
         dy = dy.contiguous().flatten(0, 1)
-        wide_v, wide_dy = v.float(), dy.float()
-        product = scores_product(q.dtype)
-        if not kept:
-            wide_q, wide_k = q.float(), k.float()
-        scale = 1 / math.sqrt(q.size(-1))
-        dq, dk, dv = [], None, None
-        for rows, seen in reversed(blocks(q.size(1), ctx.W)):
-            P = kept.pop() if kept else probabilities(
-                wide_q, wide_k, rows, seen, ctx.W, product)
-            # dS is linear in dP, which carries the scale of dq and dk
-            dP = product(wide_dy[:, rows], wide_v[:, seen].mT, scale)
-            dS = softmax_backward(dP, P).to(k.dtype)
-            dq.append(dS @ k[:, seen])
-            of_k, of_v = dS.mT @ q[:, rows], P.to(v.dtype).mT @ dy[:, rows]
-            if dk is None:
-                dk, dv = (F.pad(t, (0, 0, seen.start, 0)) for t in (of_k, of_v))
-            else:
-                dk, dv = dk.float(), dv.float()  # sums
-                dk[:, seen] += of_k
-                dv[:, seen] += of_v
-        dq = joined(dq[::-1])
-        return dq.view(shape), dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape), None
+        X, T, _ = q.shape
+        found = [torch.empty_like(t) for t in (q, k, v)]
+        for heads in reversed(heads_together(X, T, ctx.W)):
+            attend_backward([t[heads] for t in found], dy[heads], q[heads], k[heads], v[heads],
+                            ctx.W, kept)
+        dq, dk, dv = (t.view(shape) for t in found)
+        return dq, dk, dv, None
 
 
-def joined(parts):
-    """Those of the blocks, (X, c, D), as one tensor (X, T, D)."""
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+def heads_together(X, T, W):
+    """The X heads in pieces, slices, so that the scores of a block stay in a core's own cache."""
+    scores = min(BLOCK, T) * min(T, W + BLOCK)  # of a head, at most
+    at_once = max(1, SCORES_AT_ONCE // scores)
+    return [slice(start, start + at_once) for start in range(0, X, at_once)]
+
+
+def attend(y, q, k, v, W, kept):
+    """Fills y, of q, k and v, all (X, T, D); the blocks' P are appended to `kept`, unless that is
+    None."""
+    wide_q, wide_k = q.float(), k.float()
+    product = scores_product(q.dtype)
+    for rows, seen in blocks(q.size(1), W):
+        P = probabilities(wide_q, wide_k, rows, seen, W, product)
+        y[:, rows] = P.to(v.dtype) @ v[:, seen]
+        if kept is not None:
+            kept.append(P)
+
+
+def attend_backward(gradients, dy, q, k, v, W, kept):
+    """Fills the three gradients, of dy, q, k and v, all (X, T, D). The blocks' P are taken from the
+    end of `kept`, or formed again if there are none."""
+    dq, dk, dv = gradients
+    wide_v, wide_dy = v.float(), dy.float()
+    product = scores_product(q.dtype)
+    if not kept:
+        wide_q, wide_k = q.float(), k.float()
+    scale = 1 / math.sqrt(q.size(-1))
+    sum_k, sum_v = None, None
+    for rows, seen in reversed(blocks(q.size(1), W)):
+        P = kept.pop() if kept else probabilities(wide_q, wide_k, rows, seen, W, product)
+        # dS is linear in dP, which carries the scale of dq and dk
+        dP = product(wide_dy[:, rows], wide_v[:, seen].mT, scale)
+        dS = softmax_backward(dP, P).to(k.dtype)
+        dq[:, rows] = dS @ k[:, seen]
+        of_k, of_v = dS.mT @ q[:, rows], P.to(v.dtype).mT @ dy[:, rows]
+        if sum_k is None:
+            sum_k, sum_v = (F.pad(t, (0, 0, seen.start, 0)) for t in (of_k, of_v))
+        else:
+            sum_k, sum_v = sum_k.float(), sum_v.float()
+            sum_k[:, seen] += of_k
+            sum_v[:, seen] += of_v
+    dk.copy_(sum_k)
+    dv.copy_(sum_v)
 
 
 def blocks(T, W):
