@@ -1,8 +1,9 @@
 """tools.ladder: the compute that a baseline needs for an arm's loss, over two sizes."""
+import math
 import sys
 
 import pytest
-from test_compare import made_up
+from test_compare import made_up, tuning
 
 from base.errors import BadInput
 from tools import ladder, records
@@ -95,3 +96,34 @@ def test_what_cannot_be_a_ladder_is_refused(sizes, tmp_path, capsys, monkeypatch
     only = write(tmp_path / "d", {"lln": 1.5}, {"lln": 1e15}, 1, 16)
     with pytest.raises(BadInput, match="other baselines: softmax, lln"):
         printed(capsys, monkeypatch, sizes[0], only)
+
+
+# -- rates over widths -----------------------------------------------------------------------------
+
+def test_the_lowest_rate_is_that_of_a_parabola_in_its_logarithm():
+    losses = {rate: 2 + math.log(rate / 0.01) ** 2 for rate in (0.002, 0.004, 0.016, 0.032)}
+    assert ladder.lowest_rate(losses) == pytest.approx(0.01)  # also where the steps are unequal
+    assert ladder.lowest_rate({0.1: 1.0, 0.2: 2.0, 0.4: 3.0}) is None  # at the edge
+    assert ladder.lowest_rate({0.1: 1.0}) is None
+
+
+def test_rates_of_two_widths(tmp_path, capsys, monkeypatch):
+    folders = []
+    for n_embd, best in ((8, 0.02), (16, 0.01)):
+        runs = [tuning("softmax", rate, 2 + math.log(rate / best) ** 2)
+                for rate in (.005, .01, .02, .04)]
+        runs += [tuning("lln", rate, 2 - rate) for rate in (.01, .02)]
+        for record in runs:
+            record.config["n_embd"] = n_embd
+        folders.append(str(tmp_path / str(n_embd)))
+        records.write_records(folders[-1], runs)
+    monkeypatch.setattr(sys, "argv", ["ladder", *folders, "--rates"])
+    ladder.main.__wrapped__()
+    rows = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
+    [narrow, wide] = [row for row in rows if row[2] == "softmax"]
+    assert narrow[0] == "8" and wide[0] == "16" and narrow[5] == "2.0000"
+    assert narrow[-2:] == ["0.02", ""] and wide[-2:] == ["0.01", "0.50"]
+    assert all(row[3:5] == ["", "1.9900"] and row[-2] == "n/a" for row in rows if row[2] == "lln")
+    monkeypatch.setattr(sys, "argv", ["ladder", str(tmp_path), "--rates"])
+    with pytest.raises(BadInput, match="no run that chose a learning rate"):
+        ladder.main.__wrapped__()

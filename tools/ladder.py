@@ -13,6 +13,12 @@ compute. It is not continued beyond them: what it has not reached gives a bound 
 interval is that of the arm's difference from the baseline at its size (see verdicts.py), carried
 over to the compute; the baseline's own losses are taken as they are. Two or three sizes support no
 law, so none is fitted.
+
+    python -m tools.ladder results/books_small results/books_medium_short --rates
+
+Do learning rates transfer from width to width? The losses that chose an arm's rate, and where a
+parabola through the lowest and its neighbours, over the logarithm of the rate, has its lowest
+point; of the next width as a multiple of that of the one before. One seed, so no interval.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
@@ -26,8 +32,9 @@ import numpy as np
 from base.command_line import paths_and_options
 from base.errors import BadInput, exit_on_bad_input, printable
 from base.options import checked, option
-from tools.compare import baseline_of, margin_of, records_to_compare
-from tools.compare_arms import arms_of, check_alike, judge_arms, unequal_options
+from tools.compare import baseline_of, margin_of, records_to_compare, tuning_records
+from tools.compare_arms import (
+    arms_of, check_alike, judge_arms, rate_of, tuning_arms_of, unequal_options)
 from tools.compare_table import build, model_config_of
 from tools.verdicts import MARGIN_BPB, in_words
 from training.device import choose_device
@@ -39,6 +46,7 @@ class LadderOptions:
         None, "the arm that the others are compared with [default: softmax, or the first]")
     device: str = option(
         "auto", "cpu, cuda, cuda:1, mps, or auto, for runs that are not yet scored")
+    rates: bool = option(False, "the losses that chose the learning rates, over widths, alone")
 
 
 @dataclass
@@ -141,9 +149,50 @@ def lines_of(ladder):
     return lines
 
 
+# Rates over widths ----------------------------------------------------------------------------
+
+def lowest_rate(losses):
+    """Where the parabola through the lowest of {learning rate: loss} and its neighbours has its
+    lowest point; None where the lowest has none on one side."""
+    rates = sorted(losses)
+    at = min(range(len(rates)), key=lambda i: losses[rates[i]])
+    if at in (0, len(rates) - 1):
+        return None
+    near = rates[at - 1:at + 2]
+    square, linear, _ = np.polyfit(np.log(near), [losses[rate] for rate in near], 2)
+    return math.exp(-linear / (2 * square))
+
+
+def lines_of_rates(records):
+    """The lines to print of tuning runs of one width or more."""
+    widths = sorted({record.config["n_embd"] for record in records})
+    rates = sorted({rate_of(record) for record in records})
+    rows = [("width", "steps", "arm", *(f"{rate:g}" for rate in rates), "lowest at", "times")]
+    before = {}
+    for width in widths:
+        for arm in tuning_arms_of([r for r in records if r.config["n_embd"] == width]):
+            losses = {rate_of(record): record.scores["select"]["loss"] for record in arm.records}
+            found = lowest_rate(losses)
+            times = found and before.get(arm.label) and found / before[arm.label]
+            before[arm.label] = found
+            rows.append((
+                str(width), str(arm.records[0].config["max_iters"]), printable(arm.label),
+                *(f"{losses[rate]:.4f}" if rate in losses else "" for rate in rates),
+                f"{found:.2g}" if found else "n/a", f"{times:.2f}" if times else ""))
+    rule = ["---"] * len(rows[0])
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
+
+
 @exit_on_bad_input("tools.ladder")
 def main():
     names, options, _ = paths_and_options(LadderOptions, sys.argv[1:], __doc__.splitlines()[0])
+    if options.rates:
+        records = tuning_records(names)
+        if not records:
+            raise BadInput(f"no run that chose a learning rate in {', '.join(names) or 'nothing'}; "
+                           "name a sweep that had --tune, or its records")
+        print("\n".join(lines_of_rates(records)))
+        return
     if len(names) < 2:
         raise BadInput("name a folder for each of two sizes or more: python -m tools.ladder "
                        "results/claims/books_small results/claims/books_medium")

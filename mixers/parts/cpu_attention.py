@@ -64,8 +64,9 @@ class BlockedAttention(torch.autograd.Function):
         X, T, _ = q.shape
         W = ctx.W = window or T
         y, kept = torch.empty_like(v), []
+        keeps = T <= KEPT and any(ctx.needs_input_grad)
         for heads in heads_together(X, T, W):
-            attend(y[heads], q[heads], k[heads], v[heads], W, kept if T <= KEPT else None)
+            attend(y[heads], q[heads], k[heads], v[heads], W, kept if keeps else None)
         ctx.save_for_backward(q, k, v, *kept)
         return y.view(shape)
 
