@@ -8,6 +8,7 @@ import torch
 
 from base.errors import BadInput
 from mixers import MIXERS
+from mixers.parts.heads import MANY_ROWS, attention_in_loops, causal_attention
 from model import GPT, GPTConfig
 from tools import bench_measure
 from training import checkpoint, compiled
@@ -75,17 +76,28 @@ def test_an_exported_step_gives_the_models_logits_or_is_refused(cache, uncompile
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer, pos, dtype, rtol", [
-    ("softmax,causal_max_context,lln,gated_deltanet,linear", "learned", torch.float32, 1e-5),
-    ("softmax,gla,mamba2,deltanet,ssa", "rope", torch.bfloat16, 2e-2)])
-def test_a_compiled_step_gives_the_models_logits(cache, capsys, mixer, pos, dtype, rtol):
+@pytest.mark.parametrize("mixer, pos, dtype, rtol, batch", [
+    ("softmax,causal_max_context,lln,gated_deltanet,linear", "learned", torch.float32, 1e-5, 2),
+    ("softmax,gla,mamba2,deltanet,ssa", "rope", torch.bfloat16, 2e-2, 2),
+    ("softmax,swa,ssa", "rope", torch.bfloat16, 2e-2, MANY_ROWS)])
+def test_a_compiled_step_gives_the_models_logits(cache, capsys, mixer, pos, dtype, rtol, batch):
     model = make(mixer, pos, n_layer=5)
-    agree(model, dtype, rtol)
-    agree(make(mixer, pos, n_layer=5), dtype, rtol)  # from the cache
+    agree(model, dtype, rtol, batch)
+    agree(make(mixer, pos, n_layer=5), dtype, rtol, batch)  # from the cache
     said = capsys.readouterr().err.splitlines()
     assert len([line for line in said if line.startswith("compiling a step")]) == 1
     [package] = cache.iterdir()
     assert cache.stat().st_mode & 0o777 == 0o700 and package.suffix == ".pt2"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_in_loops_is_that_of_products(dtype):
+    torch.manual_seed(0)
+    q = torch.randn(3, 4, 1, 16, dtype=dtype)
+    k, v = torch.randn(2, 3, 4, 37, 16, dtype=dtype)
+    found = [f(q, k, v) for f in (attention_in_loops, causal_attention)]
+    assert found[0].dtype == dtype
+    torch.testing.assert_close(*found, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
 # -- what is refused, and what is never loaded -----------------------------------------------------

@@ -23,6 +23,8 @@ from mixers.parts.cpu_attention import (
 )
 from mixers.parts.products import exact_product, fast_products
 
+MANY_ROWS = 8  # from which on a compiled step of one token gains by loops over the cache
+
 
 class QKV(nn.Module):
     """x (B, T, C) -> queries (B, H, T, D), keys and values (B, G, T, D) in one product."""
@@ -194,6 +196,8 @@ def causal_attention(q, k, v):
     T, S = q.size(2), k.size(2)
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     on_cpu = q.device.type == "cpu"
+    if on_cpu and T == 1 and q.size(0) >= MANY_ROWS and torch.compiler.is_compiling():
+        return attention_in_loops(q, k, v)
     if on_cpu and q.dtype in (torch.bfloat16, torch.float32) and T == S and 1 < T <= KEPT:
         return blocked_attention(q, k, v)
     if on_cpu and q.dtype == torch.bfloat16:
@@ -204,6 +208,15 @@ def causal_attention(q, k, v):
         with fast_products():
             return fused_attention(q, k, v)
     return fused_attention(q, k, v)
+
+
+def attention_in_loops(q, k, v):
+    """The same of one token without a product: compiled it becomes loops that read a cache in
+    bfloat16 as it is, where a product needs it as a new tensor in float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) * k.to(wide)).sum(-1) * (1 / math.sqrt(q.size(-1)))  # (B, H, S)
+    y = scores.softmax(-1)[..., None] * v.to(wide)
+    return y.sum(2, keepdim=True).to(q.dtype)
 
 
 def fused_attention(q, k, v):
