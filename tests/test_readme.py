@@ -18,7 +18,7 @@ from config import Options
 from data import load_dataset
 from mixers import MIXERS
 from tools import (
-    bench_table, compare, compare_table, context, replace_record, replace_table)
+    bench_table, compare, compare_table, context, ladder, replace_record, replace_table)
 from tools.records import read_records
 from tools.sweep import SweepOptions
 from tools.verdicts import MARGIN_BPB, judge
@@ -291,6 +291,38 @@ def test_what_is_said_of_the_books_is_that_of_the_records():
     [row] = [line for line in lines[-7:] if line.startswith("| gated_deltanet |")]
     at_4096 = row.strip("| ").split(" | ")[-1].removesuffix(" better")
     assert f"it is {at_4096} bits per byte" in TEXT
+
+
+def test_what_is_said_of_the_middle_size_is_that_of_the_records():
+    small, medium = "claims/books_small", "claims/books_medium"
+    verdicts = check_the_table("books, 0.8M", [medium], "softmax")
+    for label, form in {"gated_deltanet": "`gated_deltanet` at {0:+.3f} [{1:+.3f}, {2:+.3f}]",
+                        "swa": "a window at {0:+.3f} [{1:+.3f}, {2:+.3f}]"}.items():
+        found = verdicts[label]
+        assert found.word == "undecided"
+        assert form.format(found.difference, found.difference_low, found.difference_high) in TEXT
+    # softmax is the lowest with each seed at the end, and gated_deltanet half way
+    by_step = {}
+    for arm in arms(medium):
+        for record in arm.records:
+            for row in record.metrics:
+                if row["val_loss"] is not None:
+                    losses = by_step.setdefault((row["iter"], record.config["seed"]), {})
+                    losses[arm.label] = row["val_loss"]
+    lowest = {key: min(losses, key=losses.get) for key, losses in by_step.items()}
+    assert lowest == {(step, seed): "gated_deltanet" if step < 2880 else "softmax"
+                      for step in (960, 1920, 2880, 3840) for seed in (1, 2, 3)}
+    content = context.read_context(ROOT / "results" / medium / "context.json",
+                                   context.ContextOptions(), set())
+    lines = context.tables(arms(medium), content, "softmax")
+    options = ladder.LadderOptions()
+    rungs = [ladder.rungs_of(ROOT / "results" / name, options)[0] for name in (small, medium)]
+    lines += [line for line in ladder.lines_of(rungs) if line.startswith("|")]
+    folders = [ROOT / "results" / name for name in ("books_small", small, "books_medium_short")]
+    lines += ladder.lines_of_rates(compare.tuning_records(folders))
+    assert len(lines) > 30
+    assert [line for line in lines if line.replace("| --- ", "|---") not in TEXT
+            and "---" not in line] == []
 
 
 def test_mamba2_asked_alone_is_as_told():
