@@ -99,4 +99,6 @@ def test_65_536_tokens_in_flat_memory(mixer):
     early, late = seen
     print(f"{mixer}: {early / 2**20:.1f} MiB resident after 4,096 tokens, "
           f"{late / 2**20:.1f} MiB after {LONG:,}")
-    assert seen[1] - seen[0] < 2 * 2**20
+    # keys and values of 64 channels; what other tests have left may move the heap by some MiB
+    of_softmax = (LONG - 4096) * 2 * 64 * 4
+    assert late - early < of_softmax / 4
