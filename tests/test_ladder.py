@@ -6,7 +6,7 @@ import pytest
 from test_compare import made_up, tuning
 
 from base.errors import BadInput
-from tools import ladder, records
+from tools import drawing, ladder, ladder_plot, records
 
 SMALL, LARGE = (1e12, 2.0), (16e12, 1.6)  # FLOPs and loss of the baseline
 
@@ -85,6 +85,31 @@ def test_a_baseline_that_does_not_gain_by_its_size_says_nothing(tmp_path, capsys
     large = write(tmp_path / "b", {"softmax": 2.1, "lln": 1.7}, more, 2, 16)
     table, _ = printed(capsys, monkeypatch, small, large)
     assert {row[5] for key, row in table.items() if key[1] != "arm" and key[1] != "---"} == {"n/a"}
+
+
+def test_the_picture_has_a_panel_for_each_size(sizes, tmp_path, capsys, monkeypatch):
+    drawn = []
+
+    def keep(path, figure):
+        drawn.append(figure)
+        return drawing.save(path, figure)
+    monkeypatch.setattr(ladder, "save", keep)
+    printed(capsys, monkeypatch, *sizes, f"--picture={tmp_path / 'ladder.png'}")
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    [figure] = drawn
+    small, large = figure.axes
+    assert [label.get_text() for label in small.get_yticklabels()] == ["lln", "pelican"]
+    points = [[float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "o"]
+              for ax in (small, large)]
+    assert points == [pytest.approx([-0.1, 0.3]), pytest.approx([0.1])]
+    assert [text.get_text() for text in small.texts] == ["better", "worse"]
+    with pytest.raises(BadInput, match="--picture=.*jpg: string should match"):
+        printed(capsys, monkeypatch, *sizes, f"--picture={tmp_path / 'ladder.jpg'}")
+
+
+def test_names_in_the_picture_are_short():
+    assert ladder_plot.shortened("a+a+a+b") == "3 a+b"
+    assert ladder_plot.shortened("a+b conv=4") == "a+b conv=4"
 
 
 def test_what_cannot_be_a_ladder_is_refused(sizes, tmp_path, capsys, monkeypatch):

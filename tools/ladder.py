@@ -12,7 +12,7 @@ them. The baseline's loss is interpolated between neighbouring sizes, over the l
 compute. It is not continued beyond them: what it has not reached gives a bound (> or <). The
 interval is that of the arm's difference from the baseline at its size (see verdicts.py), carried
 over to the compute; the baseline's own losses are taken as they are. Two or three sizes support no
-law, so none is fitted.
+law, so none is fitted. With --picture=FILE.png, a picture of the differences too.
 
     python -m tools.ladder results/books_small results/books_medium_short --rates
 
@@ -24,6 +24,7 @@ import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, median
 from typing import Optional
 
@@ -36,7 +37,9 @@ from tools.compare import baseline_of, margin_of, records_to_compare, tuning_rec
 from tools.compare_arms import (
     arms_of, check_alike, judge_arms, rate_of, tuning_arms_of, unequal_options)
 from tools.compare_table import build, model_config_of
-from tools.verdicts import MARGIN_BPB, in_words
+from tools.drawing import save
+from tools.ladder_plot import differences
+from tools.verdicts import MARGIN_BPB, Verdict, in_words
 from training.device import choose_device
 
 
@@ -47,6 +50,8 @@ class LadderOptions:
     device: str = option(
         "auto", "cpu, cuda, cuda:1, mps, or auto, for runs that are not yet scored")
     rates: bool = option(False, "the losses that chose the learning rates, over widths, alone")
+    picture: Optional[str] = option(
+        None, "a .png file for a picture of the differences at each size", pattern=r"\.png$")
 
 
 @dataclass
@@ -55,11 +60,15 @@ class Rung:
     label: str
     parameters: int  # without embeddings
     loss: float      # nats per target, mean over the seeds
-    low: Optional[float]   # the loss if the difference from the baseline were at the lower end
-    high: Optional[float]
-    words: str       # of its verdict
+    verdict: Verdict
+    margin: float    # of equivalence, in nats
     flops: Optional[float]  # of training, the mean
     seconds: float   # of training and evaluation, the median
+
+    def if_different_by(self, difference):
+        """The loss if that were the difference from the baseline."""
+        # each block of text may be counted alike, so this is not the baseline's loss and it
+        return self.loss - self.verdict.difference + difference
 
 
 def rungs_of(name, options):
@@ -68,17 +77,14 @@ def rungs_of(name, options):
     records = records_to_compare([name], choose_device(options.device))
     arms = arms_of(records)
     baseline = baseline_of(options, arms)
-    verdicts = judge_arms(arms, baseline, margin_of(arms, baseline, MARGIN_BPB))
-    at = {arm.label: mean(arm.reported("loss")) for arm in arms}
+    margin = margin_of(arms, baseline, MARGIN_BPB)
+    verdicts = judge_arms(arms, baseline, margin)
     rungs = []
     for arm in arms:
-        verdict = verdicts[arm.label]
-        ends = verdict.difference_low, verdict.difference_high
-        off = at[arm.label] - verdict.difference  # each block of text may be counted alike
-        low, high = (None if end is None else off + end for end in ends)
         flops = [record.metrics[-1].get("flops") for record in arm.records if record.metrics]
         rungs.append(Rung(
-            arm.label, parameters_of(arm.steady), at[arm.label], low, high, in_words(verdict),
+            arm.label, parameters_of(arm.steady), mean(arm.reported("loss")),
+            verdicts[arm.label], margin,
             None if None in flops or not flops else mean(flops),
             median(record.seconds() for record in arm.records)))
     rungs.sort(key=lambda rung: (rung.label != baseline, rung.loss))
@@ -121,9 +127,11 @@ def multiplier_in_words(rung, compute, baseline):
     def words(loss):
         value, sign = multiplier(loss, compute, baseline)
         return f"{sign}{value:.2f}"
-    if rung.low is None:
+    ends = rung.verdict.difference_high, rung.verdict.difference_low
+    if None in ends:
         return words(rung.loss)
-    return f"{words(rung.loss)} [{words(rung.high)}, {words(rung.low)}]"
+    low, high = (words(rung.if_different_by(end)) for end in ends)
+    return f"{words(rung.loss)} [{low}, {high}]"
 
 
 def lines_of(ladder):
@@ -135,7 +143,7 @@ def lines_of(ladder):
     for rungs in ladder:
         for rung in rungs:
             rows.append((
-                f"{rung.parameters:,}", printable(rung.label), f"{rung.loss:.4f}", rung.words,
+                f"{rung.parameters:,}", printable(rung.label), f"{rung.loss:.4f}", in_words(rung.verdict),
                 "n/a" if rung.flops is None else f"{rung.flops / 1e15:.3f}",
                 multiplier_in_words(rung, rung.flops, flops), f"{rung.seconds:,.0f}",
                 multiplier_in_words(rung, rung.seconds, seconds)))
@@ -207,6 +215,8 @@ def main():
                        f"{', '.join(rungs[0].label for rungs in ladder)}; choose one by --baseline")
     ladder.sort(key=lambda rungs: rungs[0].parameters)
     print("\n".join(lines_of(ladder)))
+    if options.picture:
+        print(f"picture: {save(Path(options.picture), differences(ladder))}")
 
 
 if __name__ == "__main__":
