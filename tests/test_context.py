@@ -51,6 +51,26 @@ def test_losses_are_those_of_single_tokens(train, here, mixer, pos):
             assert found == pytest.approx(by_token(scored.model, text, C, ends), abs=1e-5)
 
 
+def test_a_second_reading_is_of_the_same_tokens(train, here):
+    """As a call of the model for each token has it, and only the first tokens' order told it."""
+    train(*TINY, "--max_iters=2", "--pos=rope", f"--out_dir={here}/run")
+    scored = context.load_scored(here / "run", torch.device("cpu"))
+    text = torch.from_numpy(scored.data.val.astype(np.int64))
+    ends = context.stretch_ends(len(text), [8, 16], 128)
+    assert ends[0] == context.AGAIN + context.STRETCH
+    found = context.losses_of_readings(scored, ends)
+    for of_stretches, times in zip(found, (1, 2)):
+        for end, loss in zip(ends, of_stretches):
+            read = text[end - context.AGAIN:end].repeat(times)
+            losses = []
+            for t in range(len(read) - context.STRETCH, len(read)):
+                logits, _ = scored.model(read[None, :t])
+                losses.append(F.cross_entropy(logits[0, -1], read[t]).item())
+            assert loss == pytest.approx(np.mean(losses), abs=1e-5)
+    scored.options.pos = "learned"  # of 16 tokens
+    assert context.losses_of_readings(scored, ends) is None
+
+
 @pytest.mark.parametrize("C, size", [(8, 2), (24, 4), (64, 16), (256, 64), (4096, 64)])
 def test_a_window_counts_its_last_quarter_at_most(C, size):
     assert context.counted(C) == size and context.STRETCH % size == 0
@@ -66,7 +86,7 @@ def test_the_tables_and_the_file(train, here, capsys, monkeypatch):
     rows = said(capsys, monkeypatch, runs, *FEW)
     assert [row[0] for row in rows] == [
         "bits per byte behind", "causal_max", "softmax", "minus the same behind 8", "causal_max",
-        "softmax", "minus softmax behind", "causal_max"]
+        "softmax", "minus softmax behind", "causal_max", "128 tokens read twice", "softmax"]
     file = json.loads((runs / "context.json").read_text())
     bits = 1 / np.log(2) / file["bytes_per_token"]
     losses = {name: run["losses"] for name, run in file["runs"].items()}
@@ -77,6 +97,11 @@ def test_the_tables_and_the_file(train, here, capsys, monkeypatch):
     other = np.mean([losses[f"causal_max-seed{seed}"][0] for seed in (1, 2)]) * bits
     assert rows[1][1:] == [f"{other:.4f}", "n/a", "n/a"]
     assert rows[7][1].startswith(f"{other - of_each[0]:+.4f} [") and rows[7][2] == "n/a"
+    once, again = np.array([file["runs"][f"softmax-seed{seed}"]["readings"]
+                            for seed in (1, 2)]).mean((0, 2)) * bits
+    assert rows[9][1:3] == [f"{once:.4f}", f"{again:.4f}"]
+    assert rows[9][3].startswith(f"{again - once:+.4f} [")
+    assert file["runs"]["causal_max-seed1"]["readings"] is None  # its positions are learned
     records.write_records(kept, compare.records_to_compare([runs], torch.device("cpu")))
     with pytest.raises(BadInput, match="no checkpoint and no figures"):
         said(capsys, monkeypatch, kept)
@@ -119,7 +144,8 @@ def test_bad_input_is_refused_in_a_line(run_folder, here, refusal):
     file.write_text(json.dumps(sound))
     assert "other contexts" in refusal(context, run_folder, "--contexts=8,16")
     assert "other targets" in refusal(context, run_folder, "--targets=256")
-    for wrong in ({"runs": {"a": {"weights": None, "losses": [[1.0]]}}}, {"contexts": [8]},
+    for wrong in ({"runs": {"a": {"weights": None, "losses": [[1.0]], "readings": None}}}, {"contexts": [8]},
+                  {"runs": {"a": {"weights": None, "losses": [[1.0], [1.0]]}}},
                   {"bytes_per_token": 0}, {"runs": []}):
         file.write_text(json.dumps(sound | wrong))
         assert "is damaged" in refusal(context, run_folder)

@@ -7,13 +7,14 @@ have the figures only. Stretches of STRETCH tokens of the validation text are pr
 of C tokens that end with them, for each C of --contexts. Of a window the last quarter counts, at
 most a stretch, so that a token has three quarters of C to C tokens before it; shorter windows stand
 closer, so that the tokens are the same for every C. Longer windows than trained on are another
-question than shorter ones, and learned positions have no answer to it.
+question than shorter ones, and learned positions have no answer to it. The AGAIN tokens that end
+with a stretch are also read twice: whoever can copy knows the stretch the second time.
 
 context.json in the folder holds the losses by run, of each author or of BLOCKS equal parts of the
 text, and is read on the next call: copied to results/<name> beside the records it needs no
 checkpoint. Prints, in bits per byte, means over seeds and blocks: the loss of each arm and C; what
-it has gained over the shortest C; and its difference from the baseline at the same C, with the
-words of tools/verdicts.py. All intervals of a table share one error.
+it has gained over the shortest C; its difference from the baseline at the same C, with the words
+of tools/verdicts.py; and a table of the second reading. All intervals of a table share one error.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
@@ -40,6 +41,7 @@ from tools.verdicts import MARGIN_BPB, in_words, judge
 from training.device import choose_device
 
 STRETCH = 64            # tokens
+AGAIN = 2 * STRETCH     # tokens that are read twice
 BLOCKS = 16             # of a text whose authors are not known
 TOKENS_AT_ONCE = 2**14  # in one pass of a model
 REMEDY = "move it away, and tools.context measures anew"
@@ -63,6 +65,8 @@ Losses = Annotated[list[Measured], Field(min_length=1, max_length=10_000)]
 class Run(Lenient):
     weights: Optional[str]                 # the checksum of what was measured
     losses: list[Optional[Losses]]         # nats, for each of the contexts; None: it has no answer
+    # of the first and the second
+    readings: Optional[Annotated[list[Losses], Field(min_length=2, max_length=2)]]
 
 
 class Content(Lenient):
@@ -105,34 +109,57 @@ def counted(C):
 def stretch_ends(n_tokens, contexts, targets):
     """Where the stretches end, (N,): before token number e, spread over a text of n_tokens, the
     first after the longest window. BadInput if the text is too short."""
-    first = max(contexts) + STRETCH
+    first = max(*contexts, AGAIN) + STRETCH
     N = targets // STRETCH
     if n_tokens < first + N * STRETCH:
         raise BadInput(f"the validation text has {n_tokens:,} tokens, too few for windows of "
-                       f"{max(contexts):,} before {targets:,} targets; choose less of either")
+                       f"{first - STRETCH:,} before {targets:,} targets; choose less of either")
     return np.linspace(first, n_tokens, N).astype(int)
 
 
 @torch.no_grad()
-def losses_behind(scored, C, ends):
-    """The mean loss in nats of each stretch, (N,), behind windows of C tokens; None if the model's
-    positions do not reach so far."""
-    options, model = scored.options, scored.model
-    if options.pos == "learned" and C > options.block_size:
-        return None
+def losses_at_end(scored, windows, size):
+    """The loss in nats of the last `size` tokens of windows (n, T + 1), T >= size: (n, size)."""
+    model = scored.model
     device = next(model.parameters()).device
-    text = torch.from_numpy(scored.data.val.astype(np.int64))
-    size = counted(C)
-    stops = torch.from_numpy((ends[:, None] - np.arange(0, STRETCH, size)).ravel())
-    windows = text[stops[:, None] + torch.arange(-C - 1, 0)]  # (pieces, C + 1)
     losses = []
-    for some in windows.split(max(1, TOKENS_AT_ONCE // C)):
+    for some in windows.split(max(1, TOKENS_AT_ONCE // windows.size(1))):
         some = some.to(device)
         with scored.autocast:
             h, _ = model.hidden(some[:, :-1])
             logits = model.head(h[:, -size:])
-        losses.append(token_losses(logits, some[:, -size:]).double().mean(1).cpu())
-    return torch.cat(losses).view(len(ends), -1).mean(1).numpy()
+        losses.append(token_losses(logits, some[:, -size:]).double().cpu())
+    return torch.cat(losses)
+
+
+def reaches(scored, T):
+    """Whether the model's positions reach over T tokens."""
+    return scored.options.pos != "learned" or T <= scored.options.block_size
+
+
+def text_of(scored):
+    return torch.from_numpy(scored.data.val.astype(np.int64))
+
+
+def losses_behind(scored, C, ends):
+    """The mean loss in nats of each stretch, (N,), behind windows of C tokens; None if the model's
+    positions do not reach so far."""
+    if not reaches(scored, C):
+        return None
+    size = counted(C)
+    stops = torch.from_numpy((ends[:, None] - np.arange(0, STRETCH, size)).ravel())
+    windows = text_of(scored)[stops[:, None] + torch.arange(-C - 1, 0)]
+    return losses_at_end(scored, windows, size).view(len(ends), -1).mean(1).numpy()
+
+
+def losses_of_readings(scored, ends):
+    """The mean loss in nats of each stretch, (N,), within the AGAIN tokens that end with it, and
+    the same when these are read a second time; None if the model's positions do not reach."""
+    if not reaches(scored, 2 * AGAIN):
+        return None
+    once = text_of(scored)[torch.from_numpy(ends)[:, None] + torch.arange(-AGAIN, 0)]
+    return [losses_at_end(scored, once.repeat(1, times), STRETCH).mean(1).numpy()
+            for times in (1, 2)]
 
 
 def by_block(losses, ends, data):
@@ -157,8 +184,12 @@ def measure(record, content, device):
     for C in content["contexts"]:
         of_stretches = losses_behind(scored, C, ends)
         losses.append(None if of_stretches is None else by_block(of_stretches, ends, scored.data))
+    readings = losses_of_readings(scored, ends)
+    if readings is not None:
+        readings = [by_block(of_stretches, ends, scored.data) for of_stretches in readings]
     content["bytes_per_token"] = scored.data.bytes_per_token
-    content["runs"][record.name] = {"weights": scored.weights, "losses": losses}
+    content["runs"][record.name] = {
+        "weights": scored.weights, "losses": losses, "readings": readings}
 
 
 # Telling --------------------------------------------------------------------------------------
@@ -203,7 +234,31 @@ def tables(arms, content, baseline):
             if any(cells):
                 lines.append(f"| {printable(arm.label)} | " + " | ".join(cells) + " |")
         lines.append("")
-    return lines[:-1]
+    return lines + reading_table(arms, content, baseline, bits)
+
+
+def reading_table(arms, content, baseline, bits):
+    """The lines of what a second reading gives; bits: per byte, of nats per token."""
+    readings = {}
+    for arm in arms:
+        of_seeds = {seed_of(record): content["runs"][record.name]["readings"]
+                    for record in arm.records}
+        if None not in of_seeds.values():
+            readings[arm.label] = [{seed: of_seeds[seed][i] for seed in of_seeds} for i in (0, 1)]
+    n = max(1, 2 * len(readings) - 1)  # intervals
+    lines = [f"| {AGAIN} tokens read twice | once | again | gained | minus "
+             f"{printable(baseline)}, again |", "|---|---|---|---|---|"]
+    for label, (once, again) in readings.items():
+        gained = judge({"again": again, "once": once}, "once", None, n)["again"]
+        apart = ""
+        if label != baseline and baseline in readings:
+            pair = {"arm": again, "baseline": readings[baseline][1]}
+            verdict = judge(pair, "baseline", MARGIN_BPB / bits, n)["arm"]
+            apart = f"{interval_in_words(verdict, bits)} {in_words(verdict)}"
+        cells = [f"{np.mean(list(losses.values())) * bits:.4f}" for losses in (once, again)]
+        lines.append(f"| {printable(label)} | " + " | ".join(
+            [*cells, interval_in_words(gained, bits), apart]) + " |")
+    return lines if readings else []
 
 
 def interval_in_words(verdict, bits):
