@@ -313,6 +313,23 @@ def test_a_run_that_somebody_else_takes_in_between_is_not_a_failed_one(tmp_path,
     assert runs.train_and_score(run) == "exit status 2"
 
 
+@pytest.mark.parametrize("given, expected", [((), ["--threads=1"]),
+                                             (("--threads=3",), ["--threads=3"])])
+def test_a_run_that_goes_on_beside_others_takes_as_many_threads(
+        tmp_path, monkeypatch, given, expected):
+    """And not as many as it began with, when it was alone."""
+    commands = []
+    monkeypatch.setattr(runs, "run_child", lambda command, *more: commands.append(command) or 0)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text('{"threads": 2}')
+    run = runs.Run(str(tmp_path / "a"), ("a.py", *given))
+    assert runs.train_and_score(run, threads=1) is None
+    [command] = commands
+    training = command[:command.index("--then")]
+    assert "--resume" in training
+    assert [word for word in training if word.startswith("--threads")] == expected
+
+
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
 def test_a_log_that_is_no_file_of_ours_is_not_written_to(tmp_path, kind):
     log, other = tmp_path / "a.log", tmp_path / "mine.txt"

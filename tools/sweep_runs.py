@@ -205,6 +205,9 @@ def train_and_score(run, threads=None, group=None):
     train = ["train", *run.command()[1:]]
     if holds_run(Path(run.folder)):
         train.append("--resume")
+        if threads and not any(word.startswith("--threads") for word in train):
+            # it may have begun alone, with more: two that share a core wait for each other's turns
+            train.append(f"--threads={threads}")
     score = ["tools.score", f"--out_dir={run.folder}"]
     score += [word for word in run.arguments if word.startswith(OF_SCORING)]
     with locked_log(run) as log:
