@@ -234,11 +234,13 @@ def tables(arms, content, baseline):
             if any(cells):
                 lines.append(f"| {printable(arm.label)} | " + " | ".join(cells) + " |")
         lines.append("")
-    return lines + reading_table(arms, content, baseline, bits)
+    of_readings = reading_table(arms, content, baseline, bits)
+    return lines + of_readings if of_readings else lines[:-1]
 
 
 def reading_table(arms, content, baseline, bits):
-    """The lines of what a second reading gives; bits: per byte, of nats per token."""
+    """The lines of what a second reading gives, none where no arm has an answer; bits: per byte, of
+    nats per token."""
     readings = {}
     for arm in arms:
         of_seeds = {seed_of(record): content["runs"][record.name]["readings"]
