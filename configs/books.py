@@ -4,7 +4,7 @@ exhausts, with contexts of 512 tokens. Base of the others.
     python train.py configs/books.py --mixer=gated_deltanet
 
 Four layers of 64 channels have 0.2M parameters (and 0.26M in the vocabulary); 3.9M tokens are 20
-for each of them, a ninth of the training authors'. The options are those of shakespeare.py, where
+for each of them, a tenth of the training authors'. The options are those of shakespeare.py, where
 they were chosen; nothing has been tried out on this text but the rates.
 """
 dataset = "books_bpe"

@@ -19,7 +19,8 @@ from config import Options
 from data import load_dataset
 from mixers import MIXERS
 from tools import (
-    bench_table, compare, compare_table, context, ladder, replace_record, replace_table)
+    bench_table, claim_record, compare, compare_table, context, ladder, replace_record,
+    replace_table)
 from tools.records import read_records
 from tools.sweep import SweepOptions
 from tools.verdicts import MARGIN_BPB, judge
@@ -191,13 +192,18 @@ def test_the_table_of_permutations_is_that_of_the_records():
         assert row == {column: cells[label][column] for column in row}
     assert f"{min(beyond):.2f} to {max(beyond):.2f} beyond in every seed" in TEXT
     assert f"({min(beyond):.2f} to {max(beyond):.2f} right" in TEXT  # README
-    [negative] = [arm for arm in of_records if arm.label.endswith("negative=true")]
+    # of the delta rule that may turn signs two seeds more, of its card
+    of_card = claim_record.arms_of(claim_record.recorded(ROOT / "results/claims/negative_s3"))
     of_moves = []
     for n in (4, 6):
-        right = [record.scores["by_cell"][f"length=32 asked_from=17 moves={n}"]
-                 for record in negative.records]
-        of_moves.append(f"{min(right):.2f} to {max(right):.2f}")
-    assert f"{of_moves[0]} of swaps, {of_moves[1]} with turns among them" in TEXT
+        cell = f"length=32 asked_from=17 moves={n}"
+        right = [record.scores["by_cell"][cell] for record in of_card["negative"].values()]
+        of_moves.append(sorted(f"{value:.2f}" for value in right))
+    swaps, turns = of_moves
+    assert len(swaps) == 5
+    text = " ".join(TEXT.split())
+    assert f"with each of five seeds {swaps[0]} to {swaps[-1]} of swaps; with turns among them " \
+        f"{', '.join(turns[:-1])} and {turns[-1]}" in text
 
 
 @pytest.mark.parametrize("label", ["causal_max", "mamba2", "lln", "pelican"])
@@ -348,6 +354,86 @@ def test_what_is_said_of_the_middle_size_is_that_of_the_records():
             and "---" not in line] == []
 
 
+def test_what_is_said_of_read_and_unread_authors_is_that_of_the_records():
+    """Late in training, and in the report; each token counted alike."""
+    late, reported = {}, {}
+    for arm in arms("claims/books_medium"):
+        late[arm.label], reported[arm.label] = {}, {}
+        for record in arm.records:
+            losses = [row["train_loss"] for row in record.metrics
+                      if row["train_loss"] is not None and row["iter"] > 2880]
+            assert len(losses) == 10
+            late[arm.label][record.config["seed"]] = [mean(losses)]
+            reported[arm.label][record.config["seed"]] = [record.scores["report"]["loss"]]
+
+    def words(one, other):
+        found = judge({"one": one, "other": other}, "other", None, 1)["one"]
+        interval = f"[{found.difference_low:+.4f}, {found.difference_high:+.4f}]"
+        return f"{found.difference:+.4f}", interval
+
+    def apart(losses, label):
+        return {seed: [losses[label][seed][0] - losses["softmax"][seed][0]]
+                for seed in losses[label]}
+    read = words(late["gated_deltanet"], late["softmax"])
+    unread = words(reported["gated_deltanet"], reported["softmax"])
+    more = words(apart(reported, "gated_deltanet"), apart(late, "gated_deltanet"))
+    text = " ".join(TEXT.split())
+    for (value, interval), form in ((read, "{} {} over the five seeds"),
+                                    (unread, "make it {} {}"),
+                                    (more, "the second minus the first {} {}")):
+        assert form.format(value, interval) in text
+    window = [words(losses["swa"], losses["softmax"])[0] for losses in (late, reported)]
+    more = words(apart(reported, "swa"), apart(late, "swa"))
+    assert f"For the window it is {window[0]}, {window[1]} and {' '.join(more)}" in text
+
+
+def test_what_else_was_tried_at_the_middle_size_is_that_of_the_records():
+    """Other rates and heads than the card's, against the same seeds of it."""
+    baseline = "softmax n_head=4 n_kv_head=4 learning_rate=0.016"
+    check_the_table("books, 0.8M, more", ["claims/books_medium", "books_medium_more"], baseline)
+    losses = {}
+    for name in ("claims/books_medium", "books_medium_more"):
+        for record in compare.records_to_compare([ROOT / "results" / name], torch.device("cpu")):
+            config = record.config
+            arm = config["mixer"], config["learning_rate"], config["n_head"]
+            losses.setdefault(arm, {})[config["seed"]] = record.scores["report"]["loss"]
+    text = " ".join(TEXT.split())
+
+    def same_seeds(arm, other):
+        return [(losses[arm][seed], losses[other][seed]) for seed in sorted(losses[arm])]
+    pairs = same_seeds(("gated_deltanet", 8e-3, 4), ("gated_deltanet", 16e-3, 4))
+    half, whole = (mean(column) for column in zip(*pairs))
+    assert len(pairs) == 3
+    assert f"`gated_deltanet` {half:.4f}, with the same seeds at 16e-3 {whole:.4f}" in text
+    (a, c), (b, d) = same_seeds(("softmax", 8e-3, 4), ("softmax", 16e-3, 4))
+    assert f"softmax {a:.4f} and {b:.4f} with two, at 16e-3 {c:.4f} and {d:.4f}" in text
+    pairs = same_seeds(("gated_deltanet", 16e-3, 1), ("gated_deltanet", 16e-3, 4))
+    gains = [b - a for a, b in pairs]
+    assert f"gains {min(gains):.3f} to {max(gains):.3f} with each of three seeds" in text
+    gains = [b - a for a, b in same_seeds(("softmax", 16e-3, 2), ("softmax", 16e-3, 4))]
+    assert f"**softmax gains {' and '.join(f'{gain:.4f}' for gain in gains)}**" in text
+    content = context.read_context(ROOT / "results/books_medium_more/context.json",
+                                   context.ContextOptions(), set())
+    bits = 1 / math.log(2) / content["bytes_per_token"]
+    copied = {}
+    for arm in arms("books_medium_more"):
+        for record in arm.records:
+            once, again = content["runs"][record.name]["readings"]
+            copied.setdefault(arm.label.removesuffix(" n_kv_head=2"), []).append(
+                (mean(once) - mean(again)) * bits)
+    [wide] = [gained for label, gained in copied.items() if label.endswith("n_head=2")]
+    assert f"softmax with heads of 64 gains {mean(wide):.3f} bits per byte" in text
+    [of_hybrid] = [gained for label, gained in copied.items() if "+" in label]
+    [hybrid] = [record.scores["report"]["loss"] for arm in arms("books_medium_more")
+                for record in arm.records if "," in record.config["mixer"]]
+    card, wide = losses["softmax", 16e-3, 4][1], losses["softmax", 16e-3, 2][1]
+    assert (f"at {hybrid:.4f} with its one seed, {card - hybrid:.4f} below softmax with the same "
+            f"heads and seed and {wide - hybrid:.4f} below that with two heads, and copies best, "
+            f"{mean(of_hybrid):.3f}") in text
+    assert f"two heads of 64 give softmax {card - wide:.4f}" in text
+    assert f"ends {card - hybrid:.4f} below it" in text
+
+
 def test_mamba2_asked_alone_is_as_told():
     of_records = arms("shakespeare")
     found = compare.judge_arms(of_records, "softmax", 0.02, comparisons=1)["mamba2"]
@@ -413,6 +499,16 @@ def test_the_losses_late_in_the_context_are_those_of_the_records(mixer, rate):
             if record.scores["by_position"]]
     name = "softmax is" if mixer == "softmax" else f"`{mixer}`"
     assert len(late) == 5 and f"{name} at {mean(late):.3f}" in TEXT
+
+
+@pytest.mark.parametrize("mixer, form", [("softmax", "with the convolution softmax at {:.3f}"),
+                                         ("swa", "a window at {:.3f}, which is less")])
+def test_the_losses_late_with_the_convolution_are_those_of_the_records(mixer, form):
+    records = read_records(ROOT / f"results/shakespeare_conv/{mixer}.jsonl.gz")
+    late = [mean(record.scores["by_position"][16:]) for record in records
+            if record.scores["by_position"]]
+    assert len(late) == 5 and mean(late) < 1.517
+    assert form.format(mean(late)) in " ".join(TEXT.split())
 
 
 @pytest.mark.parametrize("name, baseline, label", [

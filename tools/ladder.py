@@ -143,7 +143,8 @@ def lines_of(ladder):
     for rungs in ladder:
         for rung in rungs:
             rows.append((
-                f"{rung.parameters:,}", printable(rung.label), f"{rung.loss:.4f}", in_words(rung.verdict),
+                f"{rung.parameters:,}", printable(rung.label), f"{rung.loss:.4f}",
+                in_words(rung.verdict),
                 "n/a" if rung.flops is None else f"{rung.flops / 1e15:.3f}",
                 multiplier_in_words(rung, rung.flops, flops), f"{rung.seconds:,.0f}",
                 multiplier_in_words(rung, rung.seconds, seconds)))
