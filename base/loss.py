@@ -23,6 +23,8 @@ def head_loss(h, head, targets):
     V, C = head.weight.shape
     on_cpu = h.device.type == "cpu"
     at_once = max(1, LOGITS_AT_ONCE * (1 if on_cpu else ON_A_GPU) // V)
+    if torch.compiler.is_compiling():  # it writes every piece out, and fuses a softmax by itself
+        at_once = max(at_once, 2 * C)
     if len(h) * V <= ALL_AT_ONCE or len(h) <= 2 * at_once:
         return cross_entropy(head(h), targets)
     # 2 C rows of logits in bfloat16 are as large as the weight in float32; with fewer, adding to

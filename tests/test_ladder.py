@@ -107,6 +107,23 @@ def test_the_picture_has_a_panel_for_each_size(sizes, tmp_path, capsys, monkeypa
         printed(capsys, monkeypatch, *sizes, f"--picture={tmp_path / 'ladder.jpg'}")
 
 
+def test_a_picture_of_baselines_alone_is_refused(tmp_path, capsys, monkeypatch):
+    alone = [write(tmp_path / name, {"softmax": loss}, {"softmax": flops}, 1.0, n_embd)
+             for name, loss, flops, n_embd in (("a", 2.0, 1e15, 8), ("b", 1.6, 9e15, 16))]
+    with pytest.raises(BadInput, match="--picture shows differences"):
+        printed(capsys, monkeypatch, *alone, f"--picture={tmp_path / 'ladder.png'}")
+
+
+def test_an_arm_that_took_no_time_has_no_multiplier(tmp_path, capsys, monkeypatch):
+    flops = {"softmax": 1e15, "lln": 1e15}
+    small = write(tmp_path / "a", {"softmax": 2.0, "lln": 1.9}, flops, 0.0, 8)
+    large = write(tmp_path / "b", {"softmax": 1.6, "lln": 1.7},
+                  {"softmax": 9e15, "lln": 9e15}, 2, 16)
+    table, _ = printed(capsys, monkeypatch, small, large)
+    [of_lln, _] = [row for (_, arm), row in table.items() if arm == "lln"]
+    assert of_lln[7] == "n/a"
+
+
 def test_names_in_the_picture_are_short():
     assert ladder_plot.shortened("a+a+a+b") == "3 a+b"
     assert ladder_plot.shortened("a+b conv=4") == "a+b conv=4"

@@ -32,7 +32,7 @@ import training.metrics
 import training.report
 from data import load_dataset
 from model import GPT, GPTConfig
-from training import checkpoint
+from training import checkpoint, run_folder
 from training.machine import Machine, parameters_at_least
 from training.parallel import World
 from training.report import sample_text
@@ -1117,3 +1117,13 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(home, tmp_path):
         assert done.returncode == 0, done
     records = list(tmp_path.glob("run/wandb/offline-run-*"))
     assert len(records) == 2 and len({path.name.rsplit("-", 1)[1] for path in records}) == 1
+
+
+def test_overwrite_takes_the_scores_of_the_old_run_away(tmp_path):
+    """Without checkpoints nothing else says that they are of other options."""
+    for name in ("config.json", "scores.json", "mine.txt"):
+        (tmp_path / name).write_text("{}")
+    run_folder.move_away(tmp_path)
+    assert not (tmp_path / "scores.json").exists() and (tmp_path / "mine.txt").exists()
+    assert len([path for path in tmp_path.iterdir() if run_folder.OVERWRITTEN.fullmatch(path.name)
+                ]) == 2

@@ -295,7 +295,7 @@ def main():
 def is_known(record, content):
     """Whether the content has a run's figures, of these weights."""
     run = content["runs"].get(record.name)
-    return run is not None and run["weights"] == record.scores["weights"]
+    return run is not None and run["weights"] == record.scores.get("weights")
 
 
 if __name__ == "__main__":

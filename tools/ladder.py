@@ -121,7 +121,7 @@ def falls(baseline):
 
 def multiplier_in_words(rung, compute, baseline):
     """With its interval: a higher loss is a smaller multiplier."""
-    if compute is None or not falls(baseline):
+    if not compute or not falls(baseline):
         return "n/a"
 
     def words(loss):
@@ -137,7 +137,7 @@ def multiplier_in_words(rung, compute, baseline):
 def lines_of(ladder):
     """The lines to print of [[Rung] of a size]."""
     flops = [(rungs[0].flops, rungs[0].loss) for rungs in ladder if rungs[0].flops is not None]
-    seconds = [(rungs[0].seconds, rungs[0].loss) for rungs in ladder]
+    seconds = [(rungs[0].seconds, rungs[0].loss) for rungs in ladder if rungs[0].seconds]
     rows = [("parameters", "arm", "loss", "verdict", "PFLOP", "multiplier", "seconds",
              "multiplier in time")]
     for rungs in ladder:
@@ -216,6 +216,8 @@ def main():
                        f"{', '.join(rungs[0].label for rungs in ladder)}; choose one by --baseline")
     ladder.sort(key=lambda rungs: rungs[0].parameters)
     print("\n".join(lines_of(ladder)))
+    if options.picture and all(len(rungs) == 1 for rungs in ladder):
+        raise BadInput("--picture shows differences from the baseline, and nothing else is there")
     if options.picture:
         print(f"picture: {save(Path(options.picture), differences(ladder))}")
 

@@ -33,9 +33,9 @@ OF_EVALUATION = {"attn_temperature"}
 NOT_OPTIONS = {"vocab_size", "data_sha256", "init_sha256"}
 # what a run consists of; the rest of its folder is the user's. In the order in which --overwrite
 # moves them away
-PARTS = ("config.json", "metrics.jsonl", "checkpoints", "wandb")
+PARTS = ("config.json", "scores.json", "metrics.jsonl", "checkpoints", "wandb")
 OVERWRITTEN = re.compile(r"\.overwritten\.[0-9a-f]{32}\."
-                         r"(config\.json|metrics\.jsonl|checkpoints|wandb)")
+                         r"(config\.json|scores\.json|metrics\.jsonl|checkpoints|wandb)")
 # files of killed processes that were about to be renamed
 LEFT_OVER = re.compile(r"\.metrics\.jsonl"
                        r"|\.(config\.json|metrics\.jsonl)\.([0-9]+|[0-9a-f]{32}\.tmp)")
