@@ -144,7 +144,8 @@ def test_bad_input_is_refused_in_a_line(run_folder, here, refusal):
     file.write_text(json.dumps(sound))
     assert "other contexts" in refusal(context, run_folder, "--contexts=8,16")
     assert "other targets" in refusal(context, run_folder, "--targets=256")
-    for wrong in ({"runs": {"a": {"weights": None, "losses": [[1.0]], "readings": None}}}, {"contexts": [8]},
+    for wrong in ({"contexts": [8]},
+                  {"runs": {"a": {"weights": None, "losses": [[1.0]], "readings": None}}},
                   {"runs": {"a": {"weights": None, "losses": [[1.0], [1.0]]}}},
                   {"bytes_per_token": 0}, {"runs": []}):
         file.write_text(json.dumps(sound | wrong))
