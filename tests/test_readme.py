@@ -300,11 +300,16 @@ def test_what_is_said_of_the_books_is_that_of_the_records():
     assert f"it is {at_4096} bits per byte" in TEXT
 
 
-def mean_readings(name, content):
-    """Of each arm, (losses of the first reading, of the second), a number for each seed."""
+def gained_by_reading_again(name):
+    """{arm: [bits per byte that each seed gains by a second reading]}"""
+    content = context.read_context(ROOT / "results" / name / "context.json",
+                                   context.ContextOptions(), set())
+    bits = 1 / math.log(2) / content["bytes_per_token"]
+    gained = {}
     for arm in arms(name):
         readings = [content["runs"][record.name]["readings"] for record in arm.records]
-        yield tuple([mean(reading[i]) for reading in readings] for i in (0, 1))
+        gained[arm.label] = [(mean(once) - mean(again)) * bits for once, again in readings]
+    return gained
 
 
 def test_what_is_said_of_the_middle_size_is_that_of_the_records():
@@ -327,11 +332,7 @@ def test_what_is_said_of_the_middle_size_is_that_of_the_records():
     content = context.read_context(ROOT / "results" / medium / "context.json",
                                    context.ContextOptions(), set())
     lines = context.tables(arms(medium), content, "softmax")
-    bits = 1 / math.log(2) / content["bytes_per_token"]
-    gained = {}
-    for name, run in content["runs"].items():
-        once, again = (mean(losses) * bits for losses in run["readings"])
-        gained.setdefault(name.split("-")[0], []).append(once - again)
+    gained = gained_by_reading_again(medium)
     low, high = min(gained["softmax"]), max(gained["softmax"])
     assert (f"Softmax gains {mean(gained['softmax']):.3f} bits per byte by the second reading, "
             f"{low:.3f} to {high:.3f} from seed to seed, the window {mean(gained['swa']):.3f}, "
@@ -339,11 +340,8 @@ def test_what_is_said_of_the_middle_size_is_that_of_the_records():
     assert (f"softmax gains {mean(gained['softmax']):.3f} bits per byte there, a window "
             f"{mean(gained['swa']):.3f}, `gated_deltanet` {mean(gained['gated_deltanet']):.3f}"
             ) in TEXT
-    content = context.read_context(ROOT / "results" / small / "context.json",
-                                   context.ContextOptions(), set())
-    bits = 1 / math.log(2) / content["bytes_per_token"]
-    at_most = max(mean(once) - mean(again) for once, again in mean_readings(small, content))
-    assert f"at 0.2M nobody more than {at_most * bits:.3f}" in TEXT
+    at_most = max(map(mean, gained_by_reading_again(small).values()))
+    assert f"at 0.2M nobody more than {at_most:.3f}" in TEXT
     options = ladder.LadderOptions()
     rungs = [ladder.rungs_of(ROOT / "results" / name, options)[0] for name in (small, medium)]
     lines += [line for line in ladder.lines_of(rungs) if line.startswith("|")]
@@ -412,16 +410,8 @@ def test_what_else_was_tried_at_the_middle_size_is_that_of_the_records():
     assert f"gains {min(gains):.3f} to {max(gains):.3f} with each of three seeds" in text
     gains = [b - a for a, b in same_seeds(("softmax", 16e-3, 2), ("softmax", 16e-3, 4))]
     assert f"**softmax gains {' and '.join(f'{gain:.4f}' for gain in gains)}**" in text
-    content = context.read_context(ROOT / "results/books_medium_more/context.json",
-                                   context.ContextOptions(), set())
-    bits = 1 / math.log(2) / content["bytes_per_token"]
-    copied = {}
-    for arm in arms("books_medium_more"):
-        for record in arm.records:
-            once, again = content["runs"][record.name]["readings"]
-            copied.setdefault(arm.label.removesuffix(" n_kv_head=2"), []).append(
-                (mean(once) - mean(again)) * bits)
-    [wide] = [gained for label, gained in copied.items() if label.endswith("n_head=2")]
+    copied = gained_by_reading_again("books_medium_more")
+    [wide] = [gained for label, gained in copied.items() if "n_head=2" in label]
     assert f"softmax with heads of 64 gains {mean(wide):.3f} bits per byte" in text
     [of_hybrid] = [gained for label, gained in copied.items() if "+" in label]
     [hybrid] = [record.scores["report"]["loss"] for arm in arms("books_medium_more")

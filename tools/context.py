@@ -122,8 +122,9 @@ def losses_at_end(scored, windows, size):
     """The loss in nats of the last `size` tokens of windows (n, T + 1), T >= size: (n, size)."""
     model = scored.model
     device = next(model.parameters()).device
+    T = windows.size(1) - 1
     losses = []
-    for some in windows.split(max(1, TOKENS_AT_ONCE // windows.size(1))):
+    for some in windows.split(max(1, TOKENS_AT_ONCE // T)):
         some = some.to(device)
         with scored.autocast:
             h, _ = model.hidden(some[:, :-1])

@@ -214,10 +214,10 @@ def main():
     if len({rungs[0].label for rungs in ladder}) > 1:
         raise BadInput("the sizes have other baselines: "
                        f"{', '.join(rungs[0].label for rungs in ladder)}; choose one by --baseline")
-    ladder.sort(key=lambda rungs: rungs[0].parameters)
-    print("\n".join(lines_of(ladder)))
     if options.picture and all(len(rungs) == 1 for rungs in ladder):
         raise BadInput("--picture shows differences from the baseline, and nothing else is there")
+    ladder.sort(key=lambda rungs: rungs[0].parameters)
+    print("\n".join(lines_of(ladder)))
     if options.picture:
         print(f"picture: {save(Path(options.picture), differences(ladder))}")
 

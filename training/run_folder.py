@@ -34,8 +34,7 @@ NOT_OPTIONS = {"vocab_size", "data_sha256", "init_sha256"}
 # what a run consists of; the rest of its folder is the user's. In the order in which --overwrite
 # moves them away
 PARTS = ("config.json", "scores.json", "metrics.jsonl", "checkpoints", "wandb")
-OVERWRITTEN = re.compile(r"\.overwritten\.[0-9a-f]{32}\."
-                         r"(config\.json|scores\.json|metrics\.jsonl|checkpoints|wandb)")
+OVERWRITTEN = re.compile(rf"\.overwritten\.[0-9a-f]{{32}}\.({'|'.join(map(re.escape, PARTS))})")
 # files of killed processes that were about to be renamed
 LEFT_OVER = re.compile(r"\.metrics\.jsonl"
                        r"|\.(config\.json|metrics\.jsonl)\.([0-9]+|[0-9a-f]{32}\.tmp)")
