@@ -48,7 +48,7 @@ from training.parallel import World, join, synchronise_gradients, whole
 from training.report import before_training, costs_of, describe, show_result
 from training.run_folder import (
     FolderLock, check_data, compare_with, data_sha256, prepared_folder, read_options, start_from,
-    start_sha256, train_alone)
+    train_alone)
 
 
 @exit_on_bad_input("train.py")
@@ -90,11 +90,14 @@ def carry_out(world, lock):
     model = GPT(config).to(device)
     model.checkpoint_activations = options.checkpoint_activations
     describe(options, model, data, machine)
+    start_sha256 = None
     if saved:
         checkpoint.load_model(model, saved.model, saved.folder)
         train_alone(model, saved.trainer.get("trained"))
+        start_sha256 = saved.config.get("init_sha256")
     elif options.init_from:
-        train_alone(model, start_from(options, model, data))
+        names, start_sha256 = start_from(options, model, data)
+        train_alone(model, names)
     refuse_leaks(model, options)
     if options.eval_only:
         print_evaluation(options, model, data, machine, saved)
@@ -103,7 +106,7 @@ def carry_out(world, lock):
               "nothing left to do; for more, raise --max_iters")
     else:
         record = asdict(options) | {"data_sha256": data_sha256(data),
-                                    "init_sha256": start_sha256(options, saved)}
+                                    "init_sha256": start_sha256}
         folder = prepared_folder(options, record, lock) if first else contextlib.nullcontext()
         with folder:
             train(options, record, model, data, machine, saved)

@@ -4,6 +4,7 @@ Half of one is never taken for a whole one, and no link or pipe is taken for a f
 """
 import contextlib
 import json
+import math
 import os
 import stat
 import uuid
@@ -133,8 +134,12 @@ def parse_json(content):
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
 
+    def finite(digits):  # 1e999 is valid JSON, and infinite
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits)
+
     try:
-        value = json.loads(content, parse_constant=refuse)
+        value = json.loads(content, parse_constant=refuse, parse_float=finite)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     level = [value]

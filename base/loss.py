@@ -3,6 +3,8 @@ memory all at once."""
 import torch
 import torch.nn.functional as F
 
+from base.gradients import differentiable_once
+
 ALL_AT_ONCE = 2**22  # logits up to which nothing is won by pieces
 LOGITS_AT_ONCE = 2**18  # of a piece: 1 MB in float32 stays in a core's own cache
 # a GPU spends longest on adding each piece's share to the weight's gradient: few large pieces
@@ -46,7 +48,7 @@ class InPieces(torch.autograd.Function):
     def forward(ctx, h, weight, targets, rows, at_once, with_gradients):
         device = h.device.type
         dtype = h.dtype
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which it leaves alone
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):  # it would cast the weight for each piece anew
             x, w = h.to(dtype), weight.to(dtype)
@@ -70,6 +72,7 @@ class InPieces(torch.autograd.Function):
         return total
 
     @staticmethod
+    @differentiable_once
     def backward(ctx, gradient):
         dh, dw = ctx.saved_tensors
         if dw is not None:

@@ -1,4 +1,5 @@
 """Errors in a user's own file: one line with their place, where a traceback would show ours."""
+import sys
 import sysconfig
 import traceback
 from pathlib import Path
@@ -32,6 +33,13 @@ def place(error):
     """users_place, or the last line that is in no library."""
     outside = [f for f in frames_of(error) if not f.filename.startswith(LIBRARIES)]
     return users_place(error) or last(outside)
+
+
+def sources_of(modules):
+    """The source files of modules, by name, that are of no library."""
+    found = [getattr(sys.modules[name], "__file__", None) for name in modules]
+    return [Path(file) for file in found
+            if file and Path(file).is_file() and not file.startswith(LIBRARIES)]
 
 
 def last(frames):

@@ -5,7 +5,8 @@
 As many parameters and tokens as nanoGPT's CPU demo, which is shakespeare_nanogpt.py: four layers of
 128 channels, 1.5M characters. What differs is what helped the mixers it was tried with: weights
 that start from 1 / sqrt(n_embd), Muon, and a rate that falls to zero in a straight line. Each has
-the rate that did best on text held out of training (results/shakespeare).
+the rate that did best on text held out of training (results/shakespeare and shakespeare_later;
+kda's is untried).
 
 Expect, on the validation text, in nats: mamba2 1.56, softmax 1.58, causal_max and lln 1.62.
 """
@@ -44,6 +45,7 @@ per_mixer = {
     "causal_max": _low,
     "causal_min": _low,
     "causal_max_context": _low,
+    "causal_min_context": dict(learning_rate=16e-3),
     "lln,causal_max": _low,
     "gla": _none,
     "retnet": _none,

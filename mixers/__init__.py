@@ -42,6 +42,7 @@ and audit take it from there. Without touching this folder: a file of your own w
 that adds a mixer with options calls gather_options() behind it.
 """
 import runpy
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,7 @@ from base.command_line import nearest, one_line, one_spelling, shortened
 from base.errors import BadInput
 from base.files import is_file, read_bytes
 from base.options import checked, declared, replace_options
-from base.user_code import files, in_words, users_place
+from base.user_code import files, in_words, sources_of, users_place
 from mixers.causal_reduction import CausalReduction
 from mixers.deltanet import DeltaNet
 from mixers.gated_deltanet import GatedDeltaNet
@@ -99,6 +100,7 @@ MIXERS = {
 }
 OF_A_TRAINED_MODEL = {"toptheta"}  # not among "all": these start as another mixer's trained model
 loaded = {}  # user's file -> its code, and the mixers that it registered
+imported = set()  # files of the modules, of no library, that users' files import
 CODE_BYTES = 2**24  # the longest such file
 
 
@@ -209,9 +211,11 @@ def load_mixer_file(path):
     if code == old_code and registered.items() <= before.items():
         return
     files.add(Path(path).resolve())
+    modules = set(sys.modules)
     try:
         runpy.run_path(path)
         gather_options()
+        imported.update(sources_of(sys.modules.keys() - modules))
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises
         MIXERS.clear()
         MIXERS.update(before)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from base.errors import BadInput
-from mixers import MIXERS
+from mixers import MIXERS, load_mixer_file
 from mixers.parts.heads import MANY_ROWS, attention_in_loops, causal_attention
 from model import GPT, GPTConfig
 from tools import bench_measure
@@ -73,6 +73,22 @@ def test_an_exported_step_gives_the_models_logits_or_is_refused(cache, uncompile
             compiled.compiled_step(model, torch.float32, 2)
     else:
         agree(model, torch.float32, 1e-5)
+
+
+class Seen(torch.nn.Module):
+    """Of a state with the number of tokens, up to 24, which is where a step of these models is
+    exported."""
+
+    def forward(self, x, state=None):
+        n = state or 0
+        seen = torch.arange(n, n + x.size(1)).clamp(max=24)
+        return x * seen[:, None], min(n + x.size(1), 24)
+
+
+@torch.no_grad()
+def test_a_number_that_stays_is_not_taken_for_that_of_the_tokens(cache, uncompiled, monkeypatch):
+    monkeypatch.setitem(MIXERS, "seen", lambda config, layer: Seen())
+    agree(make("seen"), torch.float32, 1e-5)
 
 
 @pytest.mark.slow
@@ -158,10 +174,40 @@ def test_the_cache_keeps_the_newest(tmp_path):
         path = tmp_path / f"{age:02}.pt2"
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
-    (tmp_path / "other").touch()
+    names = ["other", ".a.pt2.0123.tmp", ".b.pt2.0123.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / names[-1], (1e9, 1e9))  # a killed process's
     compiled.remove_oldest(tmp_path)
     newest = [f"{age:02}.pt2" for age in range(compiled.KEPT)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*newest, "other"]
+    assert {path.name for path in tmp_path.iterdir()} == {*newest, *names[:2]}
+
+
+def test_what_another_process_removes_meanwhile_is_no_matter(tmp_path):
+    (tmp_path / "a.pt2").touch()
+    assert list(compiled.made_at([tmp_path / "a.pt2", tmp_path / "gone.pt2"])) == [
+        tmp_path / "a.pt2"]
+
+
+def test_a_damaged_package_is_compiled_anew(cache, monkeypatch, capsys):
+    model = make("causal_max")
+    plant(cache, model)
+    monkeypatch.setattr(compiled, "lacks_compiler", lambda device: True)
+    with pytest.raises(BadInput, match="no C.. compiler"):
+        compiled.compiled_step(model, torch.float32, 1)
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_package_is_of_what_a_mixer_file_imports_too(here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    (here / "mine_parts.py").write_text("WIDTH = 1\n")
+    (here / "mine.py").write_text(
+        "import mine_parts\nfrom mixers import MIXERS\nfrom mixers.linear import Linear\n"
+        "class Mine(Linear): pass\nMIXERS['mine'] = Mine\n")
+    load_mixer_file(str(here / "mine.py"))
+    before = compiled.checksum(make("mine"), torch.float32, 1)
+    (here / "mine_parts.py").write_text("WIDTH = 2\n")
+    assert compiled.checksum(make("mine"), torch.float32, 1) != before
 
 
 def test_another_device_is_refused():

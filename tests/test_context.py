@@ -147,7 +147,11 @@ def test_bad_input_is_refused_in_a_line(run_folder, here, refusal):
     for wrong in ({"contexts": [8]},
                   {"runs": {"a": {"weights": None, "losses": [[1.0]], "readings": None}}},
                   {"runs": {"a": {"weights": None, "losses": [[1.0], [1.0]]}}},
-                  {"bytes_per_token": 0}, {"runs": []}):
+                  {"runs": {"a": {"weights": None, "losses": [[1.0], [1.0, 2.0]],
+                                  "readings": None}}},
+                  {"runs": {"a": {"weights": None, "losses": [[1.0], [1.0]],
+                                  "readings": [[1.0, 2.0], [1.0, 2.0]]}}},
+                  {"targets": 63}, {"bytes_per_token": 0}, {"runs": []}):
         file.write_text(json.dumps(sound | wrong))
         assert "is damaged" in refusal(context, run_folder)
 

@@ -54,6 +54,28 @@ def errors(attention, inputs, dy, dtype=torch.bfloat16):
     return [relative(a, b) for a, b in zip(rough, exact)]
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_gradient_of_the_gradient_is_right_or_refused(mixer):
+    torch.manual_seed(0)
+    block = GPT(GPTConfig(vocab_size=65, block_size=80, n_layer=1, n_head=2, n_embd=32,
+                          mixer=mixer, pos="rope")).blocks[0].double()
+    x, dy, direction = torch.randn(3, 1, 80, 32, dtype=torch.float64)
+
+    def gradient(x, create_graph=False):
+        [found] = torch.autograd.grad(block(x)[0], x, dy, create_graph=create_graph)
+        return found
+
+    try:
+        at = x.clone().requires_grad_()
+        [ours] = torch.autograd.grad(gradient(at, create_graph=True), at, direction)
+    except RuntimeError as error:  # ours, or of PyTorch's fused kernel
+        assert "no create_graph" in str(error) or "is not implemented" in str(error)
+        return
+    near = [(x + step * direction).requires_grad_() for step in (1e-5, -1e-5)]
+    expected = (gradient(near[0]) - gradient(near[1])) / 2e-5
+    assert relative(ours, expected) < 1e-4
+
+
 def drawn(T, D, std, new=None):
     """q, k, v and dy (2, 4, T, D) in bfloat16, whose scores have this standard deviation."""
     g = torch.Generator().manual_seed(T + std)

@@ -7,6 +7,7 @@ from test_compare import made_up, tuning
 
 from base.errors import BadInput
 from tools import drawing, ladder, ladder_plot, records
+from tools.sweep_tuning import LATER_SEEDS
 
 SMALL, LARGE = (1e12, 2.0), (16e12, 1.6)  # FLOPs and loss of the baseline
 
@@ -157,8 +158,11 @@ def test_rates_of_two_widths(tmp_path, capsys, monkeypatch):
         runs += [tuning("lln", rate, 2 - rate) for rate in (.01, .02)]
         for record in runs:
             record.config["n_embd"] = n_embd
+        again = tuning("softmax", best, 5.0)  # with a further seed, of the best rates alone
+        again.config |= {"n_embd": n_embd, "seed": LATER_SEEDS}
+        again.name += "-later"
         folders.append(str(tmp_path / str(n_embd)))
-        records.write_records(folders[-1], runs)
+        records.write_records(folders[-1], [*runs, again])
     monkeypatch.setattr(sys, "argv", ["ladder", *folders, "--rates"])
     ladder.main.__wrapped__()
     rows = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines()]
@@ -169,3 +173,7 @@ def test_rates_of_two_widths(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ladder", str(tmp_path), "--rates"])
     with pytest.raises(BadInput, match="no run that chose a learning rate"):
         ladder.main.__wrapped__()
+    for other in ("--picture=a.png", "--baseline=lln"):
+        monkeypatch.setattr(sys, "argv", ["ladder", *folders, "--rates", other])
+        with pytest.raises(BadInput, match="leave --baseline and --picture out"):
+            ladder.main.__wrapped__()

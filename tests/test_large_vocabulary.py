@@ -86,6 +86,26 @@ def test_in_bfloat16_it_is_as_near_to_float64_as_autograd_is(frozen, monkeypatch
         assert ours < 1.2 * theirs < 0.02
 
 
+def test_float64_is_not_rounded_by_autocast(monkeypatch):
+    h = torch.randn(1, 9, 8, dtype=torch.float64)
+    head = torch.nn.Linear(8, 101, bias=False).double()
+    losses = []
+    for at_once in (None, 101):
+        in_pieces(at_once, monkeypatch)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(loss_module.head_loss(h, head, torch.zeros(1, 9, dtype=int)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+
+
+def test_a_gradient_of_the_gradient_is_refused(monkeypatch):
+    in_pieces(101, monkeypatch)
+    h = torch.randn(1, 9, 8, requires_grad=True)
+    head = torch.nn.Linear(8, 101, bias=False)
+    loss = loss_module.head_loss(h, head, torch.zeros(1, 9, dtype=int))
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(loss, h, create_graph=True)
+
+
 def test_without_gradients_none_are_formed(monkeypatch):
     in_pieces(101, monkeypatch)
     products = []

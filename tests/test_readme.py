@@ -24,6 +24,7 @@ from tools import (
 from tools.records import read_records
 from tools.sweep import SweepOptions
 from tools.verdicts import MARGIN_BPB, judge
+from training.run_folder import read_options
 
 SHORTER = {  # a word of a command: what is added to it
     "train.py": "--max_iters=2 --eval_tokens=3000",
@@ -480,6 +481,19 @@ def test_the_speeds_are_those_of_the_record():
         of_mixers = bench_table.groups_of(rows)[mode, 1][length]
         ratios = bench_table.ratios_of_rounds(of_mixers[mixer], of_mixers["softmax"])
         assert f" {median(ratios):.2f}" in told, (mode, length, mixer)
+
+
+def test_the_recipe_has_the_rates_that_were_found():
+    found = set()
+    for folder in ("shakespeare", "shakespeare_later"):
+        for path in (ROOT / "results" / folder).glob("*.jsonl.gz"):
+            found |= {(record.config["mixer"], record.config["learning_rate"])
+                      for record in read_records(path) if record.config["seed"]}
+    rates = dict(found)
+    assert len(rates) > 15
+    for mixer, rate in rates.items():
+        argv = [str(ROOT / "configs/shakespeare.py"), f"--mixer={mixer}"]
+        assert read_options(argv, "tests")[0].learning_rate == rate, mixer
 
 
 @pytest.mark.parametrize("mixer, rate", [("softmax", 0.008), ("mamba2", 0.004)])

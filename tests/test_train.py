@@ -16,6 +16,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,9 +31,11 @@ from test_checkpoint import rewrite
 import train as train_script
 import training.metrics
 import training.report
+from base.errors import BadInput
 from data import load_dataset
 from model import GPT, GPTConfig
 from training import checkpoint, run_folder
+from training import run_folder as run_folder_module
 from training.machine import Machine, parameters_at_least
 from training.parallel import World
 from training.report import sample_text
@@ -306,6 +309,26 @@ def test_a_run_from_the_weights_of_another_starts_where_that_one_ended(train, tr
     assert "+blocks.0.norm1" in line and not (here / "other").exists()
 
 
+def test_the_checksum_is_of_the_weights_that_were_read(train, run_folder, here, monkeypatch):
+    """Also where a training has saved newer ones meanwhile."""
+    load = checkpoint.load
+
+    def load_and_save(out_dir):
+        found = load(out_dir)
+        shutil.copytree(found.folder, found.folder.with_name("00000030"))
+        return found
+
+    expected = run_folder_module.weights_sha256(run_folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "load", load_and_save)
+        train(*TINY, f"--init_from={run_folder}", "--max_iters=1", "--out_dir=tuned")
+    assert json.loads((here / "tuned/config.json").read_text())["init_sha256"] == expected
+    weights = run_folder / "checkpoints/00000030/model.safetensors"
+    weights.unlink()
+    with pytest.raises(BadInput, match="no regular file"):
+        run_folder_module.weights_sha256(run_folder)
+
+
 # -- stop and go on ------------------------------------------------------------------------------
 
 def test_a_resumed_run_is_the_straight_one_bit_for_bit(trained, home, tmp_path, train):
@@ -407,6 +430,26 @@ def test_a_longer_run_decays_over_its_new_length(run_folder):
     kept = read_options([f"--out_dir={run_folder}", "--resume", "--max_iters=50",
                          "--lr_decay_iters=20"], "tests")[0]
     assert (kept.max_iters, kept.lr_decay_iters) == (50, 20)
+
+
+def test_what_followed_from_other_options_follows_whatever_the_config_file_says(train, here):
+    (here / "mine.py").write_text("lr_decay_iters = 7\nmin_lr = 0.0\n")
+    words = ["mine.py", *TINY, "--max_iters=4", f"--out_dir={here}/run"]
+    train(*words, "--lr_decay_iters=4", "--learning_rate=0.1", "--min_lr=0.01")
+    again = [*words[:-2], words[-1], "--resume"]
+    options = read_options([word for word in again if "learning_rate" not in word], "tests")[0]
+    assert (options.max_iters, options.lr_decay_iters, options.min_lr) == (4, 4, 0.01)
+    assert "lr_decay_iters not set" in train(*again, "--max_iters=4")
+
+
+def test_a_run_that_a_sweep_looks_at_can_be_locked(tmp_path):
+    (tmp_path / "lock").touch()
+    with open(tmp_path / "lock") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        Timer(0.03, lambda: fcntl.flock(looked_at, fcntl.LOCK_UN)).start()
+        with FolderLock() as lock:
+            lock.take(tmp_path)
+    assert (tmp_path / "lock").read_text() == str(os.getpid())
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(train, run_folder, trained):

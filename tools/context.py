@@ -36,7 +36,7 @@ from tools.compare import baseline_of, records_to_compare
 from tools.compare_arms import arms_of, seed_of
 from tools.passkey import lengths_of
 from tools.records import holds_run
-from tools.score import Count, Lenient, Measured, load_scored, mean_by_author, token_losses
+from tools.score import Lenient, Measured, load_scored, mean_by_author, token_losses
 from tools.verdicts import MARGIN_BPB, in_words, judge
 from training.device import choose_device
 
@@ -71,7 +71,7 @@ class Run(Lenient):
 
 class Content(Lenient):
     contexts: Annotated[list[Annotated[int, Field(ge=8)]], Field(min_length=2)]
-    targets: Count
+    targets: Annotated[int, Field(ge=STRETCH)]
     bytes_per_token: Annotated[float, Field(gt=0, le=1e30)]
     runs: dict[str, Run]
 
@@ -91,10 +91,14 @@ def read_context(path, options, given):
         if content[name] != asked[name]:
             raise BadInput(f"{path} has other {name} than --{name}={getattr(options, name)}; "
                            f"leave that out, or {REMEDY}")
+    blocks = set()
     for name, run in content["runs"].items():
         if len(run["losses"]) != len(content["contexts"]):
             raise BadInput(f"{path} is damaged: {name} has {len(run['losses'])} losses for "
                            f"{len(content['contexts'])} contexts; {REMEDY}")
+        blocks |= {len(losses) for losses in (*run["losses"], *(run["readings"] or ())) if losses}
+    if len(blocks) > 1:
+        raise BadInput(f"{path} is damaged: it has losses of {sorted(blocks)} blocks; {REMEDY}")
     return content
 
 

@@ -18,7 +18,8 @@ law, so none is fitted. With --picture=FILE.png, a picture of the differences to
 
 Do learning rates transfer from width to width? The losses that chose an arm's rate, and where a
 parabola through the lowest and its neighbours, over the logarithm of the rate, has its lowest
-point; of the next width as a multiple of that of the one before. One seed, so no interval.
+point; of the next width as a multiple of that of the one before. One seed, so no interval: of
+several to tune by the first, which alone has tried all rates.
 """
 import base.errors  # noqa: F401  before all others: Ctrl-C ends these quietly
 import math
@@ -194,9 +195,11 @@ def lines_of_rates(records):
 
 @exit_on_bad_input("tools.ladder")
 def main():
-    names, options, _ = paths_and_options(LadderOptions, sys.argv[1:], __doc__.splitlines()[0])
+    names, options, given = paths_and_options(LadderOptions, sys.argv[1:], __doc__.splitlines()[0])
     if options.rates:
-        records = tuning_records(names)
+        if given & {"baseline", "picture"}:
+            raise BadInput("--rates compares no arms; leave --baseline and --picture out")
+        records = [record for record in tuning_records(names) if record.config["seed"] == 0]
         if not records:
             raise BadInput(f"no run that chose a learning rate in {', '.join(names) or 'nothing'}; "
                            "name a sweep that had --tune, or its records")

@@ -42,7 +42,8 @@ def losses_of_steps(options):
     model = GPT(model_config(vars(options) | {"vocab_size": data.vocab_size}, "options"))
     if options.init_from:
         with contextlib.redirect_stdout(io.StringIO()):
-            train_alone(model, start_from(options, model, data))
+            names, _ = start_from(options, model, data)
+            train_alone(model, names)
     optimizer = make_optimizer(model, options, torch.device("cpu"))
     for group in optimizer.param_groups:
         group["lr"] = RATE_OF_TRAINED if options.init_from else RATE

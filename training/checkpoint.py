@@ -213,12 +213,13 @@ def damage(folder):
 
 
 class Checkpoint:
-    """A checkpoint in memory: .folder, .model and .optimizer (name -> tensor), .trainer
-    (TrainerState), .config (dict), .tokenizer. BadInput if the files do not hold that, or do not
-    agree."""
+    """A checkpoint in memory: .folder, .sums (file -> sha256), .model and .optimizer (name ->
+    tensor), .trainer (TrainerState), .config (dict), .tokenizer. BadInput if the files do not hold
+    that, or do not agree."""
 
     def __init__(self, folder):
         self.folder = folder
+        self.sums = read_json(folder / "manifest.json", REMEDY, dict[str, str])
         self.model = read_tensors(folder / "model.safetensors")
         self.optimizer = read_tensors(folder / "optimizer.safetensors")
         self.trainer = read_trainer(folder)

@@ -20,6 +20,7 @@ Of more than KEPT the oldest go; whatever is there may be deleted at any time.
 
 B batch, n tokens so far.
 """
+import contextlib
 import copy
 import hashlib
 import io
@@ -28,6 +29,7 @@ import os
 import platform
 import stat
 import sys
+import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +50,7 @@ GROWS = -1  # in place of a size: it is the number of tokens
 FEWEST = 2  # tokens behind which a compiled step is asked: exports hold sizes of 1 for constants
 EXAMPLE = 256  # tokens behind which a step is exported, or half of block_size where that is less
 KEPT = 16     # packages of 4 to 45 MB
+LEFT_OVER_SECONDS = 3600
 CODE = ("model.py", "training/compiled.py", "training/device.py")  # and all of mixers/
 
 
@@ -58,21 +61,23 @@ class Flat(NamedTuple):
 
 
 class Step(nn.Module):
-    """model.step of one token with nothing but tensors, in the form of the `example` State."""
+    """model.step of one token with nothing but tensors, in the form of the State `example`; what
+    has another number in `later`, a token behind it, is the number of tokens."""
 
-    def __init__(self, model, example, dtype):
+    def __init__(self, model, example, later, dtype):
         super().__init__()
-        self.model, self.n, self.dtype = model, example.n, dtype
+        self.model, self.dtype = model, dtype
         self.leaves, self.tree = tree_flatten(example.blocks)
+        self.later = tree_flatten(later.blocks)[0]
 
     def forward(self, idx, count, *tensors):
         n, tensors = count.size(0), iter(tensors)
         leaves = []
-        for leaf in self.leaves:
+        for leaf, later in zip(self.leaves, self.later):
             if isinstance(leaf, torch.Tensor):
                 leaves.append(next(tensors))
             else:  # a count, a constant, or a cache's room, which recorded gradients do not use
-                leaves.append(n if leaf == self.n else leaf)
+                leaves.append(leaf if leaf == later else n)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             logits, state = self.model.step(idx, State(n, tree_unflatten(leaves, self.tree)))
         return logits, *tensors_of(state)
@@ -82,9 +87,9 @@ class CompiledStep:
     """What compiled_step returns. Where a state does not fit, being that of fewer tokens than a
     window has, the model itself makes the step."""
 
-    def __init__(self, model, package, shapes, dtypes):
+    def __init__(self, model, package, shapes, dtypes, numbers):
         from torch._inductor import aoti_load_package  # as the two below: a second, for few
-        self.model, self.shapes, self.dtypes = model, shapes, dtypes
+        self.model, self.shapes, self.dtypes, self.numbers = model, shapes, dtypes, numbers
         self.run = aoti_load_package(io.BytesIO(package))
 
     def __call__(self, idx, state):
@@ -94,18 +99,21 @@ class CompiledStep:
             raise ValueError(f"{state.n + 1} tokens, but the model has learned positions for "
                              f"block_size {self.model.config.block_size} only")
         n, tensors = state.n, state.tensors if isinstance(state, Flat) else tensors_of(state)
-        if isinstance(state, State) and not self.fits(n, tensors):
+        if isinstance(state, State) and not self.fits(state, tensors):
             return self.model.step(idx, state)
         with without_autocast(idx.device):
             # a column of a larger tensor would be read in the layout of the example
             logits, *tensors = self.run(idx.contiguous(), torch.empty(n, 0), *tensors)
         return logits, Flat(n + 1, tensors)
 
-    def fits(self, n, tensors):
-        """Whether these are a state's tensors behind n tokens that the compiled step takes."""
-        expected = [tuple(n if size == GROWS else size for size in shape) for shape in self.shapes]
-        same = [tuple(t.shape) for t in tensors] == expected
-        return n >= FEWEST and same and [t.dtype for t in tensors] == self.dtypes
+    def fits(self, state, tensors):
+        """Whether the compiled step takes a State with these tensors: once full, none changes."""
+        def now(sizes):
+            return tuple(state.n if size == GROWS else size for size in sizes)
+
+        same = [tuple(t.shape) for t in tensors] == [now(shape) for shape in self.shapes]
+        same = same and [t.dtype for t in tensors] == self.dtypes
+        return same and state.n >= FEWEST and tuple(numbers_of(state)) == now(self.numbers)
 
 
 def compiled_step(model, dtype, batch):
@@ -123,17 +131,23 @@ def compiled_step(model, dtype, batch):
     examples = example_states(own, dtype, batch, name)
     shapes = shapes_of(*examples, name)
     path = cache_folder() / f"{checksum(model, dtype, batch)}.pt2"
+    dtypes = [t.dtype for t in tensors_of(examples[0])]
+    numbers = [a if a == b else GROWS for a, b in zip(*map(numbers_of, examples))]
     package = read_own(path)
-    if package is None:
-        if lacks_compiler(device):
-            raise BadInput("--compile: no C++ compiler found; install one or leave it out")
-        print(f"compiling a step of {name}, kept in {shown(path.parent)}", file=sys.stderr)
-        with warnings.catch_warnings():  # torch's about itself
-            warnings.simplefilter("ignore")
-            package = compile_package(export(own, examples[0], shapes, dtype, batch))
-        write_file(path, package)
-        remove_oldest(path.parent)
-    return CompiledStep(model, package, shapes, [t.dtype for t in tensors_of(examples[0])])
+    if package is not None:
+        try:
+            return CompiledStep(model, package, shapes, dtypes, numbers)
+        except Exception:  # it is damaged: whatever PyTorch makes of that
+            print(f"{shown(path)} is damaged", file=sys.stderr)
+    if lacks_compiler(device):
+        raise BadInput("--compile: no C++ compiler found; install one or leave it out")
+    print(f"compiling a step of {name}, kept in {shown(path.parent)}", file=sys.stderr)
+    with warnings.catch_warnings():  # torch's about itself
+        warnings.simplefilter("ignore")
+        package = compile_package(export(own, *examples, shapes, dtype, batch))
+    write_file(path, package)
+    remove_oldest(path.parent)
+    return CompiledStep(model, package, shapes, dtypes, numbers)
 
 
 # States as tensors --------------------------------------------------------------------------------
@@ -142,6 +156,11 @@ def tensors_of(state):
     """The tensors in a State, in the layout that is compiled for."""
     leaves, _ = tree_flatten(state.blocks)
     return [leaf.contiguous() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def numbers_of(state):
+    """The whole numbers in a State."""
+    return [leaf for leaf in tree_flatten(state.blocks)[0] if isinstance(leaf, int)]
 
 
 @torch.no_grad()
@@ -181,8 +200,9 @@ def cannot(name, reason):
 
 # Compiling ----------------------------------------------------------------------------------------
 
-def export(model, example, shapes, dtype, batch):
-    """torch.export's program of a step, for every number of tokens. BadInput if there is none."""
+def export(model, example, later, shapes, dtype, batch):
+    """torch.export's program of a step, for every number of tokens; example, later: States a token
+    apart. BadInput if there is none."""
     tensors = tensors_of(example)
     config = model.config
     most = config.block_size - 1 if config.pos == "learned" else None
@@ -190,7 +210,7 @@ def export(model, example, shapes, dtype, batch):
     sizes = tuple({i: n for i, size in enumerate(shape) if size == GROWS} for shape in shapes)
     inputs = torch.zeros(batch, 1, dtype=torch.int64), torch.empty(example.n, 0), *tensors
     dynamic_shapes = (None, {0: n}, sizes) if sizes else (None, {0: n})
-    step = Step(model, example, dtype)
+    step = Step(model, example, later, dtype)
     try:
         # with gradients recorded a cache is a new tensor at each step; the weights record none
         with torch.enable_grad():
@@ -264,10 +284,23 @@ def read_own(path):
 
 
 def remove_oldest(folder):
-    """Removes all packages in the cache but the last KEPT that were made."""
-    made = {path: path.lstat().st_mtime for path in folder.glob("*.pt2")}
-    for path in sorted(made, key=made.get)[:-KEPT]:
+    """Removes all packages in the cache but the last KEPT that were made, and what killed processes
+    have left half-written."""
+    packages = made_at(folder.glob("*.pt2"))
+    left_over = made_at(folder.glob(".*.pt2.*.tmp"))
+    old = [path for path, made in left_over.items() if time.time() - made > LEFT_OVER_SECONDS]
+    for path in [*sorted(packages, key=packages.get)[:-KEPT], *old]:
         path.unlink(missing_ok=True)
+
+
+def made_at(paths):
+    """{path: when it was made, in seconds} of what is still there: another process may be at it
+    too."""
+    made = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            made[path] = path.lstat().st_mtime
+    return made
 
 
 def checksum(model, dtype, batch):
@@ -280,6 +313,8 @@ def checksum(model, dtype, batch):
         found.update(file.read_bytes())
     for path, (code, _) in sorted(mixers.loaded.items()):  # the user's own mixers
         found.update(code)
+    for file in sorted(mixers.imported):
+        found.update(file.read_bytes())
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())

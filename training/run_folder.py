@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ OVERWRITTEN = re.compile(rf"\.overwritten\.[0-9a-f]{{32}}\.({'|'.join(map(re.esc
 # files of killed processes that were about to be renamed
 LEFT_OVER = re.compile(r"\.metrics\.jsonl"
                        r"|\.(config\.json|metrics\.jsonl)\.([0-9]+|[0-9a-f]{32}\.tmp)")
+LOCK_ATTEMPTS = 5
+LOCK_SECONDS = 0.02
 HASHED_AT_ONCE = 2**20  # bytes
 HASHED_PIECES = 64      # of a larger file, evenly spread
 
@@ -159,9 +162,9 @@ def own_options(config, source, remedy):
     for name in ("out_dir", "device", "wandb_log", *OF_ONE_COMMAND):
         values.pop(name, None)
     if values.get("lr_decay_iters") == checked.max_iters:
-        del values["lr_decay_iters"]
+        values["lr_decay_iters"] = None
     if values.get("min_lr") == checked.learning_rate / 10:
-        del values["min_lr"]
+        values["min_lr"] = None
     return values
 
 
@@ -174,7 +177,7 @@ def report_differences(own, options, config_file, given):
     for name, value in own.items():
         in_file = getattr(options, name)
         if name not in given and in_file not in (value, None, getattr(defaults, name)):
-            differing.append(f"{name} {value}")
+            differing.append(f"{name} {'not set' if value is None else value}")
     if differing:
         print(f"as the run has it, not as {config_file}: {', '.join(differing)}", flush=True)
 
@@ -293,39 +296,38 @@ def check_data(saved, data, insist=False):
 def weights_sha256(init_from):
     """The checksum of the weights that init_from names: of its file, of the files of a folder of
     Hugging Face's, of a run's newest checkpoint. BadInput where there are none."""
-    if not pretrained.is_pretrained(init_from):
+    if pretrained.is_pretrained(init_from):
+        paths = pretrained.weight_paths(init_from)
+    else:
         [*_, newest] = checkpoint.checkpoints(init_from) or [None]
         if newest is None:
             raise BadInput(f"no checkpoint in {init_from}; name a run that has one")
-        return checkpoint.sha256(newest / "model.safetensors")
+        paths = [newest / "model.safetensors"]
     sums = []
-    for path in pretrained.weight_paths(init_from):
-        if not is_file(path):
-            raise BadInput(f"--init_from={init_from}: {path} is no regular file; fetch it again")
-        sums.append(checkpoint.sha256(path))
+    for path in paths:
+        if not is_file(path):  # or a training has deleted it since
+            raise BadInput(f"{init_from}: {path} is no regular file; fetch it, or try again")
+        try:
+            sums.append(checkpoint.sha256(path))
+        except OSError as error:
+            raise BadInput(f"cannot read {path}: {error.strerror}; try again") from error
     return sums[0] if len(sums) == 1 else hashlib.sha256(" ".join(sums).encode()).hexdigest()
-
-
-def start_sha256(options, saved):
-    """The same for a run's config.json: of the weights that it starts from, or once did; None for a
-    run that starts at random."""
-    if saved:
-        return saved.config.get("init_sha256")
-    return weights_sha256(options.init_from) if options.init_from else None
 
 
 def start_from(options, model, data):
     """Gives the model the weights that init_from names. Returns the names of the parameters to
-    train, or None: all. BadInput if they do not fit, or with train_only=mixer_new if they lack
-    none."""
+    train, or None: all; and the weights' checksum. BadInput if they do not fit, or with
+    train_only=mixer_new if they lack none."""
     if pretrained.is_pretrained(options.init_from):
         pretrained.check_tokenizer(options.init_from, data)
         tensors = pretrained.read_weights(options.init_from, model.config)
         new = checkpoint.init_model(model, tensors, options.init_from)
+        sha256 = weights_sha256(options.init_from)
     else:
         start = checkpoint.load(options.init_from)
         check_tokenizer(start, data)
         new = checkpoint.init_model(model, start.model, start.folder)
+        sha256 = start.sums["model.safetensors"]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     count = sum(sizes[name] for name in new)
     share = 100 * count / sum(sizes.values())
@@ -333,11 +335,11 @@ def start_from(options, model, data):
     print(f"{'new':10} {count:>12,} parameters {share:8.3f} % that {options.init_from} lacks{only}",
           flush=True)
     if options.train_only == "all":
-        return None
+        return None, sha256
     if not new:
         raise BadInput(f"train_only 'mixer_new': mixer {options.mixer!r} adds no parameters to "
                        f"{options.init_from}; leave it out, or choose --mixer=ssa")
-    return new
+    return new, sha256
 
 
 def train_alone(model, names):
@@ -389,17 +391,26 @@ class FolderLock:
         `lock` is no plain file: nothing is written through a link."""
         with writing_to(out_dir):
             file = open_plainly(Path(out_dir) / "lock")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not locks(file):
                 holder = file.read(20).strip()
                 file.close()
                 raise BadInput(f"{out_dir} is in use by the training with process id {holder}; "
-                               "wait for it, stop it, or choose another --out_dir") from None
+                               "wait for it, stop it, or choose another --out_dir")
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
         self.file = file
+
+
+def locks(file):
+    """Whether a file could be locked; asked again for a moment, as a sweep that looks whether it is
+    has it for as long."""
+    for _ in range(LOCK_ATTEMPTS):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(LOCK_SECONDS)
+    return False
 
 
 def open_plainly(path):

@@ -33,8 +33,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from base.gradients import differentiable_once
 from mixers.parts.products import fast_products
 from mixers.parts.recurrence import recurrence
 
@@ -179,7 +179,7 @@ class Chunkwise(torch.autograd.Function):
         return y, S, z, m
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy, dS, dz, _):
         with fast_products():
             return *chunkwise_backward(ctx, dy, dS, dz), None, None

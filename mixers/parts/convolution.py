@@ -13,8 +13,8 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from base.gradients import differentiable_once
 from mixers.parts.products import to_dtype
 
 
@@ -63,7 +63,7 @@ class Taps(torch.autograd.Function):
         return u
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, du):
         padded, weight = ctx.saved_tensors
         d_padded, d_weight = torch.zeros_like(padded), torch.empty_like(weight)

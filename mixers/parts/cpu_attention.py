@@ -20,8 +20,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from base.gradients import differentiable_once
 from mixers.parts.products import exact_product, scaled_product
 
 BLOCK = 128  # queries; of 64, 128 and 256 the fastest at T = 256 to 4,096
@@ -71,7 +71,7 @@ class BlockedAttention(torch.autograd.Function):
         return y.view(shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy):
         q, k, v, *kept = ctx.saved_tensors
         shape = dy.shape

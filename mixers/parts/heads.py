@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from base.gradients import differentiable_once
 from mixers.parts.convolution import ShortConvolution
 from mixers.parts.cpu_attention import (
     FLASH,
@@ -252,7 +252,7 @@ class Scores(torch.autograd.Function):
         return exact_product(q.float(), k.float().mT, 1 / math.sqrt(q.size(-1)))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dS):
         q, k = ctx.saved_tensors
         dS = (dS / math.sqrt(q.size(-1))).to(q.dtype)

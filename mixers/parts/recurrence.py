@@ -41,8 +41,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from base.gradients import differentiable_once
 from mixers.parts.decays import diagonal_blocks, make_decays
 from mixers.parts.products import fast_products, to_dtype, without_autocast
 
@@ -146,7 +146,7 @@ class Chunks(torch.autograd.Function):
         return y, S
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy, dS):
         with fast_products():
             return *chunks_backward(ctx, dy, dS), None
