@@ -313,6 +313,18 @@ def gained_by_reading_again(name):
     return gained
 
 
+def test_one_head_at_the_small_size_is_as_told():
+    losses = {}
+    for name in ("claims/books_small", "books_small_heads"):
+        for arm in arms(name):
+            losses |= {(arm.label, name): record.scores["report"]["loss"]
+                       for record in arm.records if record.config["seed"] == 1}
+    apart = {label: losses[label, "books_small_heads"] - losses[label, "claims/books_small"]
+             for label in ("softmax", "gated_deltanet")}
+    assert (f"is {apart['softmax']:.4f} worse for softmax and {-apart['gated_deltanet']:.4f} "
+            "better for `gated_deltanet`") in TEXT
+
+
 def test_what_is_said_of_the_middle_size_is_that_of_the_records():
     small, medium = "claims/books_small", "claims/books_medium"
     verdicts = check_the_table("books, 0.8M", [medium], "softmax")
