@@ -4,8 +4,7 @@
 
 2.7M parameters (and 0.8M in the vocabulary). 20 tokens for each would be 53M, more than the
 training authors have: this reads 36M, 14 for each. The rate is that of books_medium.py by the
-rule that was seen there, over the width. Not run by us yet; try heads of 64 channels first
-(docs/results.md, the middle size).
+rule that was seen there, over the width. Not run by us yet.
 """
 from configs.books import *
 

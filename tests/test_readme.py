@@ -12,6 +12,7 @@ from statistics import mean, median
 import pytest
 import torch
 from conftest import ROOT, copy_repository
+from scipy.stats import spearmanr
 
 from base.command_line import parse_options
 from bench import BenchOptions
@@ -26,6 +27,7 @@ from tools.sweep import SweepOptions
 from tools.verdicts import MARGIN_BPB, judge
 from training.run_folder import read_options
 
+HYBRID = "gated_deltanet,gated_deltanet,gated_deltanet,softmax"
 SHORTER = {  # a word of a command: what is added to it
     "train.py": "--max_iters=2 --eval_tokens=3000",
     "sample.py": "--num_samples=1 --max_new_tokens=20",
@@ -399,15 +401,16 @@ def test_what_is_said_of_read_and_unread_authors_is_that_of_the_records():
 
 
 def test_what_else_was_tried_at_the_middle_size_is_that_of_the_records():
-    """Other rates and heads than the card's, against the same seeds of it."""
-    baseline = "softmax n_head=4 n_kv_head=4 learning_rate=0.016"
-    check_the_table("books, 0.8M, more", ["claims/books_medium", "books_medium_more"], baseline)
-    losses = {}
-    for name in ("claims/books_medium", "books_medium_more"):
-        for record in compare.records_to_compare([ROOT / "results" / name], torch.device("cpu")):
-            config = record.config
-            arm = config["mixer"], config["learning_rate"], config["n_head"]
-            losses.setdefault(arm, {})[config["seed"]] = record.scores["report"]["loss"]
+    """Other rates and heads than the card's, against the same seeds of it, and a hybrid."""
+    folders = "claims/books_medium", "books_medium_more", "claims/books_medium_heads"
+    losses, flops = {}, {}
+    for name in folders:
+        for arm in arms(name):
+            for record in arm.records:
+                config = record.config
+                key = config["mixer"], config["learning_rate"], config["n_head"]
+                losses.setdefault(key, {})[config["seed"]] = record.scores["report"]["loss"]
+                flops[key] = record.metrics[-1]["flops"]
     text = " ".join(TEXT.split())
 
     def same_seeds(arm, other):
@@ -418,23 +421,51 @@ def test_what_else_was_tried_at_the_middle_size_is_that_of_the_records():
     assert f"`gated_deltanet` {half:.4f}, with the same seeds at 16e-3 {whole:.4f}" in text
     (a, c), (b, d) = same_seeds(("softmax", 8e-3, 4), ("softmax", 16e-3, 4))
     assert f"softmax {a:.4f} and {b:.4f} with two, at 16e-3 {c:.4f} and {d:.4f}" in text
+    baseline = "softmax n_head=4 n_kv_head=4"
+    verdicts = check_the_table("books, 0.8M, heads", [folders[0], folders[2]], baseline)
+    [hybrid] = [label for label in verdicts if "+" in label]
+    alone = judge_alone(folders[0], folders[2], baseline, hybrid)
+    words = f"{alone.difference:+.4f} [{alone.difference_low:+.4f}, {alone.difference_high:+.4f}]"
+    assert alone.word == "better" and f"with the same heads, by {words}" in text
+    card, own = ("softmax", 16e-3, 4), (HYBRID, 16e-3, 4)
+    of_seeds = [losses[own][seed] for seed in (1, 2, 3)]
+    assert "with each of three seeds: {:.4f}, {:.4f} and {:.4f}.".format(*of_seeds) in text
+    [rows] = tables("books, 0.8M, heads")
+    state = {row["books, 0.8M, heads"]: int(row["state bytes"].replace(",", "")) for row in rows}
+    assert (f"with {state[hybrid] / state[baseline]:.2f} of its state and "
+            f"{flops[own] / flops[card]:.2f} of its arithmetic") in text
+    gains = [b - a for a, b in same_seeds(("softmax", 16e-3, 2), card)]
+    assert "{:.4f} and {:.4f}; the third makes it {:.4f}".format(*gains) in text
     pairs = same_seeds(("gated_deltanet", 16e-3, 1), ("gated_deltanet", 16e-3, 4))
     gains = [b - a for a, b in pairs]
-    assert f"gains {min(gains):.3f} to {max(gains):.3f} with each of three seeds" in text
-    gains = [b - a for a, b in same_seeds(("softmax", 16e-3, 2), ("softmax", 16e-3, 4))]
-    assert f"**softmax gains {' and '.join(f'{gain:.4f}' for gain in gains)}**" in text
-    copied = gained_by_reading_again("books_medium_more")
-    [wide] = [gained for label, gained in copied.items() if "n_head=2" in label]
-    assert f"softmax with heads of 64 gains {mean(wide):.3f} bits per byte" in text
-    [of_hybrid] = [gained for label, gained in copied.items() if "+" in label]
-    [hybrid] = [record.scores["report"]["loss"] for arm in arms("books_medium_more")
-                for record in arm.records if "," in record.config["mixer"]]
-    card, wide = losses["softmax", 16e-3, 4][1], losses["softmax", 16e-3, 2][1]
-    assert (f"at {hybrid:.4f} with its one seed, {card - hybrid:.4f} below softmax with the same "
-            f"heads and seed and {wide - hybrid:.4f} below that with two heads, and copies best, "
-            f"{mean(of_hybrid):.3f}") in text
-    assert f"two heads of 64 give softmax {card - wide:.4f}" in text
-    assert f"ends {card - hybrid:.4f} below it" in text
+    assert f"({min(gains):.3f} to {max(gains):.3f} better with each of three seeds" in text
+
+
+def judge_alone(one, other, baseline, label):
+    """The Verdict on an arm of two folders, as the only comparison."""
+    paths = [ROOT / "results" / name for name in (one, other)]
+    of_records = compare.arms_of(compare.records_to_compare(paths, torch.device("cpu")))
+    margin = compare.margin_of(of_records, baseline, MARGIN_BPB)
+    return compare.judge_arms(of_records, baseline, margin, comparisons=1)[label]
+
+
+def test_what_is_said_of_copying_at_the_middle_size_is_that_of_the_records():
+    heads = "claims/books_medium_heads"
+    pairs = []  # of softmax: what a run gains by a second reading, and its loss
+    for name in ("claims/books_medium", heads):
+        gained = gained_by_reading_again(name)["softmax"]
+        [arm] = [arm for arm in arms(name) if arm.label == "softmax"]
+        pairs += zip(gained, arm.reported("loss"))
+    (least, highest), (most, lowest) = min(pairs), max(pairs)
+    rank = spearmanr(*zip(*pairs)).statistic
+    assert (f"from {highest:.4f} at {least:.3f} bits per byte to {lowest:.4f} at {most:.3f} (rank "
+            f"correlation {rank:.2f})") in " ".join(TEXT.split())
+    gained = gained_by_reading_again(heads)
+    [hybrid] = [values for label, values in gained.items() if "+" in label]
+    low, high = min(gained["gated_deltanet"]), max(gained["gated_deltanet"])
+    of_hybrid = "The hybrid gains {:.3f}, {:.3f} and {:.3f}".format(*hybrid)
+    assert len(pairs) == 8
+    assert f"{of_hybrid}, `gated_deltanet` with one head {low:.3f} to {high:.3f}" in TEXT
 
 
 def test_mamba2_asked_alone_is_as_told():
