@@ -24,7 +24,7 @@ from tools import (
     replace_table)
 from tools.records import read_records
 from tools.sweep import SweepOptions
-from tools.verdicts import MARGIN_BPB, judge
+from tools.verdicts import MARGIN_BPB, Verdict, judge
 from training.run_folder import read_options
 
 HYBRID = "gated_deltanet,gated_deltanet,gated_deltanet,softmax"
@@ -406,6 +406,8 @@ def test_what_else_was_tried_at_the_middle_size_is_that_of_the_records():
     losses, flops = {}, {}
     for name in folders:
         for arm in arms(name):
+            if arm.label == "softmax pos=none":
+                continue
             for record in arm.records:
                 config = record.config
                 key = config["mixer"], config["learning_rate"], config["n_head"]
@@ -466,6 +468,32 @@ def test_what_is_said_of_copying_at_the_middle_size_is_that_of_the_records():
     of_hybrid = "The hybrid gains {:.3f}, {:.3f} and {:.3f}".format(*hybrid)
     assert len(pairs) == 8
     assert f"{of_hybrid}, `gated_deltanet` with one head {low:.3f} to {high:.3f}" in TEXT
+    [without] = gained_by_reading_again("books_medium_more")["softmax pos=none"]
+    [apart] = [arm for arm in arms("books_medium_more") if arm.label == "softmax pos=none"]
+    [loss], [card] = apart.reported("loss"), [
+        record.scores["report"]["loss"] for arm in arms("claims/books_medium")
+        for record in arm.records if arm.label == "softmax" and record.config["seed"] == 1]
+    cells = compare_table.cells(compare.line_of(apart, Verdict(0.0), 0.0))
+    assert (f"it copies like the hybrid, {without:.3f}, and does not fail beyond 512 tokens "
+            f"({cells['T to 2 T']} from 512 to 1,024), yet ends at {loss:.4f}, {loss - card:.4f} "
+            "above RoPE") in " ".join(TEXT.split())
+
+
+def test_what_is_said_of_half_the_steps_is_that_of_the_records():
+    losses = {"softmax": [], HYBRID: []}
+    for name in ("claims/books_medium", "claims/books_medium_heads"):
+        for arm in arms(name):
+            for record in arm.records:
+                [half] = [row["val_loss"] for row in record.metrics
+                          if row["iter"] == 1920 and row["val_loss"] is not None]
+                losses.setdefault(record.config["mixer"], []).append(half)
+    first, *others = sorted(losses["softmax"])
+    hybrid = sorted(losses[HYBRID])
+    assert len(others) == 7 and len(hybrid) == 3
+    of_hybrid = f"the hybrid is at {hybrid[0]:.3f} to {hybrid[-1]:.3f} with each seed"
+    of_others = f"with the others at {others[0]:.3f} to {others[-1]:.3f}"
+    assert (f"{of_hybrid}, softmax with one of eight at {first:.3f} and {of_others}"
+            ) in " ".join(TEXT.split())
 
 
 def test_mamba2_asked_alone_is_as_told():
