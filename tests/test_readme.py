@@ -492,9 +492,10 @@ def test_what_is_said_of_copying_at_the_middle_size_is_that_of_the_records():
         for record in arm.records if arm.label == "softmax" and record.config["seed"] == 1]
     cells = compare_table.cells(compare.line_of(apart, Verdict(0.0), 0.0))
     assert without > most
+    near, far = cells["T to 2 T"], cells["3 T to 4 T"]
     assert (f"it copies {without:.3f}, more than any of the eight, fails far less beyond 512 "
-            f"tokens ({cells['T to 2 T']} from 512 to 1,024, {cells['3 T to 4 T']} from 1,536 to 2,048), "
-            f"and yet ends at {loss:.4f}, {loss - card:.4f} above RoPE") in " ".join(TEXT.split())
+            f"tokens ({near} from 512 to 1,024, {far} from 1,536 to 2,048), and yet ends at "
+            f"{loss:.4f}, {loss - card:.4f} above RoPE") in " ".join(TEXT.split())
 
 
 def test_what_is_said_of_half_the_steps_is_that_of_the_records():
