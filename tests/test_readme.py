@@ -460,6 +460,48 @@ def test_what_else_was_tried_at_the_middle_size_is_that_of_the_records():
             ) in text
 
 
+def test_what_is_said_of_equal_time_is_that_of_the_records():
+    text = " ".join(TEXT.split())
+    names = "softmax", "swa", "gated_deltanet"
+    seconds, tokens, apart = {}, {}, {}
+    for length in (2048, 8192):
+        name = f"claims/books_time_{length}"
+        verdicts = check_the_table(f"books, {length:,} tokens", [name], "softmax")
+        of_name = {arm.label: arm.records for arm in arms(name)}
+        for label in names:
+            records = of_name[label]
+            seconds[length, label] = mean(record.seconds() for record in records)
+            [tokens[length, label]] = {record.metrics[-1]["tokens"] for record in records}
+            apart[length, label] = verdicts[label].difference
+            assert len(records) == 3
+        assert {verdicts[label].word for label in names[1:]} == {"better"}
+    steps = [[tokens[length, label] // size for label in names]
+             for length, size in ((2048, 4096), (8192, 8192))]
+    assert ("takes {} steps of 4,096 tokens at 2,048 tokens of context, the window (256 tokens) "
+            "{}, `gated_deltanet` {}").format(*steps[0]) in text
+    assert "at 8,192 tokens {}, {} and {} steps".format(*steps[1]) in text
+    at_2048, at_8192 = ([seconds[length, label] for label in names] for length in (2048, 8192))
+    told = "{:.0f}, {:.0f} and {:.0f} seconds at 2,048, so the window had {:.2f} times softmax's"
+    shares = [value / at_2048[0] for value in at_2048[1:]]
+    assert told.format(*at_2048, shares[0]) in text
+    assert (f"and `gated_deltanet` {shares[1]:.2f}; "
+            "{:.0f}, {:.0f} and {:.0f} at 8,192").format(*at_8192) in text
+    gains = [-apart[length, label] for length in (2048, 8192) for label in names[1:]]
+    told = "by {:.2f} and {:.2f} nats at 2,048 and by {:.2f} and {:.2f} at 8,192"
+    assert told.format(*gains) in text
+    told = ("at 2,048 tokens of context (-{:.2f} and -{:.2f} nats) and at 8,192 "
+            "(-{:.2f} and -{:.2f})")
+    assert told.format(*gains) in text
+    more = tokens[8192, "gated_deltanet"] / tokens[8192, "softmax"]
+    assert f"reads {more:.1f} times as much text" in text
+    [half] = arms("books_time_rates")
+    [whole] = [record.scores["report"]["loss"] for arm in arms("claims/books_time_2048")
+               for record in arm.records if arm.label == "softmax" and record.config["seed"] == 1]
+    assert f"ends {half.reported('loss')[0] - whole:.4f} higher" in text
+    [small] = [arm for arm in arms("claims/books_small") if arm.label == "softmax"]
+    assert f"ends at {mean(small.reported('loss')):.3f}, below all of these" in text
+
+
 def judge_alone(one, other, baseline, label):
     """The Verdict on an arm of two folders, as the only comparison."""
     paths = [ROOT / "results" / name for name in (one, other)]
