@@ -277,6 +277,16 @@ def test_a_run_of_other_options_or_data_serves_none(experiment, other):
     assert experiment(name="two", common=other).cost([1]).runs == 2
 
 
+def test_a_longer_run_is_not_taken_for_a_shorter_one(experiment):
+    """Though its rate fell alike: what is scored is its end."""
+    decay = {"lr_decay_iters": 9}
+    chosen = dict.fromkeys(ARMS, {})
+    experiment(common=decay).run(chosen, [1])
+    shorter = experiment(common=decay | {"max_iters": 3})
+    with pytest.raises(BadInput, match="was trained for 4 steps, not 3"):
+        shorter.run(chosen, [1])
+
+
 def test_a_run_of_other_data_of_the_same_name_serves_none(experiment):
     experiment().run({"softmax": {}}, [1])
     path = Path("out/sweeps/one/softmax-lr0.001-seed1/config.json")

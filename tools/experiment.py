@@ -175,8 +175,13 @@ class Experiment:
         sha256, _ = self.data_of(run.options())
         if not holds_run(Path(run.folder)):
             return self.finished_runs.find(run, sha256, self.on_cpu)
-        if run.scores(sha256) is None:
+        scores = run.scores(sha256)
+        if scores is None:
             return None
+        if scores["iter"] > run.options()["max_iters"]:  # its losses are of its end
+            raise BadInput(f"{run.folder} was trained for {scores['iter']} steps, not "
+                           f"{run.options()['max_iters']}; choose another --out_dir, or move it "
+                           "away")
         record = read_run(run.folder)
         self.finished_runs.check_code(run, record)
         return record

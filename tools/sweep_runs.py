@@ -102,9 +102,7 @@ def difference(wanted, ran, data_sha256=None):
     A config that lacks an option, which has come since, counts as run with its default."""
     aside = ASIDE | {"vocab_size"}
     if wanted["lr_decay_iters"] == ran.get("lr_decay_iters"):
-        steps = ran.get("max_iters")
-        if isinstance(steps, int) and steps <= wanted["max_iters"]:
-            aside.add("max_iters")  # the beginning of the longer run
+        aside.add("max_iters")  # a shorter run is then the beginning of a longer one
     defaults = asdict(Options())
     lacking = {name: value for name, value in defaults.items() if name not in ran}
     with_defaults = resolved(wanted | lacking)
