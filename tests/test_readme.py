@@ -615,7 +615,7 @@ def test_the_speeds_are_those_of_the_record():
         assert f" {median(ratios):.2f}" in told, (mode, length, mixer)
 
 
-def test_the_recipe_has_the_rates_that_were_found():
+def test_the_recipe_has_the_rates_that_were_found(tmp_path):
     found = set()
     for folder in ("shakespeare", "shakespeare_later"):
         for path in (ROOT / "results" / folder).glob("*.jsonl.gz"):
@@ -624,7 +624,8 @@ def test_the_recipe_has_the_rates_that_were_found():
     rates = dict(found)
     assert len(rates) > 15
     for mixer, rate in rates.items():
-        argv = [str(ROOT / "configs/shakespeare.py"), f"--mixer={mixer}"]
+        recipe = str(ROOT / "configs/shakespeare.py")
+        argv = [recipe, f"--mixer={mixer}", f"--out_dir={tmp_path / mixer}"]
         assert read_options(argv, "tests")[0].learning_rate == rate, mixer
 
 
