@@ -442,6 +442,16 @@ def test_what_followed_from_other_options_follows_whatever_the_config_file_says(
     assert "lr_decay_iters not set" in train(*again, "--max_iters=4")
 
 
+def test_what_the_config_file_sets_is_kept_though_it_equals_what_would_follow(train, here):
+    (here / "mine.py").write_text("lr_decay_iters = 4\nmin_lr = 0.01\n")
+    words = ["mine.py", *TINY, "--max_iters=4", "--learning_rate=0.1", f"--out_dir={here}/run"]
+    train(*words)
+    again = ["mine.py", f"--out_dir={here}/run", "--resume"]
+    longer = read_options([*again, "--max_iters=6", "--learning_rate=0.2"], "tests")[0]
+    assert (longer.max_iters, longer.lr_decay_iters, longer.min_lr) == (6, 4, 0.01)
+    assert "not set" not in train(*again)
+
+
 def test_a_run_that_a_sweep_looks_at_can_be_locked(tmp_path):
     (tmp_path / "lock").touch()
     with open(tmp_path / "lock") as looked_at:

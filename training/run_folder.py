@@ -69,6 +69,7 @@ def read_options(argv, description, lock=None):
         if lock and not options.eval_only:
             lock.take(options.out_dir)
         saved, own = read_run(options)
+        own = without_what_the_file_says(own, options)
         report_differences(own, options, config_file, given)
         refuse_unnamed_network(own, options, given, saved)
         unchanged = {name: value for name, value in own.items() if name not in given}
@@ -166,6 +167,15 @@ def own_options(config, source, remedy):
     if values.get("min_lr") == checked.learning_rate / 10:
         values["min_lr"] = None
     return values
+
+
+def without_what_the_file_says(own, options):
+    """A run's own options without those that followed from others, where the config file sets the
+    same value: then they do not follow, and the file's goes on to hold."""
+    recorded = {"lr_decay_iters": own.get("max_iters"),
+                "min_lr": own.get("learning_rate", 0.0) / 10}
+    return {name: value for name, value in own.items()
+            if value is not None or getattr(options, name) != recorded.get(name)}
 
 
 def report_differences(own, options, config_file, given):
